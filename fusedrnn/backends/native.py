@@ -1,0 +1,206 @@
+"""The native CPU backend: the C++ engine of csrc/, reached through the ops of fusedrnn/_C.so."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedrnn.backends.backend import Grads, Request, Run, Sequence, Weights
+from fusedrnn.cells import Cell
+
+LIBRARY = Path(__file__).parent.parent / "_C.so"
+
+
+def load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The native library with its ops registered, or the reason why there is none."""
+    if not LIBRARY.exists():
+        return None, "is not built: this is a pure Python installation"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return None, f"does not load: {error}"
+    return ctypes.CDLL(str(LIBRARY)), None
+
+
+_library, _missing = load()
+
+
+def _text(function: str) -> str:
+    assert _library is not None
+    call = getattr(_library, function)
+    call.restype = ctypes.c_char_p
+    return bytes(call()).decode()
+
+
+def native_cells() -> dict[str, tuple[int, int, int, bool]]:
+    """The cells of the native library in its order: gates, states, saved planes, additive."""
+    if _library is None:
+        return {}
+    rows = (line.split() for line in _text("frnn_cells").splitlines())
+    return {name: (int(g), int(s), int(r), a == "1") for name, g, s, r, a in rows}
+
+
+def isa() -> str | None:
+    """The instruction set the engine runs on: base, avx2 or avx512."""
+    return None if _library is None else _text("frnn_isa")
+
+
+def isas() -> list[str]:
+    """The instruction sets this machine can run the engine on."""
+    return [] if _library is None else _text("frnn_isas").split()
+
+
+def set_isa(name: str) -> None:
+    """Runs the engine on another instruction set of ``isas()``, process-wide (for tests)."""
+    if _library is None or not _library.frnn_set_isa(name.encode()):
+        raise ValueError(f"instruction set {name!r} cannot run here, expected one of {isas()}")
+
+
+class Native:
+    name = "cpu"
+    algorithm = "standard"
+
+    def __init__(self) -> None:
+        self._index = {name: i for i, name in enumerate(native_cells())}
+
+    def supports(self, request: Request) -> str | None:
+        if _missing is not None:
+            return _missing
+        if request.device != "cpu":
+            return f"runs on CPU tensors, got {request.device}"
+        if request.dtype not in (torch.float32, torch.float64):
+            return f"computes in float32 and float64, got {request.dtype}"
+        if request.cell.name not in self._index:
+            return f"has no kernel for the cell {request.cell.name}"
+        if request.hidden_size == 0:
+            return "needs a hidden size of at least 1"
+        return None
+
+    def forward(
+        self,
+        cell: Cell,
+        gx: Tensor,
+        weights: Weights,
+        h0: Tensor,
+        c0: Tensor | None,
+        seq: Sequence,
+        reverse: bool,
+        training: bool,
+        cell_states: bool,
+    ) -> Run:
+        y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
+            gx,
+            weights.w_hh.contiguous(),
+            None if weights.w_hr is None else weights.w_hr.contiguous(),
+            None if cell.additive or weights.b_hh is None else weights.b_hh.contiguous(),
+            h0.contiguous(),
+            None if c0 is None else c0.contiguous(),
+            seq.lengths,
+            None if seq.resets is None else seq.resets.contiguous(),
+            self._index[cell.name],
+            reverse,
+            training,
+            cell_states,
+        )
+        return Run(y, h_n, c_n, c, h_prev, m, (c_prev, saved))
+
+    def backward(
+        self,
+        cell: Cell,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        dc: Tensor | None,
+        weights: Weights,
+        seq: Sequence,
+        reverse: bool,
+        run: Run,
+    ) -> Grads:
+        dgx, dgh, dh0, dc0, dh = torch.ops.fusedrnn.recurrence_backward(
+            *(None if d is None else d.contiguous() for d in (dy, dc, dh_n, dc_n)),
+            weights.w_hh.contiguous(),
+            None if weights.w_hr is None else weights.w_hr.contiguous(),
+            run.h_prev,
+            *run.reserve,
+            run.m,
+            seq.lengths,
+            None if seq.resets is None else seq.resets.contiguous(),
+            self._index[cell.name],
+            reverse,
+        )
+        return Grads(dgx, dgx if cell.additive else dgh, dh0, dc0, dh)
+
+
+def _fake_forward(
+    gx: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    reverse: bool,
+    training: bool,
+    cell_states: bool,
+) -> tuple[Tensor, ...]:
+    steps, batch, proj = gx.shape[0], gx.shape[1], w_hh.shape[1]
+    gates, _, planes, _ = list(native_cells().values())[cell]
+    hidden = w_hh.shape[0] // gates
+
+    def empty(wanted: bool, *shape: Any) -> Tensor:
+        return gx.new_empty(shape if wanted else (0,))
+
+    others = 0 if c0 is None else c0.shape[0]
+    return (
+        empty(True, steps, batch, proj),
+        empty(True, batch, proj),
+        empty(c0 is not None, others, batch, hidden),
+        empty(cell_states, steps, batch, hidden),
+        empty(training, steps, batch, proj),
+        empty(training and c0 is not None, others, steps, batch, hidden),
+        empty(training, planes, steps, batch, hidden),
+        empty(training and w_hr is not None, steps, batch, hidden),
+    )
+
+
+def _fake_backward(
+    dy: Tensor | None,
+    dc: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h_prev: Tensor,
+    c_prev: Tensor,
+    saved: Tensor,
+    m: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    steps, batch, proj = h_prev.shape
+    _, states, _, additive = list(native_cells().values())[cell]
+    hidden = saved.shape[3]
+
+    def empty(wanted: bool, *shape: Any) -> Tensor:
+        return h_prev.new_empty(shape if wanted else (0,))
+
+    return (
+        empty(True, steps, batch, w_hh.shape[0]),
+        empty(not additive, steps, batch, w_hh.shape[0]),
+        empty(True, batch, proj),
+        empty(states > 1, states - 1, batch, hidden),
+        empty(w_hr is not None, steps, batch, proj),
+    )
+
+
+if _library is not None:
+    torch.library.register_fake("fusedrnn::recurrence_forward", _fake_forward)
+    torch.library.register_fake("fusedrnn::recurrence_backward", _fake_backward)

@@ -1,0 +1,72 @@
+"""The reference: the recurrence as a loop of plain PyTorch operations, differentiated by autograd.
+
+It runs on every device and dtype, under every transform (torch.func, forward-mode AD, double
+backward), and is what all other backends are tested against. In float16 and bfloat16 it rounds
+what a layer stores (x, weights, h), and computes everything else, c included, in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedrnn.backends.backend import Request, Sequence, Weights
+from fusedrnn.cells import Cell
+
+
+class Reference:
+    name = "reference"
+    algorithm = "a loop of PyTorch operations"
+
+    def supports(self, request: Request) -> str | None:
+        return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of products, sums and states: float32 for the 16-bit storage types."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def recurrence(
+    cell: Cell,
+    x: Tensor,
+    weights: Weights,
+    h0: Tensor,
+    c0: Tensor | None,
+    seq: Sequence,
+    reverse: bool,
+    cell_states: bool,
+) -> tuple[Tensor, ...]:
+    """One layer and direction over ``x [T,B,I]``: ``y, h_n`` then ``c_n`` and ``c`` as they apply,
+    in the shapes of :class:`Run`."""
+    storage, compute = x.dtype, compute_dtype(x.dtype)
+    w_ih, w_hh, b_ih, b_hh, w_hr = (None if w is None else w.to(compute) for w in weights)
+    assert w_ih is not None and w_hh is not None
+    steps, planes = x.shape[0], (len(cell.gates), w_hh.shape[0] // len(cell.gates))
+    gx = F.linear(x.to(compute), w_ih, b_ih).unflatten(-1, planes)
+    state = (h0.to(compute), *(() if c0 is None else c0.to(compute).unbind(0)))
+    y: list[Tensor] = [x] * steps
+    c: list[Tensor] = [x] * steps
+    for t in range(steps - 1, -1, -1) if reverse else range(steps):
+        begins = t + 1 if reverse else t  # a reset there cuts what enters this step
+        if seq.resets is not None and begins < steps:
+            keep = ~seq.resets[begins].unsqueeze(-1)
+            state = tuple(torch.where(keep, s, 0) for s in state)
+        gh = F.linear(state[0], w_hh, b_hh).unflatten(-1, planes)
+        new = cell.step(gx[t], gh, state)
+        if w_hr is not None:
+            new = (F.linear(new[0], w_hr), *new[1:])
+        new = (new[0].to(storage).to(compute), *new[1:])
+        y[t], c[t] = new[0], new[-1]
+        if seq.lengths is not None:
+            active = (t < seq.lengths).unsqueeze(-1)
+            y[t], c[t] = torch.where(active, y[t], 0), torch.where(active, c[t], 0)
+            new = tuple(torch.where(active, n, s) for n, s in zip(new, state, strict=True))
+        state = new
+    out = [torch.stack(y), state[0]]
+    if c0 is not None:
+        out.append(torch.stack(state[1:]))
+    if cell_states:
+        out.append(torch.stack(c))
+    return tuple(o.to(storage) for o in out)

@@ -1,0 +1,212 @@
+"""Drop-in modules for torch.nn.LSTMCell, GRUCell and RNNCell: one step of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.rnn import RNNCellBase
+
+from fusedrnn import functional
+from fusedrnn.backends import Names, Sequence, Weights, check_names
+from fusedrnn.cells import CELLS, GRU, LSTM, Cell
+
+
+def step_module(
+    module: RNNCellBase, cell: Cell, kind: str, input: Tensor, hx: Any
+) -> tuple[Tensor, ...]:
+    """``module.forward`` for any RNNCellBase, with torch.nn's checks: the new states."""
+    _check_dims(cell, kind, input, hx)
+    batched = input.dim() == 2
+    if len(cell.states) == 1 and hx is not None:
+        hx = (hx,)
+    if not batched:
+        input = input.unsqueeze(0)
+        hx = None if hx is None else tuple(s.unsqueeze(0) for s in hx)
+    _check_sizes(module, cell, input, hx)
+    weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, None)
+    stack = functional.run(
+        cell,
+        input.unsqueeze(0),
+        None if hx is None else tuple(s.unsqueeze(0) for s in hx),
+        [weights],
+        1,
+        Sequence(),
+        wish=check_names(getattr(module, "backend", None)),
+    )
+    new = (stack.h_n[0], *(() if stack.c_n is None else stack.c_n[:, 0].unbind(0)))
+    return new if batched else tuple(s.squeeze(0) for s in new)
+
+
+def _check_dims(cell: Cell, kind: str, input: Tensor, hx: Any) -> None:
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    if hx is None:
+        return
+    if len(cell.states) == 1:
+        if hx.dim() not in (1, 2):
+            raise ValueError(f"{kind}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        return
+    for index, state in enumerate(hx):
+        if state.dim() not in (1, 2):
+            raise ValueError(
+                f"{kind}: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead"
+            )
+    if len(hx) != len(cell.states):
+        raise RuntimeError(f"{cell.name}_cell expects two hidden states")
+
+
+def _check_sizes(
+    module: RNNCellBase, cell: Cell, input: Tensor, hx: tuple[Tensor, ...] | None
+) -> None:
+    if input.shape[1] != module.input_size:
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input.shape[1]} expected {module.input_size}"
+        )
+    for k, state in enumerate(hx or ()):
+        if state.shape[0] != input.shape[0]:
+            raise RuntimeError(
+                f"Input batch size {input.shape[0]} doesn't match hidden{k} batch size "
+                f"{state.shape[0]}"
+            )
+        if state.dim() != 2 or state.shape[1] != module.hidden_size:
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {state.shape[-1]}, "
+                f"expected {module.hidden_size}"
+            )
+
+
+class _CellModule(RNNCellBase):
+    backend: Names = None
+
+    def __init__(self, *args: Any, backend: Names, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_names(backend)
+        if backend is not None:
+            self.backend = backend
+
+
+class LSTMCell(_CellModule):
+    """One LSTM step, a drop-in for :class:`torch.nn.LSTMCell`; see :mod:`fusedrnn.cells.lstm`.
+
+    Args (forward):
+        input: ``[B,I]`` or ``[I]``.
+        hx: ``(h [B,H], c [B,H])`` or ``([H], [H])``; None: zeros.
+
+    Returns:
+        The new ``(h, c)`` in the shapes of hx.
+
+    Raises:
+        ValueError, RuntimeError: as torch.nn.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> h, c = fusedrnn.LSTMCell(3, 4)(torch.randn(2, 3))
+        >>> h.shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: Names = None,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype,
+            backend=backend,
+        )  # fmt: skip
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        h, c = step_module(self, LSTM, "LSTMCell", input, hx)
+        return h, c
+
+
+class GRUCell(_CellModule):
+    """One GRU step, a drop-in for :class:`torch.nn.GRUCell`; see :mod:`fusedrnn.cells.gru`.
+
+    Args (forward):
+        input: ``[B,I]`` or ``[I]``.
+        hx: ``[B,H]`` or ``[H]``; None: zeros.
+
+    Returns:
+        The new h in the shape of hx.
+
+    Raises:
+        ValueError, RuntimeError: as torch.nn.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> fusedrnn.GRUCell(3, 4)(torch.randn(2, 3)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: Names = None,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype,
+            backend=backend,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return step_module(self, GRU, "GRUCell", input, hx)[0]
+
+
+class RNNCell(_CellModule):
+    """One Elman RNN step, a drop-in for :class:`torch.nn.RNNCell`; see :mod:`fusedrnn.cells.rnn`.
+
+    Args (forward):
+        input: ``[B,I]`` or ``[I]``.
+        hx: ``[B,H]`` or ``[H]``; None: zeros.
+
+    Returns:
+        The new h in the shape of hx.
+
+    Raises:
+        ValueError, RuntimeError: as torch.nn.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> fusedrnn.RNNCell(3, 4, nonlinearity="relu")(torch.randn(2, 3)).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: Names = None,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype,
+            backend=backend,
+        )  # fmt: skip
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return step_module(self, rnn_cell(self.nonlinearity), "RNNCell", input, hx)[0]
+
+
+def rnn_cell(nonlinearity: str) -> Cell:
+    if nonlinearity not in ("tanh", "relu"):
+        raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
+    return CELLS[f"rnn_{nonlinearity}"]

@@ -1,0 +1,323 @@
+"""Recurrent layers as functions of tensors; the modules call these.
+
+Letters in shapes: T time, B batch, I input size, H hidden size, P projection size or H, D
+directions, L layers, G gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedrnn.backends import Names, Sequence, Weights, check_names
+from fusedrnn.cells import CELLS, GRU, LSTM, Cell
+from fusedrnn.layer import Stack, run_layers
+
+Lengths = Tensor | list[int] | None
+
+
+def lstm(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Seq[Tensor],
+    *,
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    proj_size: int = 0,
+    lengths: Lengths = None,
+    resets: Tensor | None = None,
+    return_cell_states: bool = False,
+    backend: Names = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """A stack of LSTM layers; equations in :mod:`fusedrnn.cells.lstm`.
+
+    Args:
+        x: ``[T,B,I]``, or ``[B,T,I]`` with batch_first.
+        hx: ``(h_0 [L*D,B,P], c_0 [L*D,B,H])``; None: zeros.
+        params: flat, in the order of the module's state_dict.
+        lengths: ``[B]`` int64 or a list; steps ``t >= lengths[b]`` are not computed.
+        resets: ``[T,B]`` bool (``[B,T]`` with batch_first); true where a new sequence begins.
+        return_cell_states: also return c of every step of the last layer.
+        backend: a name or a list of names, tried in order.
+
+    Returns:
+        ``y [T,B,D*P]`` (or ``[B,T,D*P]``), ``(h_n, c_n)`` in the shapes of hx, and with
+        return_cell_states ``c [T,B,D*H]`` in the layout of y.
+
+    Raises:
+        ValueError, RuntimeError: a wrong number, shape, dtype or device of an argument.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> layer = fusedrnn.LSTM(3, 4)
+        >>> y, (h_n, c_n) = fusedrnn.functional.lstm(
+        ...     torch.randn(5, 2, 3), None, list(layer.parameters()))
+        >>> y.shape, h_n.shape
+        (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
+    """
+    if hx is not None and (isinstance(hx, Tensor) or len(hx) != 2):
+        raise TypeError(f"hx should be a tuple of two tensors (h_0, c_0), got {type(hx).__name__}")
+    stack = _checked_run(
+        LSTM, x, hx, params, has_biases=has_biases, num_layers=num_layers, dropout=dropout,
+        training=training, bidirectional=bidirectional, batch_first=batch_first,
+        proj_size=proj_size, lengths=lengths, resets=resets,
+        cell_states=return_cell_states, backend=backend,
+    )  # fmt: skip
+    assert stack.c_n is not None
+    if return_cell_states:
+        assert stack.c is not None
+        return stack.y, (stack.h_n, stack.c_n[0]), stack.c
+    return stack.y, (stack.h_n, stack.c_n[0])
+
+
+def gru(
+    x: Tensor,
+    hx: Tensor | None,
+    params: Seq[Tensor],
+    *,
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Lengths = None,
+    resets: Tensor | None = None,
+    backend: Names = None,
+) -> tuple[Tensor, Tensor]:
+    """A stack of GRU layers; equations in :mod:`fusedrnn.cells.gru`, arguments as :func:`lstm`.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> layer = fusedrnn.GRU(3, 4)
+        >>> y, h_n = fusedrnn.functional.gru(torch.randn(5, 2, 3), None, list(layer.parameters()))
+        >>> y.shape
+        torch.Size([5, 2, 4])
+    """
+    stack = _checked_run(
+        GRU, x, None if hx is None else (hx,), params, has_biases=has_biases,
+        num_layers=num_layers, dropout=dropout, training=training, bidirectional=bidirectional,
+        batch_first=batch_first, lengths=lengths, resets=resets, backend=backend,
+    )  # fmt: skip
+    return stack.y, stack.h_n
+
+
+def rnn(
+    x: Tensor,
+    hx: Tensor | None,
+    params: Seq[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Lengths = None,
+    resets: Tensor | None = None,
+    backend: Names = None,
+) -> tuple[Tensor, Tensor]:
+    """A stack of Elman RNN layers; equations in :mod:`fusedrnn.cells.rnn`, arguments as
+    :func:`lstm`, and ``nonlinearity`` "tanh" or "relu".
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> layer = fusedrnn.RNN(3, 4, nonlinearity="relu")
+        >>> y, h_n = fusedrnn.functional.rnn(
+        ...     torch.randn(5, 2, 3), None, list(layer.parameters()), nonlinearity="relu")
+        >>> y.shape
+        torch.Size([5, 2, 4])
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    stack = _checked_run(
+        CELLS[f"rnn_{nonlinearity}"], x, None if hx is None else (hx,), params,
+        has_biases=has_biases, num_layers=num_layers, dropout=dropout, training=training,
+        bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,
+        backend=backend,
+    )  # fmt: skip
+    return stack.y, stack.h_n
+
+
+def _checked_run(
+    cell: Cell,
+    x: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    params: Seq[Tensor],
+    *,
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Lengths,
+    resets: Tensor | None,
+    backend: Names,
+    proj_size: int = 0,
+    cell_states: bool = False,
+) -> Stack:
+    """The checks of a public function (the modules have torch.nn's own), then :func:`run`."""
+    if x.dim() != 3:
+        raise ValueError(f"x should be 3-D, got {x.dim()}-D")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout should be a probability in [0, 1], got {dropout}")
+    directions = 2 if bidirectional else 1
+    each = 2 + 2 * has_biases + (proj_size > 0)
+    if len(params) != each * directions * num_layers:
+        raise ValueError(
+            f"params should hold {each} tensors for each of {num_layers} layers and {directions} "
+            f"directions, got {len(params)} in all"
+        )
+    weights = group(params, has_biases, proj_size > 0)
+    hidden = weights[0].w_hh.shape[0] // len(cell.gates)
+    out = proj_size or hidden
+    rows = hidden * len(cell.gates)
+    for k, w in enumerate(weights):
+        inputs = x.shape[2] if k < directions else out * directions
+        expected = ((rows, inputs), (rows, out), (rows,), (rows,), (out, hidden))
+        for name, tensor, shape in zip(Weights._fields, w, expected, strict=True):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(
+                    f"{name} of layer {k // directions} should have shape {list(shape)}, "
+                    f"got {list(tensor.shape)}"
+                )
+    batch = x.shape[0 if batch_first else 1]
+    for state, size, name in zip(hx or (), (out, hidden), ("h_0", "c_0"), strict=False):
+        if state.shape != (len(weights), batch, size):
+            raise ValueError(
+                f"{name} should have shape {[len(weights), batch, size]}, got {list(state.shape)}"
+            )
+    if batch_first:
+        x = x.transpose(0, 1)
+    seq = sequence(x, lengths, resets, batch_first)
+    stack = run(
+        cell, x, hx, weights, directions, seq, between_layers(dropout, training), cell_states,
+        check_names(backend),
+    )  # fmt: skip
+    return to_batch_first(stack) if batch_first else stack
+
+
+def between_layers(dropout: float, training: bool) -> Callable[[Tensor], Tensor]:
+    """What happens to the output of every layer but the last: torch.nn's own dropout."""
+    return (lambda y: F.dropout(y, dropout)) if dropout and training else lambda y: y
+
+
+def to_batch_first(stack: Stack) -> Stack:
+    c = None if stack.c is None else stack.c.transpose(0, 1)
+    return stack._replace(y=stack.y.transpose(0, 1), c=c)
+
+
+def group(params: Seq[Tensor], has_biases: bool, has_projection: bool) -> list[Weights]:
+    """The flat parameters of torch.nn's order, by layer and direction."""
+
+    def layers() -> Iterator[Weights]:
+        flat = iter(params)
+        for w_ih in flat:
+            w_hh = next(flat)
+            b_ih, b_hh = (next(flat), next(flat)) if has_biases else (None, None)
+            yield Weights(w_ih, w_hh, b_ih, b_hh, next(flat) if has_projection else None)
+
+    return list(layers())
+
+
+def sequence(x: Tensor, lengths: Lengths, resets: Tensor | None, batch_first: bool) -> Sequence:
+    """Checks ``lengths [B]`` and ``resets [T,B]`` (or ``[B,T]``) against ``x [T,B,I]``."""
+    steps, batch = x.shape[0], x.shape[1]
+    if lengths is not None:
+        if not isinstance(lengths, Tensor):
+            lengths = torch.tensor(lengths, dtype=torch.int64)
+        if lengths.dtype != torch.int64 or lengths.shape != (batch,):
+            raise ValueError(
+                f"lengths should be int64 of shape [{batch}], "
+                f"got {lengths.dtype} of shape {list(lengths.shape)}"
+            )
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+            if bool(((lengths < 0) | (lengths > steps)).any()):
+                raise ValueError(f"lengths should be in [0, {steps}], got {lengths.tolist()}")
+        lengths = lengths.to(x.device, non_blocking=True)
+    if resets is not None:
+        expected = (batch, steps) if batch_first else (steps, batch)
+        if resets.dtype != torch.bool or resets.shape != expected:
+            raise ValueError(
+                f"resets should be bool of shape {list(expected)}, "
+                f"got {resets.dtype} of shape {list(resets.shape)}"
+            )
+        if resets.device != x.device:
+            raise ValueError(f"resets should be on {x.device} as x is, got {resets.device}")
+        if batch_first:
+            resets = resets.t()
+    return Sequence(lengths, resets)
+
+
+def run(
+    cell: Cell,
+    x: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: list[Weights],
+    directions: int,
+    seq: Sequence,
+    between: Callable[[Tensor], Tensor] = lambda y: y,
+    cell_states: bool = False,
+    wish: tuple[str, ...] = (),
+) -> Stack:
+    """A stack over ``x [T,B,I]`` of checked shapes: autocast, zeros for hx, the last checks.
+
+    ``hx`` holds S tensors ``[L*D,B,*]``, h first; ``between`` acts on the output of every layer
+    but the last.
+    """
+    if x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    device = x.device.type
+    scope: AbstractContextManager[object] = nullcontext()
+    if torch.is_autocast_enabled(device):
+        x, hx, weights = _autocast(torch.get_autocast_dtype(device), x, hx, weights)
+        scope = torch.autocast(device, enabled=False)
+    _check_attributes(x, hx, weights)
+    hidden = weights[0].w_hh.shape[0] // len(cell.gates)
+    if hx is None:
+        sizes = (weights[0].w_hh.shape[1], *(hidden,) * (len(cell.states) - 1))
+        hx = tuple(x.new_zeros(len(weights), x.shape[1], size) for size in sizes)
+    c0 = None if len(hx) == 1 else torch.stack(hx[1:])
+    with scope:
+        return run_layers(cell, x, weights, hx[0], c0, seq, directions, cell_states, between, wish)
+
+
+def _autocast(
+    dtype: torch.dtype, x: Tensor, hx: tuple[Tensor, ...] | None, weights: list[Weights]
+) -> tuple[Tensor, tuple[Tensor, ...] | None, list[Weights]]:
+    """Everything in the autocast dtype, save a layer whose weights are float64 (as autocast)."""
+    if weights[0].w_ih.dtype == torch.float64:
+        return x, hx, weights
+    return (
+        x.to(dtype),
+        None if hx is None else tuple(s.to(dtype) for s in hx),
+        [Weights(*(None if t is None else t.to(dtype) for t in w)) for w in weights],  # type: ignore[arg-type]
+    )
+
+
+def _check_attributes(x: Tensor, hx: tuple[Tensor, ...] | None, weights: list[Weights]) -> None:
+    for name, tensors in (("hidden", hx or ()), ("parameter", [t for w in weights for t in w])):
+        for t in tensors:
+            if t is None:
+                continue
+            if t.device != x.device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at "
+                    f"{x.device} and {name} tensor at {t.device}"
+                )
+            if t.dtype != x.dtype:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not the same dtype, found input tensor with "
+                    f"{x.dtype} and {name} tensor with {t.dtype}"
+                )
