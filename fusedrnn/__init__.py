@@ -4,6 +4,8 @@ from fusedrnn import functional, reference
 from fusedrnn._version import __version__
 from fusedrnn.backends import backend, list_backends
 from fusedrnn.cell_modules import GRUCell, LSTMCell, RNNCell
+from fusedrnn.convert import convert, patch, to_torch
+from fusedrnn.explanation import Explanation, explain
 from fusedrnn.modules import GRU, LSTM, RNN
 from fusedrnn.recurrence import RecurrenceFunction
 
@@ -11,13 +13,18 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Explanation",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "RecurrenceFunction",
     "__version__",
     "backend",
+    "convert",
+    "explain",
     "functional",
     "list_backends",
+    "patch",
     "reference",
+    "to_torch",
 ]

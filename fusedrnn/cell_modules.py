@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from fusedrnn import functional
@@ -12,11 +12,22 @@ from fusedrnn.backends import Names, Sequence, Weights, check_names
 from fusedrnn.cells import CELLS, GRU, LSTM, Cell
 
 
-def step_module(
-    module: RNNCellBase, cell: Cell, kind: str, input: Tensor, hx: Any
-) -> tuple[Tensor, ...]:
+def cell_of(module: RNNCellBase) -> Cell:
+    """The cell of one of these modules or of torch.nn's."""
+    if isinstance(module, LSTMCell | nn.LSTMCell):
+        return LSTM
+    if isinstance(module, GRUCell | nn.GRUCell):
+        return GRU
+    nonlinearity: Any = module.nonlinearity
+    if nonlinearity not in ("tanh", "relu"):
+        raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
+    return CELLS[f"rnn_{nonlinearity}"]
+
+
+def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
     """``module.forward`` for any RNNCellBase, with torch.nn's checks: the new states."""
-    _check_dims(cell, kind, input, hx)
+    cell = cell_of(module)
+    _check_dims(cell, input, hx)
     batched = input.dim() == 2
     if len(cell.states) == 1 and hx is not None:
         hx = (hx,)
@@ -38,7 +49,8 @@ def step_module(
     return new if batched else tuple(s.squeeze(0) for s in new)
 
 
-def _check_dims(cell: Cell, kind: str, input: Tensor, hx: Any) -> None:
+def _check_dims(cell: Cell, input: Tensor, hx: Any) -> None:
+    kind = f"{cell.name.split('_')[0].upper()}Cell"
     if input.dim() not in (1, 2):
         raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     if hx is None:
@@ -124,7 +136,7 @@ class LSTMCell(_CellModule):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        h, c = step_module(self, LSTM, "LSTMCell", input, hx)
+        h, c = step_module(self, input, hx)
         return h, c
 
 
@@ -163,7 +175,7 @@ class GRUCell(_CellModule):
         )  # fmt: skip
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return step_module(self, GRU, "GRUCell", input, hx)[0]
+        return step_module(self, input, hx)[0]
 
 
 class RNNCell(_CellModule):
@@ -203,10 +215,4 @@ class RNNCell(_CellModule):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return step_module(self, rnn_cell(self.nonlinearity), "RNNCell", input, hx)[0]
-
-
-def rnn_cell(nonlinearity: str) -> Cell:
-    if nonlinearity not in ("tanh", "relu"):
-        raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
-    return CELLS[f"rnn_{nonlinearity}"]
+        return step_module(self, input, hx)[0]

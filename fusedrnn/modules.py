@@ -73,12 +73,12 @@ def _run_packed(
     _check_shapes(module, data, hx, batch_sizes)
 
     def pad(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return torch._VF._pad_packed_sequence(rows, batch_sizes, False, 0.0, len(batch_sizes))  # type: ignore[attr-defined,no-any-return]
+        return torch._VF._pad_packed_sequence(rows, batch_sizes, False, 0.0, len(batch_sizes))
 
     x, lengths = pad(data)
 
     def pack(padded: Tensor) -> Tensor:
-        return torch._VF._pack_padded_sequence(padded, lengths, False)[0]  # type: ignore[attr-defined,no-any-return]
+        return torch._VF._pack_padded_sequence(padded, lengths, False)[0]
 
     def between(y: Tensor) -> Tensor:  # on the packed rows, so that the mask is torch.nn's
         if module.dropout and module.training:

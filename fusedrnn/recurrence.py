@@ -39,7 +39,8 @@ def recurrence(
         return reference.recurrence(cell, x, weights, h0, c0, seq, reverse, cell_states)
     args = (*tensors, *seq, cell.name, backend.name, reverse, cell_states)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return RecurrenceFunction.apply(*args)  # type: ignore[no-any-return]
+        outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)
+        return outputs
     run = _forward(cell, backend, x, weights, h0, c0, seq, reverse, False, cell_states)
     return _outputs(run, c0 is not None, cell_states)
 
@@ -88,7 +89,7 @@ class RecurrenceFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         w_ih: Tensor,
@@ -135,8 +136,8 @@ class RecurrenceFunction(torch.autograd.Function):
         )
         need_x, need_ih, need_hh, need_b_ih, need_b_hh, need_hr = ctx.needs_input_grad[:6]
         rows, rows_hh = dgx.flatten(0, 1), dgh.flatten(0, 1)
-        db_ih = rows.sum(0) if need_b_ih or (need_b_hh and cell.additive) else None
-        db_hh = (db_ih.clone() if cell.additive else rows_hh.sum(0)) if need_b_hh else None
+        db_ih = rows.sum(0) if need_b_ih else None
+        db_hh = rows_hh.sum(0) if need_b_hh else None
         return (
             (rows @ w_ih).view_as(x) if need_x else None,
             rows.t() @ x.flatten(0, 1) if need_ih else None,

@@ -1,0 +1,64 @@
+"""What would run, and why: nothing is run to find out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
+
+from fusedrnn import cell_modules, modules
+from fusedrnn.backends import Request, by_name, check_names, weigh
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend that would run, its algorithm, and why each one tried before it would not."""
+
+    backend: str | None  # None: no backend of those asked for supports the call
+    algorithm: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.algorithm}" if self.backend else "nothing would run"]
+        return "\n".join(lines + [f"not {name}: {why}" for name, why in self.reasons.items()])
+
+
+def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
+    """Which backend would run ``module(x)`` here and now, and why the others would not.
+
+    Args:
+        module: a layer or cell of fusedrnn or torch.nn (which runs on fusedrnn under ``patch``).
+        x: the input the module would get; only its dtype and device are read.
+
+    Returns:
+        An :class:`Explanation`; its ``str`` is made for people.
+
+    Raises:
+        TypeError: ``module`` is no recurrent layer or cell.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> layer = fusedrnn.LSTM(3, 4, backend="reference")
+        >>> print(fusedrnn.explain(layer, torch.randn(5, 2, 3)))
+        reference: a loop of PyTorch operations
+    """
+    if not isinstance(module, nn.RNNBase | RNNCellBase):
+        raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
+    if isinstance(module, nn.RNNBase):
+        cell, proj_size = modules.cell_of(module), module.proj_size
+    else:
+        cell, proj_size = cell_modules.cell_of(module), 0
+    data = x.data if isinstance(x, PackedSequence) else x
+    device, dtype = data.device.type, data.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    request = Request(cell, dtype, device, module.hidden_size, proj_size)
+    reasons: dict[str, str] = {}
+    for name, reason in weigh(request, check_names(getattr(module, "backend", None))).items():
+        if reason is None:
+            return Explanation(name, by_name(name).algorithm, reasons)
+        reasons[name] = reason
+    return Explanation(None, None, reasons)
