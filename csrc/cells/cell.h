@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MIT
+// The contract of a cell, and the list of all cells. Everything else in csrc/ is generic over it.
+//
+// A cell is a struct of static functions over a value type V (numeric.h), acting on one hidden
+// unit (or one vector of units) of one batch row. States are h first, then the others.
+//
+//   forward(gx[G], gh[G], s[S], out[S], saved[R])
+//       gx = W_ih x + b_ih, gh = W_hh h_prev (+ b_hh); s: the states that enter the step;
+//       out: the new states; saved: all that backward needs beside s.
+//   backward(s[S], saved[R], dout[S], dgx[G], dgh[G], ds[S])
+//       ds[0] is only the path from h_prev to out that does not pass through W_hh; a cell with
+//       kReadsH = false has none and leaves ds[0] alone.
+#pragma once
+
+#include <concepts>
+
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+
+namespace frnn {
+
+template <class C>
+concept CellPolicy = requires(const double* in, double* out) {
+  { C::kName } -> std::convertible_to<const char*>;
+  { C::kGates } -> std::convertible_to<int>;      // G
+  { C::kStates } -> std::convertible_to<int>;     // S
+  { C::kSaved } -> std::convertible_to<int>;      // R
+  { C::kAdditive } -> std::convertible_to<bool>;  // gx and gh only meet as gx + gh: dgx == dgh
+  { C::kReadsH } -> std::convertible_to<bool>;    // forward reads s[0]; excludes a projection
+  C::template forward<double>(in, in, in, out, out);
+  C::template backward<double>(in, in, in, out, out, out);
+} && C::kGates >= 1 && C::kStates >= 1 && C::kSaved >= 1;
+
+template <CellPolicy... C>
+struct CellList {
+  static constexpr int kCount = sizeof...(C);
+
+  // Calls f.template operator()<Cell>() for the cell with this index; false if there is none.
+  template <class F>
+  FRNN_FN static bool dispatch(int cell, F f) {
+    int index = 0;
+    return ((index++ == cell ? (f.template operator()<C>(), true) : false) || ...);
+  }
+};
+
+// The order is the public cell index.
+using Cells = CellList<RnnTanh, RnnRelu, Lstm, Gru>;
+
+}  // namespace frnn
