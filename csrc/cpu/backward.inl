@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: MIT
+// The backward recurrence. Included by recurrence.inl inside an anonymous namespace.
+//
+// Steps run from s = T-1 down to -1. At step s the gradient of its h is gathered: dy, the gradient
+// of the final state, and what flows back from the step after, dgh @ W_hh + ds. Step -1 only
+// gathers what belongs to h0. dh0 and dc0 double as the running ds: what a step leaves there is
+// either taken up by the step before or is the row's result.
+
+template <class Cell, class T>
+class Backward {
+  using V = Vec<T>;
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+
+ public:
+  static void run(const frnn::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+    const auto plan = plan_of(args, kGates, pool.threads);
+    Carver measure(nullptr);
+    Backward(args, plan, measure);
+    Carver carver(frnn::cpu::workspace(measure.used()));
+    Backward backward(args, plan, carver);
+    run_slices(backward, plan, pool);
+  }
+
+  // One thread's part: `each` visits its slices, `meet` waits for all the others.
+  template <class Each, class Meet>
+  void work(const Each& each, const Meet& meet) {
+    each([&](int i) { pack(slice(i)); });
+    each([&](int i) { start(slice(i)); });
+    meet();
+    for (int64_t s = a_.t - 1; a_.t > 0 && s >= -1; --s) {
+      each([&](int i) { gather(slice(i), s); });
+      if (s < 0) break;
+      if (plan_.by_units) meet();
+      if (a_.w_hr == nullptr) continue;
+      each([&](int i) { run_cells(slice(i), s); });
+      if (plan_.by_units) meet();
+    }
+  }
+
+ private:
+  Backward(const frnn::BackwardArgs<T>& args, const frnn::cpu::Plan& plan, Carver& carver)
+      : a_(args), plan_(plan), timeline_(args) {
+    const int64_t lanes = kLanes<T>;
+    w_hh_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * kGates * a_.h);
+    if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.h) * lanes * a_.p);
+  }
+
+  Slice slice(int i) const { return make_slice(a_, plan_, i); }
+
+  void pack(const Slice& slice) const {
+    pack_columns(a_.w_hh, a_.p, kGates * a_.h, slice.pack_output, w_hh_);
+    if (a_.w_hr) pack_columns(a_.w_hr, a_.h, a_.p, slice.pack_hidden, w_hr_);
+  }
+
+  struct Place {
+    int64_t row, unit, offset;
+    int n;
+  };
+  static Place place(int64_t row, int64_t block, int64_t units) {
+    const int64_t unit = block * kLanes<T>;
+    return {row, unit, row * units + unit, static_cast<int>(min(kLanes<T>, units - unit))};
+  }
+
+  static V load_or_zero(const T* p, int64_t offset, int n) {
+    return p ? frnn::load<V>(p + offset, n) : V{};
+  }
+
+  // A row without steps hands the gradient of its final state straight to its initial state.
+  void start(const Slice& slice) const {
+    for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+      const bool empty = timeline_.length(row) == 0;
+      for (int64_t block = slice.output.begin; block < slice.output.end; ++block) {
+        const Place p = place(row, block, a_.p);
+        frnn::store(a_.dh0 + p.offset, load_or_zero(empty ? a_.dh_n : nullptr, p.offset, p.n), p.n);
+      }
+      for (int j = 1; j < kStates; ++j) {
+        for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
+          const Place p = place(row, block, a_.h);
+          const int64_t offset = (j - 1) * a_.b * a_.h + p.offset;
+          frnn::store(a_.dc0 + offset, load_or_zero(empty ? a_.dc_n : nullptr, offset, p.n), p.n);
+        }
+      }
+    }
+  }
+
+  void gather(const Slice& slice, int64_t s) const {
+    const auto flows_back = [&](int64_t row) {
+      const Entry entry = timeline_.entry(s + 1, row);
+      return entry == Entry::kCarried || entry == Entry::kInitial;
+    };
+    const auto finish = [&](int64_t row, int64_t block, const V* sum) {
+      finish_gather(s, row, block, sum[0]);
+    };
+    const int64_t k = kGates * a_.h;
+    const T* dgh = a_.dgh + timeline_.time(min(s + 1, a_.t - 1)) * a_.b * k;
+    product<1, T>(dgh, k, slice.rows, k, w_hh_, slice.output, s % 2, flows_back, finish);
+  }
+
+  void run_cells(const Slice& slice, int64_t s) const {
+    const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
+    const auto finish = [&](int64_t row, int64_t block, const V* sum) {
+      finish_cell(s, row, block, sum[0]);
+    };
+    product<1, T>(a_.dh + timeline_.time(s) * a_.b * a_.p, a_.p, slice.rows, a_.p, w_hr_,
+                  slice.hidden, s % 2, computed, finish);
+  }
+
+  // Not inlined, like Forward::finish_cell: one copy for all shapes of the microkernel.
+  __attribute__((noinline)) void finish_gather(int64_t s, int64_t row, int64_t block,
+                                               V product) const {
+    const Place p = place(row, block, a_.p);
+    const V dh = gradient_of_h(s, p, product);
+    if (s < 0) return;
+    if (a_.w_hr) {
+      frnn::store(a_.dh + timeline_.time(s) * a_.b * a_.p + p.offset, dh, p.n);
+    } else if (timeline_.computed(s, row)) {
+      step(s, p, dh);
+    } else {
+      skip(s, p);
+    }
+  }
+
+  __attribute__((noinline)) void finish_cell(int64_t s, int64_t row, int64_t block, V dm) const {
+    const Place p = place(row, block, a_.h);
+    if (timeline_.computed(s, row)) {
+      step(s, p, dm);
+    } else {
+      skip(s, p);
+    }
+  }
+
+  // The whole gradient of h at step s, 0 if it is not computed; what flows back into the initial
+  // state is stored there.
+  V gradient_of_h(int64_t s, const Place& p, V product) const {
+    const Entry next = timeline_.entry(s + 1, p.row);
+    V back{};
+    if (next == Entry::kCarried || next == Entry::kInitial) {
+      back = product;
+      if (Cell::kReadsH) back += frnn::load<V>(a_.dh0 + p.offset, p.n);
+    }
+    if (next == Entry::kInitial) {
+      frnn::store(a_.dh0 + p.offset, back, p.n);
+      back = V{};
+    }
+    if (s < 0 || !timeline_.computed(s, p.row)) return V{};
+    if (timeline_.last(s, p.row)) back += load_or_zero(a_.dh_n, p.offset, p.n);
+    return back + load_or_zero(a_.dy, timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
+  }
+
+  void step(int64_t s, const Place& p, V dh) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    V in[kStates], saved[Cell::kSaved], dout[kStates], dgx[kGates], dgh[kGates], ds[kStates];
+    for (int r = 0; r < Cell::kSaved; ++r) {
+      saved[r] = frnn::load<V>(a_.saved + (r * a_.t + t) * plane + p.offset, p.n);
+    }
+    if (Cell::kReadsH) in[0] = frnn::load<V>(a_.h_prev + t * plane + p.offset, p.n);
+    dout[0] = dh;
+    const T* running = timeline_.last(s, p.row) ? a_.dc_n : a_.dc0;
+    for (int j = 1; j < kStates; ++j) {
+      in[j] = frnn::load<V>(a_.c_prev + ((j - 1) * a_.t + t) * plane + p.offset, p.n);
+      dout[j] = load_or_zero(running, (j - 1) * plane + p.offset, p.n);
+    }
+    if (kStates > 1) dout[kStates > 1] += load_or_zero(a_.dc, t * plane + p.offset, p.n);
+
+    Cell::backward(in, saved, dout, dgx, dgh, ds);
+
+    const int64_t gates = (t * a_.b + p.row) * kGates * a_.h + p.unit;
+    for (int g = 0; g < kGates; ++g) {
+      frnn::store(a_.dgx + gates + g * a_.h, dgx[g], p.n);
+      if (!Cell::kAdditive) frnn::store(a_.dgh + gates + g * a_.h, dgh[g], p.n);
+    }
+    const bool cut = timeline_.entry(s, p.row) == Entry::kZero;
+    if (Cell::kReadsH) frnn::store(a_.dh0 + p.offset, cut ? V{} : ds[0], p.n);
+    for (int j = 1; j < kStates; ++j) {
+      frnn::store(a_.dc0 + (j - 1) * plane + p.offset, cut ? V{} : ds[j], p.n);
+    }
+  }
+
+  void skip(int64_t s, const Place& p) const {
+    const int64_t gates = (timeline_.time(s) * a_.b + p.row) * kGates * a_.h + p.unit;
+    for (int g = 0; g < kGates; ++g) {
+      frnn::store(a_.dgx + gates + g * a_.h, V{}, p.n);
+      if (!Cell::kAdditive) frnn::store(a_.dgh + gates + g * a_.h, V{}, p.n);
+    }
+  }
+
+  const frnn::BackwardArgs<T>& a_;
+  const frnn::cpu::Plan plan_;
+  const Timeline<T> timeline_;
+  T* w_hh_ = nullptr;  // packed
+  T* w_hr_ = nullptr;  // packed
+};

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: MIT
+// One engine per instruction set: the same text (recurrence.inl) compiled with other flags.
+#pragma once
+
+#include "recurrence.h"
+
+namespace frnn::cpu {
+
+struct Engine {
+  const char* name;
+  void (*forward_f32)(int cell, const ForwardArgs<float>&, const Pool&);
+  void (*forward_f64)(int cell, const ForwardArgs<double>&, const Pool&);
+  void (*backward_f32)(int cell, const BackwardArgs<float>&, const Pool&);
+  void (*backward_f64)(int cell, const BackwardArgs<double>&, const Pool&);
+};
+
+extern const Engine kBaseEngine;
+extern const Engine kAvx2Engine;    // x86-64 only
+extern const Engine kAvx512Engine;  // x86-64 only
+
+}  // namespace frnn::cpu

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: MIT
+// The forward recurrence. Included by recurrence.inl inside an anonymous namespace.
+
+template <class Cell, class T>
+class Forward {
+  using V = Vec<T>;
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+
+ public:
+  static void run(const frnn::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+    const auto plan = plan_of(args, kGates, pool.threads);
+    Carver measure(nullptr);
+    Forward(args, plan, measure);
+    Carver carver(frnn::cpu::workspace(measure.used()));
+    Forward forward(args, plan, carver);
+    run_slices(forward, plan, pool);
+  }
+
+  // One thread's part: `each` visits its slices, `meet` waits for all the others.
+  template <class Each, class Meet>
+  void work(const Each& each, const Meet& meet) {
+    each([&](int i) { pack(slice(i)); });
+    each([&](int i) { start(slice(i)); });
+    meet();
+    for (int64_t s = 0; s < a_.t; ++s) {
+      each([&](int i) { run_cells(slice(i), s); });
+      if (plan_.by_units) meet();
+      if (a_.w_hr == nullptr) continue;
+      each([&](int i) { project(slice(i), s); });
+      if (plan_.by_units) meet();
+    }
+  }
+
+ private:
+  Forward(const frnn::ForwardArgs<T>& args, const frnn::cpu::Plan& plan, Carver& carver)
+      : a_(args), plan_(plan), timeline_(args) {
+    const int64_t lanes = kLanes<T>;
+    w_hh_ = carver.take<T>(blocks_of<T>(a_.h) * lanes * kGates * a_.p);
+    if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * a_.h);
+    if (!a_.h_prev) h_ = carver.take<T>(2 * a_.b * a_.p);
+    if (!a_.h_prev && kStates > 1) states_ = carver.take<T>((kStates - 1) * a_.b * a_.h);
+    if (a_.w_hr && !a_.m) m_ = carver.take<T>(a_.b * a_.h);
+  }
+
+  Slice slice(int i) const { return make_slice(a_, plan_, i); }
+
+  // The h that enters step s, [B, P]. Without training two buffers take turns: a slice may write
+  // the next one while another still reads this one.
+  T* h_in(int64_t s) const {
+    return a_.h_prev ? a_.h_prev + timeline_.time(s) * a_.b * a_.p : h_ + s % 2 * a_.b * a_.p;
+  }
+
+  // The j-th of the other states that enter step s, [B, H]. Only its owner touches an element, so
+  // without training one buffer is overwritten in place.
+  T* state_in(int64_t s, int j) const {
+    const int64_t plane = a_.b * a_.h;
+    return a_.h_prev ? a_.c_prev + ((j - 1) * a_.t + timeline_.time(s)) * plane
+                     : states_ + (j - 1) * plane;
+  }
+
+  T* m_at(int64_t s) const { return a_.m ? a_.m + timeline_.time(s) * a_.b * a_.h : m_; }
+
+  void pack(const Slice& slice) const {
+    pack_rows(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
+    if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
+  }
+
+  // States that enter step 0, and the final states of rows without steps.
+  void start(const Slice& slice) const {
+    for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+      for (int64_t block = slice.output.begin; block < slice.output.end; ++block) {
+        const Place p = place(row, block, a_.p);
+        start_state(p, a_.h0, a_.t > 0 ? h_in(0) : nullptr, a_.h_n);
+      }
+      for (int j = 1; j < kStates; ++j) {
+        const int64_t plane = (j - 1) * a_.b * a_.h;
+        for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
+          const Place p = place(row, block, a_.h);
+          start_state(p, a_.c0 + plane, a_.t > 0 ? state_in(0, j) : nullptr, a_.c_n + plane);
+        }
+      }
+    }
+  }
+
+  // A vector of units of one row within a [B, units] array; its last lanes may not exist.
+  struct Place {
+    int64_t row, unit, offset;
+    int n;
+  };
+  static Place place(int64_t row, int64_t block, int64_t units) {
+    const int64_t unit = block * kLanes<T>;
+    return {row, unit, row * units + unit, static_cast<int>(min(kLanes<T>, units - unit))};
+  }
+
+  void start_state(const Place& p, const T* initial, T* entering, T* final) const {
+    const V x = frnn::load<V>(initial + p.offset, p.n);
+    if (timeline_.length(p.row) == 0) frnn::store(final + p.offset, x, p.n);
+    if (entering == nullptr) return;
+    const bool take = timeline_.entry(0, p.row) == Entry::kInitial;
+    frnn::store(entering + p.offset, take ? x : V{}, p.n);
+  }
+
+  // Sends a state computed at step s to where it goes: into the next step, to the final states.
+  void pass_on(int64_t s, const Place& p, V x, const T* initial, T* next, T* final) const {
+    if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) {
+      frnn::store(final + p.offset, x, p.n);
+    }
+    if (s + 1 == a_.t) return;
+    const Entry entry = timeline_.entry(s + 1, p.row);
+    if (entry == Entry::kInitial) {
+      x = frnn::load<V>(initial + p.offset, p.n);
+    } else if (entry != Entry::kCarried) {
+      x = V{};
+    }
+    frnn::store(next + p.offset, x, p.n);
+  }
+
+  void run_cells(const Slice& slice, int64_t s) const {
+    const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
+    const auto finish = [&](int64_t row, int64_t block, const V* gh) {
+      finish_cell(s, row, block, gh);
+    };
+    product<kGates, T>(h_in(s), a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2, computed,
+                       finish);
+  }
+
+  void project(const Slice& slice, int64_t s) const {
+    const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
+    const auto finish = [&](int64_t row, int64_t block, const V* sum) {
+      put_output(s, place(row, block, a_.p), sum[0]);
+    };
+    product<1, T>(m_at(s), a_.h, slice.rows, a_.h, w_hr_, slice.output, s % 2, computed, finish);
+  }
+
+  // The cell after the product. Never inlined: the microkernels of all shapes must share one copy,
+  // in which the compiler fuses multiplications and additions in one way, for the result not to
+  // depend on how rows fall into tiles.
+  __attribute__((noinline)) void finish_cell(int64_t s, int64_t row, int64_t block,
+                                             const V* gh) const {
+    const Place p = place(row, block, a_.h);
+    const V h = timeline_.computed(s, row) ? step(s, p, gh) : skip(s, p);
+    if (a_.w_hr) {
+      frnn::store(m_at(s) + p.offset, h, p.n);
+    } else {
+      put_output(s, p, h);
+    }
+  }
+
+  V step(int64_t s, const Place& p, const V* product) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    V gx[kGates], gh[kGates], in[kStates], out[kStates], saved[Cell::kSaved];
+    const T* gx_row = a_.gx + (t * a_.b + p.row) * kGates * a_.h + p.unit;
+    for (int g = 0; g < kGates; ++g) {
+      gx[g] = frnn::load<V>(gx_row + g * a_.h, p.n);
+      gh[g] = product[g];
+      if (!Cell::kAdditive && a_.b_hh) {
+        gh[g] += frnn::load<V>(a_.b_hh + g * a_.h + p.unit, p.n);
+      }
+    }
+    if (Cell::kReadsH) in[0] = frnn::load<V>(h_in(s) + p.offset, p.n);
+    for (int j = 1; j < kStates; ++j) in[j] = frnn::load<V>(state_in(s, j) + p.offset, p.n);
+
+    Cell::forward(gx, gh, in, out, saved);
+
+    if (a_.saved) {
+      for (int r = 0; r < Cell::kSaved; ++r) {
+        frnn::store(a_.saved + (r * a_.t + t) * plane + p.offset, saved[r], p.n);
+      }
+    }
+    if (kStates > 1 && a_.c) frnn::store(a_.c + t * plane + p.offset, out[kStates > 1], p.n);
+    pass_on_states(s, p, out);
+    return out[0];
+  }
+
+  // What a step leaves behind that is not computed.
+  V skip(int64_t s, const Place& p) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    if (a_.saved) {
+      for (int r = 0; r < Cell::kSaved; ++r) {
+        frnn::store(a_.saved + (r * a_.t + t) * plane + p.offset, V{}, p.n);
+      }
+    }
+    if (kStates > 1 && a_.c) frnn::store(a_.c + t * plane + p.offset, V{}, p.n);
+    const V zero[kStates] = {};
+    pass_on_states(s, p, zero);
+    return V{};
+  }
+
+  void pass_on_states(int64_t s, const Place& p, const V* state) const {
+    const int64_t plane = a_.b * a_.h;
+    for (int j = 1; j < kStates; ++j) {
+      const int64_t offset = (j - 1) * plane;
+      T* next = s + 1 < a_.t ? state_in(s + 1, j) : nullptr;
+      pass_on(s, p, state[j], a_.c0 + offset, next, a_.c_n + offset);
+    }
+  }
+
+  void put_output(int64_t s, const Place& p, V h) const {
+    if (!timeline_.computed(s, p.row)) h = V{};
+    frnn::store(a_.y + timeline_.time(s) * a_.b * a_.p + p.offset, h, p.n);
+    pass_on(s, p, h, a_.h0, s + 1 < a_.t ? h_in(s + 1) : nullptr, a_.h_n);
+  }
+
+  const frnn::ForwardArgs<T>& a_;
+  const frnn::cpu::Plan plan_;
+  const Timeline<T> timeline_;
+  T* w_hh_ = nullptr;    // packed
+  T* w_hr_ = nullptr;    // packed
+  T* h_ = nullptr;       // [2, B, P]
+  T* states_ = nullptr;  // [S-1, B, H]
+  T* m_ = nullptr;       // [B, H]
+};

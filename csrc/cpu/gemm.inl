@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MIT
+// Products of a few rows with packed weights. Included by recurrence.inl inside an anonymous
+// namespace, so that every instruction set has its own copy.
+//
+// Packed weights are [blocks][K][G][V]: a block is one vector of output units, V its lanes. The
+// gates of a unit lie together, so that the cell can follow the product without a detour through
+// memory, and a block is read from front to back.
+
+template <class T>
+using Vec = frnn::Vector<T, kVectorBytes / sizeof(T)>;
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+constexpr int64_t blocks_of(int64_t units) {
+  return (units + kLanes<T> - 1) / kLanes<T>;
+}
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Part i of n nearly equal parts of [0, total).
+constexpr Range part(int64_t total, int i, int n) { return {total * i / n, total * (i + 1) / n}; }
+
+// w [G*N, K], units along rows -> the given blocks of packed. Lanes beyond N become 0.
+template <class T>
+void pack_rows(const T* w, int gates, int64_t units, int64_t k, Range blocks, T* packed) {
+  constexpr int kStrip = 64 / sizeof(T);  // read whole cache lines
+  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    T* to = packed + block * k * gates * kLanes<T>;
+    const int64_t u = block * kLanes<T>;
+    const int64_t n = min(kLanes<T>, units - u);
+    for (int64_t k0 = 0; k0 < k; k0 += kStrip) {
+      const int64_t k1 = min(k, k0 + kStrip);
+      for (int g = 0; g < gates; ++g) {
+        for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+          const T* from = w + (g * units + u + (lane < n ? lane : 0)) * k;
+          for (int64_t i = k0; i < k1; ++i) {
+            to[(i * gates + g) * kLanes<T> + lane] = lane < n ? from[i] : T(0);
+          }
+        }
+      }
+    }
+  }
+}
+
+// w [K, N], units along columns, one gate -> the given blocks of packed.
+template <class T>
+void pack_columns(const T* w, int64_t units, int64_t k, Range blocks, T* packed) {
+  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    const int64_t u = block * kLanes<T>;
+    const int n = static_cast<int>(min(kLanes<T>, units - u));
+    T* to = packed + block * k * kLanes<T>;
+    for (int64_t i = 0; i < k; ++i) {
+      frnn::store(to + i * kLanes<T>, frnn::load<Vec<T>>(w + i * units + u, n));
+    }
+  }
+}
+
+// sum[row][block][gate] (+)= a[row][0..k) . w[block][0..k)[gate]
+template <class T>
+using Multiply = void (*)(const T* a, int64_t lda, int64_t k, const T* w, int64_t block_stride,
+                          bool accumulate, Vec<T>* sum);
+
+// The microkernel. All sums stay in registers; each weight vector is loaded once per kRows rows.
+template <int kRows, int kBlocks, int kGates, class T>
+void multiply(const T* __restrict__ a, int64_t lda, int64_t k, const T* __restrict__ w,
+              int64_t block_stride, bool accumulate, Vec<T>* __restrict__ sum) {
+  Vec<T> acc[kRows][kBlocks][kGates] = {};
+  for (int64_t i = 0; i < k; ++i) {
+#pragma GCC unroll 16
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma GCC unroll 16
+      for (int gate = 0; gate < kGates; ++gate) {
+        const T* p = w + block * block_stride + (i * kGates + gate) * kLanes<T>;
+        const Vec<T> weight = frnn::load<Vec<T>>(p);
+#pragma GCC unroll 16
+        for (int row = 0; row < kRows; ++row) acc[row][block][gate] += a[row * lda + i] * weight;
+      }
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < kRows * kBlocks * kGates; ++i) {
+    const Vec<T> value = acc[i / (kBlocks * kGates)][i / kGates % kBlocks][i % kGates];
+    sum[i] = accumulate ? sum[i] + value : value;
+  }
+}
+
+// Shapes of the microkernel for a number of gates: enough independent sums to hide the latency of
+// the multiply-add, as many rows as fit. With a single row the weights are read only once, so more
+// blocks at a time take the place of rows.
+template <int kGates>
+struct Shape {
+  static constexpr int kBlocks = kGates == 1 ? 2 : 1;
+  static constexpr int kRows = kSumRegisters / (kGates * kBlocks);
+  static constexpr int kBlocksOfOneRow = kGates >= 8 ? 1 : 8 / kGates;
+};
+
+template <int kBlocks, int kGates, class T>
+struct MultiplyTable {
+  Multiply<T> entry[Shape<kGates>::kRows];  // by rows - 1
+
+  template <int... kIndex>
+  static constexpr MultiplyTable make(std::integer_sequence<int, kIndex...>) {
+    return {{&multiply<kIndex + 1, kBlocks, kGates, T>...}};
+  }
+};
+
+// K is worked off in chunks so that the chunk of weights all rows share stays in the L1 cache
+// (16 KB with AVX2 and 4 gates), and long sums are added in parts, which keeps them accurate. It
+// is a constant so that results do not depend on how the work is divided.
+constexpr int64_t kChunk = 128;
+// Rows whose sums are kept at a time; a multiple of every Shape::kRows, at most the bits of a mask.
+constexpr int kRowBlock = 48;
+
+// sum[row][block][gate] over all of K, for kBlocks blocks at w; only tiles with a row in `wanted`.
+template <int kBlocks, int kGates, class T>
+void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k, const T* w,
+                   Vec<T>* sum) {
+  constexpr int kRows = Shape<kGates>::kRows;
+  static constexpr auto kTable =
+      MultiplyTable<kBlocks, kGates, T>::make(std::make_integer_sequence<int, kRows>{});
+  const int tiles = (rows + kRows - 1) / kRows;
+  for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
+    for (int tile = 0; tile < tiles; ++tile) {
+      const Range r = part(rows, tile, tiles);
+      if ((wanted >> r.begin & ((uint64_t{1} << r.size()) - 1)) == 0) continue;
+      kTable.entry[r.size() - 1](a + r.begin * lda + k0, lda, min(kChunk, k - k0),
+                                 w + k0 * kGates * kLanes<T>, k * kGates * kLanes<T>, k0 > 0,
+                                 sum + r.begin * kBlocks * kGates);
+    }
+  }
+}
+
+// Runs the product of rows a [.., lda] with packed blocks and hands the sums of every row and block
+// to finish(row, block, const Vec<T>* sum[gates]). wanted(row) tells whether the row's sums matter;
+// if not they are unspecified. `backwards` walks the blocks from the end: alternating it from step
+// to step finds the blocks used last still in the cache.
+template <int kGates, class T, class Wanted, class Finish>
+void product(const T* a, int64_t lda, Range rows, int64_t k, const T* packed, Range blocks,
+             bool backwards, const Wanted& wanted, const Finish& finish) {
+  using S = Shape<kGates>;
+  alignas(64) Vec<T> sum[kRowBlock * S::kBlocks * kGates];
+  const auto some_blocks = [&]<int kBlocks>(int64_t block) {
+    for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
+      const int n = static_cast<int>(min(kRowBlock, rows.end - r0));
+      uint64_t mask = 0;
+      for (int i = 0; i < n; ++i) mask |= uint64_t{wanted(r0 + i)} << i;
+      const T* w = packed + block * k * kGates * kLanes<T>;
+      multiply_rows<kBlocks, kGates, T>(a + r0 * lda, lda, n, mask, k, w, sum);
+      for (int i = 0; i < n; ++i) {
+        for (int j = 0; j < kBlocks; ++j)
+          finish(r0 + i, block + j, sum + (i * kBlocks + j) * kGates);
+      }
+    }
+  };
+  const int step = rows.size() == 1 ? S::kBlocksOfOneRow : S::kBlocks;
+  const int64_t groups = blocks.size() / step;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t block = blocks.begin + step * (backwards ? groups - 1 - i : i);
+    if (rows.size() == 1) {
+      some_blocks.template operator()<S::kBlocksOfOneRow>(block);
+    } else {
+      some_blocks.template operator()<S::kBlocks>(block);
+    }
+  }
+  for (int64_t block = blocks.begin + step * groups; block < blocks.end; ++block) {
+    some_blocks.template operator()<1>(block);
+  }
+}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT
+// How a call is divided among threads: a pure function of its shape.
+#pragma once
+
+#include <cstdint>
+
+namespace frnn::cpu {
+
+struct Problem {
+  int threads;           // available
+  int64_t rows;          // B
+  int64_t unit_blocks;   // hidden units, in vectors
+  double step_flops;     // of the products of one time step
+  int64_t weight_bytes;  // packed
+};
+
+struct Plan {
+  // By units: every slice computes its units of all rows and meets the others after every step.
+  // By rows: every slice runs the whole sequence of its rows alone and reads all the weights.
+  bool by_units;
+  int slices;
+};
+
+// A slice must have enough work per step to pay for the meeting (about 0.3 us with two threads,
+// more with many): 60 kflop take it 1 us when it streams weights from L2.
+inline constexpr double kFlopsPerUnitSlice = 60e3;
+// Rows need not meet, so the whole call counts; a slice of 12 rows already reuses each weight
+// enough to be bound by arithmetic.
+inline constexpr int64_t kRowsPerSlice = 12;
+// All slices read all the weights, so these must stay in each core's own cache.
+inline constexpr int64_t kPrivateCacheBytes = 512 << 10;
+
+inline Plan make_plan(const Problem& p) {
+  const int64_t row_slices = p.rows / kRowsPerSlice;
+  if (p.threads > 1 && row_slices >= p.threads && p.weight_bytes <= kPrivateCacheBytes) {
+    return {false, p.threads};
+  }
+  int64_t slices = static_cast<int64_t>(p.step_flops / kFlopsPerUnitSlice);
+  if (slices > p.unit_blocks) slices = p.unit_blocks;
+  if (slices > p.threads) slices = p.threads;
+  return {true, slices < 1 ? 1 : static_cast<int>(slices)};
+}
+
+}  // namespace frnn::cpu

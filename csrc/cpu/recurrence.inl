@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: MIT
+// The CPU engine, generic over cell, scalar and vector width. Each recurrence_<isa>.cpp includes it
+// once, after defining kVectorBytes and kSumRegisters. Everything lies in an anonymous namespace:
+// the linker must never replace one instruction set's copy by another's.
+#include <cstdint>
+#include <utility>
+
+#include "cells/cell.h"
+#include "cpu/engine.h"
+#include "cpu/plan.h"
+#include "cpu/team.h"
+#include "numeric.h"
+#include "recurrence.h"
+
+namespace {
+
+#include "cpu/gemm.inl"
+#include "cpu/timeline.inl"
+
+// The part of the work one slice owns: rows x blocks of units; when the units are divided, all
+// rows and its share of the blocks, else the other way round.
+struct Slice {
+  Range rows;
+  Range hidden;       // blocks of H
+  Range output;       // blocks of P
+  Range pack_hidden;  // its share of the packing, in both cases
+  Range pack_output;
+};
+
+template <class T>
+Slice make_slice(const frnn::SequenceArgs<T>& a, const frnn::cpu::Plan& plan, int i) {
+  const int64_t hidden = blocks_of<T>(a.h), output = blocks_of<T>(a.p);
+  Slice s;
+  s.pack_hidden = part(hidden, i, plan.slices);
+  s.pack_output = part(output, i, plan.slices);
+  s.rows = plan.by_units ? Range{0, a.b} : part(a.b, i, plan.slices);
+  s.hidden = plan.by_units ? s.pack_hidden : Range{0, hidden};
+  s.output = plan.by_units ? s.pack_output : Range{0, output};
+  return s;
+}
+
+template <class T>
+frnn::cpu::Plan plan_of(const frnn::SequenceArgs<T>& a, int gates, int threads) {
+  const double macs = double(gates) * a.h * a.p + (a.w_hr ? double(a.p) * a.h : 0);
+  return frnn::cpu::make_plan({.threads = threads,
+                               .rows = a.b,
+                               .unit_blocks = blocks_of<T>(a.h),
+                               .step_flops = 2 * macs * a.b,
+                               .weight_bytes = static_cast<int64_t>(macs * sizeof(T))});
+}
+
+// Hands out pieces of one workspace; a first pass with no memory measures them.
+class Carver {
+ public:
+  explicit Carver(void* memory) : base_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    constexpr size_t kAlignment = 128;
+    char* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<T*>(piece);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// Runs worker.pack(slice) and then worker.run(slices, count, meet) in the pool.
+template <class Worker>
+void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Pool& pool) {
+  struct Context {
+    Worker& worker;
+    const frnn::cpu::Plan& plan;
+    frnn::cpu::Barrier barrier;
+  } context{worker, plan, frnn::cpu::Barrier(plan.slices)};
+  const auto body = [](int64_t begin, int64_t end, void* pointer) {
+    Context& c = *static_cast<Context*>(pointer);
+    const int count = static_cast<int>(end - begin);
+    const auto each = [&](auto&& work) {
+      for (int64_t i = begin; i < end; ++i) work(static_cast<int>(i));
+    };
+    const auto meet = [&] {
+      if (count < c.plan.slices) c.barrier.arrive_and_wait(count);
+    };
+    c.worker.work(each, meet);
+  };
+  if (plan.slices == 1) {
+    body(0, 1, &context);
+  } else {
+    pool.run(plan.slices, body, &context);
+  }
+}
+
+#include "cpu/backward.inl"
+#include "cpu/forward.inl"
+
+template <class T>
+void run_forward(int cell, const frnn::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+  frnn::Cells::dispatch(cell, [&]<class Cell>() { Forward<Cell, T>::run(args, pool); });
+}
+
+template <class T>
+void run_backward(int cell, const frnn::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+  frnn::Cells::dispatch(cell, [&]<class Cell>() { Backward<Cell, T>::run(args, pool); });
+}
+
+constexpr frnn::cpu::Engine make_engine(const char* name) {
+  return {name, run_forward<float>, run_forward<double>, run_backward<float>, run_backward<double>};
+}
+
+}  // namespace

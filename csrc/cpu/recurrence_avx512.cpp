@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: MIT
+#include "cpu/engine.h"
+
+namespace {
+// Compiled with AVX-512 F, BW, VL and DQ. Of 32 registers 24 hold sums.
+constexpr int kVectorBytes = 64;
+constexpr int kSumRegisters = 24;
+}  // namespace
+
+#include "cpu/recurrence.inl"
+
+constinit const frnn::cpu::Engine frnn::cpu::kAvx512Engine = make_engine("avx512");

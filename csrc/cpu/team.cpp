@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+#include "cpu/team.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+
+namespace frnn::cpu {
+namespace {
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+// About 3 us: longer than slices differ when each has its core, far shorter than a time slice.
+constexpr int kSpins = 150;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+struct Buffer {
+  std::unique_ptr<void, Free> memory;
+  size_t bytes = 0;
+};
+
+}  // namespace
+
+void Barrier::arrive_and_wait(int slices) {
+  const unsigned generation = generation_.load(std::memory_order_relaxed);
+  if (missing_.fetch_sub(slices, std::memory_order_acq_rel) == slices) {
+    missing_.store(slices_, std::memory_order_relaxed);
+    generation_.store(generation + 1, std::memory_order_release);
+    return;
+  }
+  for (int spin = 0; generation_.load(std::memory_order_acquire) == generation; ++spin) {
+    if (spin < kSpins) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+void* workspace(size_t bytes) {
+  constexpr size_t kAlignment = 128;
+  thread_local Buffer buffer;
+  if (bytes > buffer.bytes) {
+    buffer = {};
+    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    buffer.memory.reset(std::aligned_alloc(kAlignment, rounded));
+    if (!buffer.memory) throw std::bad_alloc();
+    buffer.bytes = rounded;
+  }
+  return buffer.memory.get();
+}
+
+}  // namespace frnn::cpu

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: MIT
+// Which step of a row is computed, and from what. Step s = 0, 1, .. is the order of computation,
+// t the position in the arrays. Included by recurrence.inl inside an anonymous namespace.
+
+// Where the state that enters a step comes from.
+enum class Entry {
+  kNone,     // the step is not computed
+  kZero,     // a new sequence begins
+  kInitial,  // h0, c0
+  kCarried,  // the step before
+};
+
+template <class T>
+class Timeline {
+ public:
+  explicit Timeline(const frnn::SequenceArgs<T>& args)
+      : a_(args), full_(args.lengths == nullptr && args.resets == nullptr) {}
+
+  int64_t time(int64_t s) const { return a_.reverse ? a_.t - 1 - s : s; }
+
+  int64_t length(int64_t row) const {
+    if (a_.lengths == nullptr) return a_.t;
+    const int64_t n = a_.lengths[row];
+    return n < 0 ? 0 : min(n, a_.t);
+  }
+
+  bool computed(int64_t s, int64_t row) const { return full_ || time(s) < length(row); }
+
+  // Steps outside [0, T) have no entry.
+  Entry entry(int64_t s, int64_t row) const {
+    if (s < 0 || s >= a_.t) return Entry::kNone;
+    if (full_) return s == 0 ? Entry::kInitial : Entry::kCarried;
+    const int64_t t = time(s), n = length(row);
+    if (t >= n) return Entry::kNone;
+    if (a_.reverse) {
+      if (t == n - 1) return Entry::kInitial;
+      return reset(t + 1, row) ? Entry::kZero : Entry::kCarried;
+    }
+    if (reset(t, row)) return Entry::kZero;
+    return t == 0 ? Entry::kInitial : Entry::kCarried;
+  }
+
+  // The last step of its row, given that it is computed.
+  bool last(int64_t s, int64_t row) const {
+    return a_.reverse ? s == a_.t - 1 : s == length(row) - 1;
+  }
+
+ private:
+  bool reset(int64_t t, int64_t row) const {
+    return a_.resets != nullptr && a_.resets[t * a_.b + row];
+  }
+
+  const frnn::SequenceArgs<T>& a_;
+  const bool full_;
+};

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT
+// The C++ interface of the engines: one layer, one direction, gx = W_ih x + b_ih given.
+//
+// Letters: T time, B batch, H hidden, P output size (= H without projection), G gates, S states,
+// R saved planes. All arrays are dense, row-major, in the order of their bracketed shape; all
+// belong to the caller, are only used during the call, and do not overlap. "or null" marks what
+// may be absent. Step t of row b is *computed* when t < lengths[b]; a row of length 0 has no step.
+#pragma once
+
+#include <cstdint>
+
+namespace frnn {
+
+struct CellFacts {
+  const char* name;
+  int gates, states, saved;
+  bool additive;  // gx and gh only meet as their sum, so that dgx == dgh
+  bool reads_h;   // h_prev reaches h around W_hh too; excludes a projection
+};
+
+int cell_count();
+const CellFacts& cell_facts(int cell);  // 0 <= cell < cell_count()
+
+// What forward and backward have in common.
+template <class T>
+struct SequenceArgs {
+  int64_t t, b, h, p;      // T, B, H, P; T and B may be 0
+  bool reverse;            // run from each row's end to its beginning
+  const T* w_hh;           // [G*H, P] in
+  const T* w_hr;           // [P, H] in, or null (then P == H)
+  const int64_t* lengths;  // [B] in, or null = T; values beyond [0, T] are clamped
+  const bool* resets;      // [T, B] in, or null; true: nothing passes between t-1 and t
+};
+
+template <class T>
+struct ForwardArgs : SequenceArgs<T> {
+  const T* gx;    // [T, B, G*H] in; never read at steps not computed
+  const T* b_hh;  // [G*H] in, or null; only for cells that are not additive
+  const T* h0;    // [B, P] in
+  const T* c0;    // [S-1, B, H] in, or null if S == 1
+
+  T* y;    // [T, B, P] out, 0 at steps not computed
+  T* h_n;  // [B, P] out, the state after each row's own last step (h0 if it has none)
+  T* c_n;  // [S-1, B, H] out, or null if S == 1
+  T* c;    // [T, B, H] out, or null: the second state at every step, 0 where not computed
+
+  // For backward, all or none; 0 at steps not computed.
+  T* h_prev;  // [T, B, P] out, or null: the h that entered the step
+  T* c_prev;  // [S-1, T, B, H] out, or null: the other states that entered it
+  T* saved;   // [R, T, B, H] out, or null: what the cell saves
+  T* m;       // [T, B, H] out, or null: the cell's h before the projection
+};
+
+template <class T>
+struct BackwardArgs : SequenceArgs<T> {
+  const T* dy;    // [T, B, P] in, or null = 0; not read at steps not computed
+  const T* dc;    // [T, B, H] in, or null = 0; likewise
+  const T* dh_n;  // [B, P] in, or null = 0
+  const T* dc_n;  // [S-1, B, H] in, or null = 0
+
+  const T* h_prev;  // as forward left them
+  const T* c_prev;
+  const T* saved;
+
+  T* dgx;  // [T, B, G*H] out, 0 at steps not computed
+  T* dgh;  // [T, B, G*H] out; the same pointer as dgx for additive cells
+  T* dh0;  // [B, P] out; also holds the running gradient during the call
+  T* dc0;  // [S-1, B, H] out, or null if S == 1; likewise
+  T* dh;   // [T, B, P] out, or null without projection: the whole gradient of h at each step
+};
+
+namespace cpu {
+
+// The caller's thread pool. run() calls body on disjoint ranges that cover [0, n), each in its own
+// thread and all at the same time, but not necessarily n of them: one call with [0, n) is fine.
+struct Pool {
+  int threads;
+  void (*run)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+};
+
+void forward(int cell, const ForwardArgs<float>& args, const Pool& pool);
+void forward(int cell, const ForwardArgs<double>& args, const Pool& pool);
+void backward(int cell, const BackwardArgs<float>& args, const Pool& pool);
+void backward(int cell, const BackwardArgs<double>& args, const Pool& pool);
+
+// The instruction set in use ("base", "avx2", "avx512"), those this machine can use (separated by
+// spaces), and a way for tests to choose; set_isa is false and changes nothing if it cannot be.
+const char* isa();
+const char* isas();
+bool set_isa(const char* name);
+
+}  // namespace cpu
+}  // namespace frnn
