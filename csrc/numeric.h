@@ -103,7 +103,7 @@ struct ExpConstants<float> {
   static constexpr float kLn2High = 0.693359375f;  // 9 bits, so that n * kLn2High is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kLargest = 88.8f, kSmallest = -86.0f, kTanhIsOne = 10.0f;
+  static constexpr float kLargest = 88.8f, kSmallest = -86.9f, kTanhIsOne = 10.0f;
 };
 template <>
 struct ExpConstants<double> {
@@ -150,7 +150,7 @@ FRNN_FN V clamp(V x, Scalar<V> low, Scalar<V> high) {
   return x > high ? broadcast<V>(high) : x;
 }
 
-// Within 2 ulp; overflows to infinity, and underflows to 0 below kSmallest without denormals.
+// Within 2 ulp; overflows to infinity, and to 0 within a factor 2 of the smallest normal number.
 template <class V>
 FRNN_FN V exp(V x) {
   using C = ExpConstants<Scalar<V>>;
