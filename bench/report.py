@@ -51,8 +51,9 @@ def heading(facts: Row) -> str:
 
 def header() -> str:
     return (
-        f"{'shape':<34} {'mode':<5} {'torch.nn ms [p20-p80]':>24} {'fusedrnn ms [p20-p80]':>24} "
-        f"{'ratio [p10-p90]':>18} {'GFLOP/s':>7} {'mm peak':>7} {'pairs':>6}  verdict"
+        f"{'shape':<33} {'mode':<5} {'torch.nn ms [p20-p80]':>21} {'fusedrnn ms [p20-p80]':>21} "
+        f"{'ratio [p10-p90]':>18} {'GFLOP/s':>7} {'mm peak':>7} {'pairs':>5} "
+        f"{'error, torch.nn':>15} verdict"
     )
 
 
@@ -64,11 +65,12 @@ def line(row: Row) -> str:
         return f"{mid} [{low}-{high}]"
 
     low, mid, high = (number(row, f"ratio_p{p}") for p in (10, 50, 90))
+    errors = ", ".join(f"{number(row, f'error_{side}'):.0e}" for side in ("ours", "torch"))
     pairs = f"{row['pairs']}{'' if str(row['undisturbed']) == '1' else '!'}"
     return (
-        f"{row['shape']!s:<34} {row['mode']!s:<5} {times('torch'):>24} {times('ours'):>24} "
+        f"{row['shape']!s:<33} {row['mode']!s:<5} {times('torch'):>21} {times('ours'):>21} "
         f"{f'{mid:.2f} [{low:.2f}-{high:.2f}]':>18} {number(row, 'gflops'):>7.1f} "
-        f"{number(row, 'mm_share'):>7.0%} {pairs:>6}  {verdict(row)}"
+        f"{number(row, 'mm_share'):>7.0%} {pairs:>5} {errors:>15} {verdict(row)}"
     )
 
 
@@ -126,11 +128,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(str(row["shape"]) for row in rows))
     figure, axes = plt.subplots(figsize=(8, 1.6 + 0.42 * len(names)), layout="constrained")
     colours = {"fwd": "#4c9bd6", "train": "#1f4e79"}
-    for offset, (mode, word) in zip((-0.2, 0.2), MODES.items(), strict=True):
+    for offset, mode in zip((-0.2, 0.2), MODES, strict=True):
         some = [row for row in rows if row["mode"] == mode]
         mids = [number(row, "ratio_p50") for row in some]
         whiskers = [
@@ -138,9 +141,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             [number(row, "ratio_p90") - mid for row, mid in zip(some, mids, strict=True)],
         ]
         places = [names.index(str(row["shape"])) + offset for row in some]
-        bars = axes.barh(
-            places, mids, 0.38, xerr=whiskers, color=colours[mode], ecolor="#777777", label=word
-        )
+        bars = axes.barh(places, mids, 0.38, xerr=whiskers, color=colours[mode], ecolor="#777777")
         for bar, mid, row in zip(bars, mids, some, strict=True):
             if mid < 1:
                 bar.set(facecolor="white", edgecolor=colours[mode], hatch="////")
@@ -152,7 +153,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 va="center",
                 fontsize=8,
             )
-    axes.axvline(1, color="#c0392b", linewidth=1.2, label="torch.nn (hatched: slower)")
+    line = axes.axvline(1, color="#c0392b", linewidth=1.2, label="torch.nn")
+    handles = [Patch(color=colours[mode], label=word) for mode, word in MODES.items()]
+    handles.append(Patch(fill=False, hatch="////", label="slower than torch.nn"))
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(number(row, "ratio_p90") for row in rows))
@@ -164,7 +167,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         fontsize=10,
     )
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9)
+    figure.legend(
+        handles=[line, *handles], fontsize=9, frameon=False, ncols=4, loc="outside lower center"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -221,6 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     action.add_argument(
         "--check", action="store_true", help="fail if the README's table is not what --write gives"
     )
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="(%(default)s)")
     action.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios of the results")
     options = parser.parse_args(arguments)
     results = [path.resolve() for path in options.csv] or sorted(RESULTS.glob("*.csv"))
@@ -230,14 +236,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         plot([row for path in results for row in read_csv(path)], options.plot)
         return 0
-    readme = ROOT / "README.md"
-    old = readme.read_text()
+    old = options.readme.read_text()
     new = updated(old, results)
     if options.write:
-        readme.write_text(new)
+        options.readme.write_text(new)
     elif old != new:
         print(
-            "report: README.md does not show bench/results; run `python bench/report.py --write`",
+            f"report: {options.readme.name} does not show bench/results as they are; "
+            f"`python bench/report.py --write` does",
             file=sys.stderr,
         )
         return 1

@@ -37,7 +37,7 @@ class Gate:
         verdict = "within" if self.holds else "OUTSIDE"
         return (
             f"error against float64, relative to the largest value: fusedrnn {self.ours:.1e}, "
-            f"torch.nn {self.theirs:.1e}; {verdict} the bound, {self.share:.2f} of it at {self.where}"
+            f"torch.nn {self.theirs:.1e}; {verdict} the bound ({self.share:.2g} x, {self.where})"
         )
 
 

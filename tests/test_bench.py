@@ -1,0 +1,93 @@
+"""The benchmark tools work, refuse wrong results, and the README shows the results; no times."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+SHAPES = ["lstm-t1-b1-h128-stepping", "gru-t100-b8-h64"]
+
+
+def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A tool in its own process, on one thread so that a busy machine does not make it crawl."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def planted(tool: Path, layer: str, *arguments: object) -> list[object]:
+    """The command line of a tool in whose process fusedrnn's layer returns 0.1 % too much."""
+    code = (
+        f"import runpy, sys, fusedrnn\n"
+        f"forward = fusedrnn.{layer}.forward\n"
+        f"def wrong(self, *a, **k):\n"
+        f"    y, state = forward(self, *a, **k)\n"
+        f"    return 1.001 * y, state\n"
+        f"fusedrnn.{layer}.forward = wrong\n"
+        f"sys.path.insert(0, {str(tool.parent)!r})\n"
+        f"runpy.run_path({str(tool)!r}, run_name='__main__')\n"
+    )
+    return ["-c", code, *arguments]
+
+
+def test_readme_shows_the_results() -> None:
+    done = run("bench/report.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_report_finds_and_repairs_drift(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text(README.read_text().replace("<!-- bench:end -->", "| x |\n<!-- bench:end -->"))
+    assert run("bench/report.py", "--check", "--readme", copy).returncode == 1
+    assert run("bench/report.py", "--write", "--readme", copy).returncode == 0
+    assert copy.read_text() == README.read_text()
+
+
+def test_run_times_named_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    done = run("bench/run.py", "--seconds", 0.2, "--csv", path, "--shape", *SHAPES)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["shape"], row["mode"]) for row in rows] == [
+        (SHAPES[0], "fwd"),
+        (SHAPES[1], "fwd"),
+        (SHAPES[1], "train"),
+    ]
+    for row in rows:
+        assert all(value for key, value in row.items() if key != "variant"), row
+        for side in ("ours_p{}_ms", "torch_p{}_ms"):
+            low, mid, high = (float(row[side.format(p)]) for p in (20, 50, 80))
+            assert 0 < low <= mid <= high
+        low, mid, high = (float(row[f"ratio_p{p}"]) for p in (10, 50, 90))
+        assert 0 < low <= mid <= high
+
+
+def test_run_does_not_time_a_wrong_result(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    arguments = ["--seconds", 0.2, "--csv", path, "--shape", SHAPES[1]]
+    done = run(*planted(ROOT / "bench" / "run.py", "GRU", *arguments))
+    assert done.returncode == 1
+    assert "GATE RED, not timed" in done.stdout
+    assert not path.exists()
+
+
+def test_run_names_an_unknown_shape() -> None:
+    done = run("bench/run.py", "--shape", "lstm-t7")
+    assert done.returncode == 2
+    assert done.stderr == "bench: no shape 'lstm-t7'; --list names all of them\n"
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "planted"])
+def test_demo_passes_and_fails(tmp_path: Path, wrong: bool) -> None:
+    tool = ROOT / "bench" / "tasks" / "charlm.py"
+    arguments = ["--steps", 3, "--plot", tmp_path / "demo.png"]
+    done = run(*(planted(tool, "LSTM", *arguments) if wrong else [tool, *arguments]), cwd=tmp_path)
+    assert done.returncode == wrong, done.stdout + done.stderr
+    assert ("FAILED: fusedrnn departs from torch.nn" in done.stdout) == wrong
+    assert "fusedrnn writes:" in done.stdout
