@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedrnn.backends import (
     REFERENCE,
@@ -45,15 +46,17 @@ def recurrence(
     return _outputs(run, c0 is not None, cell_states)
 
 
+# Private to PyTorch: without them it is not known whether a transform is active, and the reference,
+# right under each, runs instead.
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
 def _transformed(tensors: tuple[Tensor | None, ...]) -> bool:
     """Inside torch.func or forward-mode AD, where only plain operations are right."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if _functorch_active():
         return True
-    return torch.autograd.forward_ad._current_level >= 0 and any(
-        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None
-        for t in tensors
+    return getattr(forward_ad, "_current_level", 0) >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
 
 
