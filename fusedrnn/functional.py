@@ -257,6 +257,8 @@ def sequence(x: Tensor, lengths: Lengths, resets: Tensor | None, batch_first: bo
             raise ValueError(f"resets should be on {x.device} as x is, got {resets.device}")
         if batch_first:
             resets = resets.t()
+        if lengths is not None:  # in the padding no sequence begins
+            resets = resets & (torch.arange(steps, device=x.device).unsqueeze(-1) < lengths)
     return Sequence(lengths, resets)
 
 

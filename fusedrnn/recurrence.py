@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedrnn.backends import (
-    REFERENCE,
     Backend,
     Reference,
     Run,
@@ -36,11 +35,11 @@ def recurrence(
     """Runs ``cell`` over ``x [T,B,I]``: ``y [T,B,P]``, ``h_n [B,P]``, then ``c_n [S-1,B,H]`` if the
     cell has states beside h, then ``c [T,B,H]`` if ``cell_states``."""
     tensors = (x, *weights, h0, c0)
-    if backend is REFERENCE or _transformed(tensors):
+    if isinstance(backend, Reference) or _transformed(tensors):
         return reference.recurrence(cell, x, weights, h0, c0, seq, reverse, cell_states)
     args = (*tensors, *seq, cell.name, backend.name, reverse, cell_states)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)
+        outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
         return outputs
     run = _forward(cell, backend, x, weights, h0, c0, seq, reverse, False, cell_states)
     return _outputs(run, c0 is not None, cell_states)

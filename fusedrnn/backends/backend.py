@@ -35,7 +35,7 @@ class Sequence(NamedTuple):
     """Where the rows of a batch end and begin anew; ``None``: nowhere."""
 
     lengths: Tensor | None = None  # [B] int64: steps t >= lengths[b] are not computed
-    resets: Tensor | None = None  # [T, B] bool: a new sequence begins at t
+    resets: Tensor | None = None  # [T, B] bool: a new sequence begins at t, where t < lengths[b]
 
 
 class Run(NamedTuple):

@@ -1,0 +1,159 @@
+"""The suite: every backend x cell x shape x dtype against the reference, outputs and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusedrnn.backends import Backend, Reference, Request, by_name, native
+from fusedrnn.cells import CELLS, LSTM
+from fusedrnn.testing import Case, check_case, make_inputs, run_case
+
+RUNNERS = [f"cpu-{isa}" for isa in ("base", "avx2", "avx512")] + ["reference"]
+
+
+@pytest.fixture(params=RUNNERS)
+def runner(request: pytest.FixtureRequest) -> Iterator[Backend | Reference]:
+    name, _, isa = request.param.partition("-")
+    before = native.isa()
+    if isa:
+        if isa not in native.isas():
+            why = f"this machine cannot run {isa}" if native.isas() else "no native library"
+            pytest.skip(why)
+        native.set_isa(isa)
+    yield by_name(name)
+    if isa and before is not None:
+        native.set_isa(before)
+
+
+def check(case: Case, backend: Backend | Reference, seed: int = 0) -> None:
+    reason = backend.supports(Request(case.cell, case.dtype, "cpu", case.H, case.P))
+    if reason is not None:
+        pytest.skip(f"{backend.name} {reason}")
+    check_case(case, backend, seed)
+
+
+# (T, B, I, H): one step, one row, odd sizes, off the tile, longer, wider.
+SHAPES = [
+    (1, 1, 1, 1),
+    (7, 1, 5, 3),
+    (1, 5, 3, 17),
+    (5, 33, 4, 33),
+    (37, 5, 9, 65),
+    (12, 8, 16, 96),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_shapes(cell, shape, dtype, runner):
+    check(Case(cell, *shape, dtype=dtype), runner)
+
+
+FEATURES = {
+    "reverse": {"reverse": True},
+    "nobias": {"bias": False},
+    "lengths": {"lengths": True},
+    "lengths-reverse": {"lengths": True, "reverse": True},
+    "resets": {"resets": True},
+    "resets-reverse": {"resets": True, "reverse": True},
+    "lengths-resets": {"lengths": True, "resets": True},
+    "lengths-resets-reverse": {"lengths": True, "resets": True, "reverse": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_features(cell, feature, dtype, runner):
+    check(Case(cell, T=9, B=5, I=4, H=19, dtype=dtype, **feature), runner)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("proj", [0, 1, 7], ids=lambda p: f"P{p}")
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+def test_lstm_cell_states_and_projection(feature, proj, dtype, runner):
+    check(Case(LSTM, T=9, B=5, I=4, H=19, P=proj, dtype=dtype, cell_states=True, **feature), runner)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("shape", [(20, 1, 8, 130), (20, 40, 8, 72), (20, 3, 8, 260)], ids=str)
+def test_threads(cell, shape, threads, runner):
+    """Any number of threads, and the same numbers whatever it is."""
+    if isinstance(runner, Reference):
+        pytest.skip("the reference has no threads of its own")
+    case = Case(cell, *shape, lengths=True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        inputs = make_inputs(case)
+        alone = run_case(case, inputs, runner)
+        torch.set_num_threads(threads)
+        check(case, runner)
+        together = run_case(case, inputs, runner)
+    finally:
+        torch.set_num_threads(before)
+    for name in ("y", "h_n", "dh0"):  # the GEMMs after the recurrence are torch's
+        assert torch.equal(alone[name], together[name]), name
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_empty_batch(cell, runner):
+    check(Case(cell, T=3, B=0, I=4, H=5), runner)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_nan_stays_in_its_row(cell, reverse, runner):
+    """A row of NaN leaves the others' outputs and input gradients as they were."""
+    case = Case(cell, T=6, B=7, I=4, H=19, reverse=reverse, lengths=True, resets=True)
+    inputs = make_inputs(case)
+    clean = run_case(case, inputs, runner) if runner.name == "reference" else None
+    if clean is None:
+        check(case, runner)
+        clean = run_case(case, inputs, runner)
+    x = inputs.x.clone()
+    x[:, 3] = float("nan")
+    dirty = run_case(case, replace(inputs, x=x), runner)
+    for name in ("y", "h_n", "dx", "dh0"):
+        dim = 1 if clean[name].dim() == 3 else 0
+        rest = torch.tensor([0, 1, 2, 4, 5, 6])
+        assert torch.equal(
+            clean[name].index_select(dim, rest), dirty[name].index_select(dim, rest)
+        ), name
+    assert dirty["y"][: int(inputs.seq.lengths[3]), 3].isnan().all()
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_same_twice(cell, runner):
+    """Bitwise equal from run to run."""
+    case = Case(cell, T=15, B=9, I=8, H=70)
+    inputs = make_inputs(case)
+    first, second = run_case(case, inputs, runner), run_case(case, inputs, runner)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_long_sequence(runner):
+    """More steps than 16 bits count; the forget gate keeps c alive through all of them."""
+    if isinstance(runner, Reference):
+        pytest.skip("65,600 steps of the Python loop")
+    case = Case(CELLS["gru"], T=65_600, B=1, I=1, H=4)
+    inputs = make_inputs(case)
+    out = run_case(case, inputs, runner)
+    tail = replace(case, T=600)
+    h_before = out["y"][-601]
+    rest = replace(
+        inputs,
+        x=inputs.x[-600:],
+        h0=h_before,
+        grads={"y": inputs.grads["y"][-600:], "h_n": inputs.grads["h_n"]},
+    )
+    expected = run_case(tail, rest, Reference())
+    torch.testing.assert_close(out["y"][-600:], expected["y"])
+    torch.testing.assert_close(out["dx"][-600:], expected["dx"])

@@ -1,0 +1,108 @@
+"""The shape of the project: who imports whom, and that Python and C++ agree."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fusedrnn
+from fusedrnn.backends import native
+from fusedrnn.cells import CELLS
+
+PACKAGE = Path(fusedrnn.__file__).parent
+ROOT = PACKAGE.parent
+
+# Each may import the ones after it, and none before it.
+ORDER = ["explanation", "convert", "modules", "cell_modules", "reference", "functional",
+         "testing", "layer", "recurrence", "backends", "cells"]  # fmt: skip
+FACADE = {"modules", "cell_modules", "functional", "convert", "__main__", "explanation"}
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of fusedrnn that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fusedrnn"):
+            parts = node.module.split(".")[1:]
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+    return found & set(ORDER)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_import_directions():
+    for path in sources():
+        if room(path) in ORDER:
+            allowed = set(ORDER[ORDER.index(room(path)) :])
+            assert imports(path) <= allowed, f"{path} imports {imports(path) - allowed}"
+
+
+def test_cell_names_stay_in_their_rooms():
+    """No driver and no backend knows a cell by name."""
+    names = re.compile(r"\b(lstm|gru|rnn_tanh|rnn_relu)\b", re.IGNORECASE)
+    for path in sources():
+        if room(path) in {"layer", "recurrence", "backends"}:
+            for node in ast.walk(ast.parse(path.read_text())):
+                name = getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))
+                assert not names.search(str(name)), f"{path} names the cell {name}"
+
+
+def test_native_library_agrees_about_the_cells():
+    if not native.native_cells():
+        pytest.skip("no native library")
+    facts = {c.name: (len(c.gates), len(c.states), c.saved, c.additive) for c in CELLS.values()}
+    assert native.native_cells() == facts
+    assert list(native.native_cells()) == list(facts)
+
+
+def test_torch_stays_in_the_bindings():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file() and not path.name.startswith("bindings"):
+            text = path.read_text()
+            assert not re.search(r'#include\s*[<"](torch|ATen|c10)/', text), path
+        elif path.is_file():
+            for header in re.findall(r"#include\s*[<\"]torch/([^>\"]+)", path.read_text()):
+                assert header.startswith(("csrc/stable/", "csrc/inductor/aoti", "headeronly/")), (
+                    header
+                )
+
+
+def test_import_is_light():
+    """Neither triton nor CUDA nor Dynamo is touched by ``import fusedrnn``."""
+    code = (
+        "import sys, fusedrnn, torch\n"
+        "assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "import threading; assert threading.active_count() == 1\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages([str(PACKAGE)], "fusedrnn.")
+    return [m.name for m in found if m.name.split(".")[-1] not in ("__main__", "_C")]
+
+
+@pytest.mark.parametrize("name", ["fusedrnn", *modules()])
+def test_examples_in_docstrings(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_every_public_name_is_documented():
+    for name in fusedrnn.__all__:
+        assert name == "__version__" or getattr(fusedrnn, name).__doc__, name
