@@ -172,6 +172,14 @@ def test_explain():
     packed = nn.utils.rnn.pack_sequence([x[:, 0].float()])
     assert fusedrnn.explain(nn.GRUCell(3, 4), packed.data).algorithm
     assert fusedrnn.explain(layer, packed).backend == DEFAULT
+    with pytest.raises(TypeError, match="got Linear"):
+        fusedrnn.explain(nn.Linear(2, 2), x)
+
+
+def test_info():
+    result = subprocess.run(
+        [sys.executable, "-m", "fusedrnn", "info"], capture_output=True, text=True, check=True
+    )
     assert f"fusedrnn   {fusedrnn.__version__}" in result.stdout
     assert f"torch      {torch.__version__}" in result.stdout
 
