@@ -48,10 +48,8 @@ def run_layers(
     """
     backend = select(request_of(cell, x, weights[0]), wish)
     if seq.lengths is not None:
-        padding = torch.arange(x.shape[0], device=x.device).unsqueeze(-1) >= seq.lengths
-        x = x.masked_fill(padding.unsqueeze(-1), 0)  # may hold NaN
-        if seq.resets is not None:  # nothing begins in padding
-            seq = Sequence(seq.lengths, seq.resets & ~padding)
+        steps = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+        x = x.masked_fill((steps >= seq.lengths).unsqueeze(-1), 0)  # padding may hold NaN
     layers = len(weights) // directions
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
