@@ -29,6 +29,9 @@ RATE = 5e-3
 WARM_UP = 3
 # Two correct trainings are two draws of the same rounding noise; DRIFT of them is a wrong one.
 DRIFT = 10.0
+# The witness may stop early on a slow machine: after that many seconds in all, not before its
+# first WITNESS steps.
+SECONDS, WITNESS = 160, 40
 # Third parties', test data, and tables of code points: not the prose of a programmer.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
 
@@ -51,9 +54,10 @@ class Text:
     """The corpus as BATCH streams of character numbers [length, BATCH], read TIME steps at once."""
 
     def __init__(self, text: str) -> None:
-        self.characters = sorted(set(text))
+        codes = torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8)
+        present, numbers = codes.unique(return_inverse=True)
+        self.characters = [chr(code) for code in present.tolist()]
         self.number = {character: i for i, character in enumerate(self.characters)}
-        numbers = torch.tensor([self.number[character] for character in text])
         length = len(numbers) // BATCH
         self.streams = numbers[: length * BATCH].view(BATCH, length).t().contiguous()
         share = torch.bincount(numbers).double() / len(numbers)
@@ -102,6 +106,11 @@ class Training:
         self.optimizer.step()
         self.losses.append(loss.item())
         self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def warm(self) -> list[float]:
+        """Seconds of each step but the first few."""
+        return self.seconds[min(WARM_UP, len(self.seconds) - 2) :]
 
 
 class Progress:
@@ -156,7 +165,7 @@ def rounded_again(model: nn.Module, generator: torch.Generator) -> None:
             weight.copy_(torch.nextafter(weight, torch.where(up, math.inf, -math.inf)))
 
 
-def witness(text: Text, steps: int, threads: int) -> Training:
+def witness(text: Text, steps: int, threads: int, deadline: float) -> Training:
     """torch.nn.LSTM once more, rounding differently: the measure of how far it departs from itself.
 
     It runs on another number of threads. Where that changes no bit (the order of sums may not
@@ -173,6 +182,9 @@ def witness(text: Text, steps: int, threads: int) -> Training:
             rounded_again(training.model.lstm, generator)
             training.step(x, target)
             progress.advance()
+            if time.perf_counter() > deadline and len(training.losses) >= WITNESS:
+                progress.say(f"enough after {len(training.losses)} steps, this machine is slow")
+                break
     finally:
         torch.set_num_threads(before)
     return training
@@ -213,8 +225,7 @@ def agreement(theirs: Training, ours: Training, other: Training) -> tuple[bool, 
 
 def speed(theirs: Training, ours: Training) -> str:
     """Time per step, characters per second and the paired ratio, warm-up left out."""
-    skip = min(WARM_UP, len(ours.seconds) - 2)
-    sides = {"torch.nn": theirs.seconds[skip:], "fusedrnn": ours.seconds[skip:]}
+    sides = {"torch.nn": theirs.warm, "fusedrnn": ours.warm}
     lines = []
     for name, seconds in sides.items():
         cuts = statistics.quantiles(seconds, n=5, method="inclusive")
@@ -261,13 +272,13 @@ def plot(theirs: Training, ours: Training, text: Text, path: Path) -> None:
     )
     left.set(xlabel="training step", ylabel="loss (nats per character)", title="Same curve")
     for training, colour, name in ((theirs, "#c0392b", "torch.nn"), (ours, "#1f4e79", "fusedrnn")):
-        ms = [1e3 * seconds for seconds in training.seconds[WARM_UP:]]
+        ms = [1e3 * seconds for seconds in training.warm]
         middle = statistics.median(ms)
-        steps = range(WARM_UP, WARM_UP + len(ms))
+        steps = range(len(training.seconds) - len(ms), len(training.seconds))
         right.plot(steps, ms, ".", color=colour, markersize=4, alpha=0.6)
         right.axhline(middle, color=colour, label=f"{name}.LSTM, median {middle:.0f} ms")
     # A preempted step can take seconds; the axis keeps to what is typical of the slower side.
-    every = sorted(s for run in (theirs, ours) for s in run.seconds[WARM_UP:])
+    every = sorted(theirs.warm + ours.warm)
     right.set_ylim(0, 1.6e3 * every[int(0.9 * len(every))])
     right.set(xlabel="training step", ylabel="time per step (ms)", title="Time")
     for axes in (left, right):
@@ -308,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"threads: {threads}, torch {torch.__version__}, fusedrnn {fusedrnn.__version__}\n"
     )
     side_by_side(theirs, ours, text, options.steps)
-    other = witness(text, options.steps, 1 if threads > 1 else 2)
+    other = witness(text, options.steps, 1 if threads > 1 else 2, begin + SECONDS)
     last = ours.losses[-10:]
     print(f"\n{speed(theirs, ours)}")
     print(
