@@ -282,7 +282,7 @@ def run(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     device = x.device.type
     scope: AbstractContextManager[object] = nullcontext()
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x, hx, weights = _autocast(torch.get_autocast_dtype(device), x, hx, weights)
         scope = torch.autocast(device, enabled=False)
     _check_attributes(x, hx, weights)
@@ -298,13 +298,18 @@ def run(
 def _autocast(
     dtype: torch.dtype, x: Tensor, hx: tuple[Tensor, ...] | None, weights: list[Weights]
 ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[Weights]]:
-    """Everything in the autocast dtype, save a layer whose weights are float64 (as autocast)."""
+    """Everything in the autocast dtype, save a layer whose weights are float64 (as autocast), and
+    integers, which the checks reject."""
     if weights[0].w_ih.dtype == torch.float64:
         return x, hx, weights
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
     return (
-        x.to(dtype),
-        None if hx is None else tuple(s.to(dtype) for s in hx),
-        [Weights(*(None if t is None else t.to(dtype) for t in w)) for w in weights],  # type: ignore[arg-type]
+        cast(x),
+        None if hx is None else tuple(cast(s) for s in hx),
+        [Weights(*(None if t is None else cast(t) for t in w)) for w in weights],  # type: ignore[arg-type]
     )
 
 

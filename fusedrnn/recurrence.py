@@ -122,6 +122,9 @@ class RecurrenceFunction(torch.autograd.Function):
         x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, resets, h_prev, m, *reserve = (
             ctx.saved_tensors
         )
+        if torch.is_autocast_enabled(x.device.type):  # products in the dtype they had in forward
+            with torch.autocast(x.device.type, enabled=False):
+                return RecurrenceFunction.backward(ctx, dy, dh_n, *others)
         weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Sequence(lengths, resets)
         cell, backend = CELLS[cell_name], by_name(backend_name)
         grads = (dy, dh_n, *others)
@@ -144,7 +147,7 @@ class RecurrenceFunction(torch.autograd.Function):
             (rows @ w_ih).view_as(x) if need_x else None,
             rows.t() @ x.flatten(0, 1) if need_ih else None,
             rows_hh.t() @ h_prev.flatten(0, 1) if need_hh else None,
-            db_ih if need_b_ih else None,
+            db_ih,
             db_hh,
             dh.flatten(0, 1).t() @ m.flatten(0, 1) if need_hr else None,
             dh0,
