@@ -12,10 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fusedrnn
-from fusedrnn.backends import native
+from fusedrnn.backends import Request, by_name, native
 from fusedrnn.cells import CELLS
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 PACKAGE = Path(fusedrnn.__file__).parent
 ROOT = PACKAGE.parent
@@ -106,3 +109,23 @@ def test_examples_in_docstrings(name):
 def test_every_public_name_is_documented():
     for name in fusedrnn.__all__:
         assert name == "__version__" or getattr(fusedrnn, name).__doc__, name
+
+
+def test_readme_table_of_cells():
+    """The README's table is what the backends say they support."""
+
+    def dtypes(backend, cell):
+        request = [Request(cell, d, "cpu", 8, 0) for d in DTYPES]
+        if backend.supports(Request(cell, torch.complex64, "mps", 8, 0)) is None:
+            return "every dtype and device"
+        return ", ".join(str(r.dtype)[6:] for r in request if backend.supports(r) is None)
+
+    if not native.isas():
+        pytest.skip("no native library")
+    names = fusedrnn.list_backends()[::-1]
+    rows = ["| | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * 3 + "|"]
+    for cell in CELLS.values():
+        cells = " | ".join(dtypes(by_name(name), cell) for name in names)
+        rows.append(f"| `{cell.name}` | {cells} |")
+    table = (ROOT / "README.md").read_text().split("<!-- cells:begin -->\n")[1]
+    assert table.split("<!-- cells:end -->")[0].splitlines() == rows
