@@ -27,7 +27,9 @@ TIME, BATCH, EMBEDDING, HIDDEN, LAYERS = 100, 32, 128, 256, 2
 CHARACTERS = 4_000_000
 RATE = 5e-3
 WARM_UP = 3
-# Two correct trainings are two draws of the same rounding noise; DRIFT of them is a wrong one.
+# Two correct trainings are two draws of the same rounding noise, of which the largest so far
+# differed by up to 4 at one step (3 draws, 120 steps). A forget gate's weights off by 0.1 % at the
+# start, in one layer, departs by more than 10 draws from step 24 on.
 DRIFT = 10.0
 # The witness may stop early on a slow machine: after that many seconds in all, not before its
 # first WITNESS steps.
