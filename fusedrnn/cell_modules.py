@@ -97,6 +97,10 @@ class _CellModule(RNNCellBase):
         if backend is not None:
             self.backend = backend
 
+    def extra_repr(self) -> str:
+        suffix = "" if self.backend is None else f", backend={self.backend!r}"
+        return super().extra_repr() + suffix
+
 
 class LSTMCell(_CellModule):
     """One LSTM step, a drop-in for :class:`torch.nn.LSTMCell`; see :mod:`fusedrnn.cells.lstm`.
