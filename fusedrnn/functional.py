@@ -236,7 +236,7 @@ def sequence(x: Tensor, lengths: Lengths, resets: Tensor | None, batch_first: bo
     steps, batch = x.shape[0], x.shape[1]
     if lengths is not None:
         if not isinstance(lengths, Tensor):
-            lengths = torch.tensor(lengths, dtype=torch.int64)
+            lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         if lengths.dtype != torch.int64 or lengths.shape != (batch,):
             raise ValueError(
                 f"lengths should be int64 of shape [{batch}], "
