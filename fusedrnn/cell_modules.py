@@ -45,7 +45,8 @@ def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ..
         Sequence(),
         wish=check_names(getattr(module, "backend", None)),
     )
-    new = (stack.h_n[0], *(() if stack.c_n is None else stack.c_n[:, 0].unbind(0)))
+    # Not unbind: what it returns cannot be edited in place.
+    new = (stack.h_n[0], *(stack.c_n[k, 0] for k in range(len(cell.states) - 1)))  # type: ignore[index]
     return new if batched else tuple(s.squeeze(0) for s in new)
 
 

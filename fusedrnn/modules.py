@@ -78,6 +78,8 @@ def _run_packed(
     x, lengths = pad(data)
 
     def pack(padded: Tensor) -> Tensor:
+        if padded.is_complex():  # the operation has no complex gradient
+            return torch.view_as_complex(pack(torch.view_as_real(padded)))
         return torch._VF._pack_padded_sequence(padded, lengths, False)[0]
 
     def between(y: Tensor) -> Tensor:  # on the packed rows, so that the mask is torch.nn's
@@ -117,7 +119,10 @@ def _has_cell_state(module: nn.RNNBase) -> bool:
 
 
 def _state(stack: Stack) -> State:
-    return stack.h_n if stack.c_n is None else (stack.h_n, *stack.c_n.unbind(0))
+    if stack.c_n is None:
+        return stack.h_n
+    # Not unbind: what it returns cannot be edited in place.
+    return (stack.h_n, *(stack.c_n[k] for k in range(len(stack.c_n))))
 
 
 def _map(hx: Any, f: Any) -> Any:
