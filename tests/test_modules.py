@@ -254,7 +254,7 @@ def test_downstream_idioms():
             nn.init.xavier_uniform_(layer._parameters[name])
     nn.init.zeros_(layer.all_weights[0][0])
     assert not layer.weight_ih_l0.any()
-    with pytest.raises(TypeError, match="cannot assign 'torch.FloatTensor' as parameter"):
+    with pytest.raises(TypeError, match=r"cannot assign 'torch.FloatTensor' as parameter"):
         layer.weight_hh_l0 = torch.zeros(12, 4)
     layer.weight_hh_l0 = nn.Parameter(torch.ones(12, 4))
     assert layer._flat_weights[1] is layer.weight_hh_l0
