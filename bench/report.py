@@ -181,11 +181,13 @@ def table(path: Path) -> str:
     if not rows:
         raise ValueError(f"{path} has no rows")
     relative = path.relative_to(ROOT)
+    busy = sum(row["undisturbed"] != "1" for row in rows)
     out = [
         f"{heading(rows[0])}. Medians; the ratio is the median of interleaved pairs with its "
         f"p10-p90 spread; the last column is the share of the best float32 `torch.mm` of the same "
         f"run ({number(rows[0], 'mm_gflops'):.0f} GFLOP/s). From [`{relative}`]({relative}), made "
-        f"by `{rows[0]['command']}`.",
+        f"by `{rows[0]['command']}`. In {busy} of {len(rows)} rows other work preempted nearly "
+        f"every pair, and those pairs are kept.",
         "",
         "| shape | T, B, I, H | | torch.nn ms | fusedrnn ms | ratio | of torch.mm |",
         "|---|---|---|---:|---:|---|---:|",
@@ -213,7 +215,8 @@ def updated(readme: str, results: Sequence[Path]) -> str:
         raise ValueError(f"README.md needs {BEGIN} and {END} once each")
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n" + "\n\n".join(map(table, results)) + f"\n{END}{after}"
+    tables = "\n\n".join(table(path) + "\n" for path in results)
+    return f"{before}{BEGIN}\n{tables}{END}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def row(shape: Shape, mode: str, work: Workload, gate: Gate, timing: Timing) -> dict[str, object]:
-    """One line of the CSV, times in milliseconds a call, yet without its share of the peak."""
+    """One line of the CSV, times in milliseconds a call, without its share of the peak."""
     extra = [f"proj={shape.proj}"] if shape.proj else []
     extra += ["packed"] if shape.packed else []
     extra += ["stepping"] if shape.calls > 1 else []
@@ -74,11 +74,12 @@ def row(shape: Shape, mode: str, work: Workload, gate: Gate, timing: Timing) -> 
     }
 
 
-def with_shares(rows: list[dict[str, object]], peak: Peak) -> list[dict[str, object]]:
-    """The rows with their share of the best torch.mm rate seen so far."""
+def finished(rows: list[dict[str, object]], peak: Peak) -> list[dict[str, object]]:
+    """The rows in the order of the list of shapes, with their share of the best torch.mm so far."""
+    names = [shape.name for shape in ALL]
     return [
         r | {"mm_gflops": peak.gflops, "mm_share": float(str(r["gflops"])) / peak.gflops}
-        for r in rows
+        for r in sorted(rows, key=lambda r: names.index(str(r["shape"])))
     ]
 
 
@@ -113,12 +114,12 @@ def run(
             rows.append(row(shape, mode, work, gate, timing) | facts)
             left -= 1
             seconds -= time.perf_counter() - start
-            done = with_shares(rows, peak)
-            print(report.line(done[-1]), f"[{total - left}/{total}]", flush=True)
+            newest = finished(rows[-1:], peak)[0]
+            print(report.line(newest), f"[{total - left}/{total}]", flush=True)
             if options.csv:
-                report.write_csv(options.csv, done)
+                report.write_csv(options.csv, finished(rows, peak))
     print(f"\npeak: {peak}")
-    return with_shares(rows, peak), red
+    return finished(rows, peak), red
 
 
 def main(arguments: list[str] | None = None) -> int:

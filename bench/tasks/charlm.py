@@ -255,7 +255,7 @@ def write(model: Model, text: Text, prompt: str, length: int, temperature: float
     for _ in range(length):
         logits, state = model(x, state)
         x = torch.multinomial((logits[-1] / temperature).softmax(-1), 1, generator=generator)
-        written += text.characters[x.item()]
+        written += text.characters[int(x)]
     return written
 
 
