@@ -1,8 +1,8 @@
-"""Builds the native engine, fusedrnn/_C.so, with CMake and Ninja. All metadata is in pyproject.toml.
+"""Builds the native engine, fusedrnn/_C.so, with CMake and Ninja; pyproject.toml has all metadata.
 
-The engine needs torch's headers, at build time only. They are looked up where pip installs to, never
-imported and never fetched, so the build works with and without build isolation. Without a C++20
-compiler the package is installed without the engine.
+The engine needs torch's headers, at build time only. They are looked up where pip installs to,
+never imported and never fetched, so the build works with and without build isolation. Without a
+C++20 compiler the package is installed without the engine.
 """
 
 import importlib.metadata
@@ -36,14 +36,12 @@ def torch_include() -> Path:
 
 def cxx20_compiler() -> str | None:
     """The compiler command, $CXX or the first of the usual names, if it knows C++20."""
-    for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
+    commands = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for command in commands:
         check = [*shlex.split(command), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
-        if (
-            shutil.which(check[0])
-            and not subprocess.run(
-                check, input=b"#include <concepts>\n", capture_output=True
-            ).returncode
-        ):
+        if not shutil.which(check[0]):
+            continue
+        if subprocess.run(check, input=b"#include <concepts>", capture_output=True).returncode == 0:
             return command
     return None
 

@@ -1,0 +1,98 @@
+# Every command first sets up what it needs: the virtual environment .venv and the native engine.
+#
+#   make demo     train a character language model, torch.nn.LSTM beside fusedrnn.LSTM
+#   make test     the whole test suite and the examples in docstrings
+#   make bench    fusedrnn against torch.nn; options go through: make bench ARGS=--full
+#   make lint     ruff, clang-format, mypy
+#   make ctest    the cells' derivatives in C++ against finite differences
+#   make asan     the CPU engine's tests under AddressSanitizer and UBSan; make tsan: ThreadSanitizer
+#   make wheel    dist/: source archive and wheel, the wheel tried in a fresh environment
+#   make clean    remove all of it
+
+.PHONY: setup demo test bench lint ctest asan tsan wheel clean
+
+USABLE := -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))'
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$name $(USABLE) 2>/dev/null && echo $$name && break; done)
+TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
+
+# Installs packages beside torch: its CPU build, from where pip is set up to look or else from
+# PyTorch's index, unless there is an NVIDIA device (or the system has no other build).
+#   $(call install,ENVIRONMENT,PACKAGES)
+define install
+	@if [ "$$(uname)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
+		$(1)/bin/pip install -q torch==$(TORCH) $(2); \
+	else \
+		$(1)/bin/pip install -q torch==$(TORCH)+cpu $(2) 2>/dev/null || \
+		$(1)/bin/pip install torch==$(TORCH)+cpu $(2) \
+			--extra-index-url https://download.pytorch.org/whl/cpu; \
+	fi
+endef
+
+.venv/ready: requirements.txt
+	@$(PYTHON) $(USABLE) 2>/dev/null || { \
+		echo "fusedrnn needs Python >= 3.10 with venv; name one with make PYTHON=..."; exit 1; }
+	@echo "setting up .venv, once: torch $(TORCH), triton, tools"
+	@$(PYTHON) -m venv .venv
+	$(call install,.venv,-r requirements.txt)
+	@touch $@
+
+.venv/engine: .venv/ready setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+	@echo "building the engine"
+	@.venv/bin/pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+setup: .venv/engine
+
+demo: .venv/engine
+	@.venv/bin/python bench/tasks/charlm.py $(ARGS)
+
+test: .venv/engine
+	@.venv/bin/pytest --doctest-modules tests fusedrnn $(ARGS)
+
+bench: .venv/engine
+	@.venv/bin/python bench/run.py $(ARGS)
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp')
+	.venv/bin/mypy
+
+# A build beside the installed one, in build/TARGET.
+configure = .venv/bin/cmake -S . -B build/$@ -G Ninja --log-level=WARNING \
+	-DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
+	-DFUSEDRNN_TORCH_INCLUDE=$(CURDIR)/$(wildcard .venv/lib/python3*/site-packages/torch/include)
+
+ctest: .venv/ready
+	@$(configure) -DCMAKE_BUILD_TYPE=Release -DFUSEDRNN_BUILD_TESTS=ON
+	@.venv/bin/cmake --build build/$@ --target test_cells
+	@.venv/bin/ctest --test-dir build/$@ --output-on-failure
+
+asan: sanitizer = address,undefined
+asan: runtime = libasan.so libstdc++.so
+asan: options = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+tsan: sanitizer = thread
+tsan: runtime = libtsan.so
+tsan: options = TSAN_OPTIONS=halt_on_error=1
+
+# The instrumented engine in a copy of the package. The sanitizer's runtime must be the first library
+# of the process, before Python's own.
+asan tsan: .venv/ready
+	@$(configure) -DFUSEDRNN_SANITIZE=$(sanitizer) -DFUSEDRNN_OUTPUT_DIR=$(CURDIR)/build/$@/engine
+	@.venv/bin/cmake --build build/$@ --target _C
+	@rm -rf build/$@/fusedrnn && cp -r fusedrnn build/$@/ && cp build/$@/engine/_C.so build/$@/fusedrnn/
+	$(options) PYTHONPATH=build/$@ \
+		LD_PRELOAD="$(foreach library,$(runtime),$(shell $(CXX) -print-file-name=$(library)))" \
+		.venv/bin/pytest tests/test_recurrence.py -k cpu $(ARGS)
+
+wheel: .venv/ready
+	@rm -rf dist build/$@
+	@.venv/bin/python -m build --no-isolation >build/$@.log
+	@.venv/bin/python -m venv build/$@
+	$(call install,build/$@,dist/*.whl)
+	@build/$@/bin/python -I -m fusedrnn info
+	@ls -s dist
+
+clean:
+	rm -rf .venv build dist *.egg-info fusedrnn/*.so .*_cache .hypothesis
