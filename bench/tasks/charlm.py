@@ -218,7 +218,7 @@ def agreement(theirs: Training, ours: Training, other: Training) -> tuple[bool, 
     holds = share[worst] <= 1
     text = (
         f"over {steps} steps the curves depart by {mine[-1]:.1e}, torch.nn from itself by "
-        f"{itself[-1]:.1e}; at step {worst}, where it comes nearest, fusedrnn departs by "
+        f"{itself[-1]:.1e}; at step {worst}, the worst, fusedrnn departs by "
         f"{mine[worst]:.1e} of {mine[worst] / share[worst] if share[worst] else 0:.1e} allowed "
         f"({DRIFT:.0f} times {itself[worst]:.1e}, plus {unit:.1e} for the rounding of the loss)"
     )
