@@ -220,15 +220,18 @@ def half_errors(
             out = outputs_and_gradients(module, lambda: module(x))  # noqa: B023
             assert all(t.dtype == dtype for t in out)
         allowed = [t.to(dtype) for t in emulated(dtype)]
-        errors.append([rms(o.double() - e) for o, e in zip(out, exact, strict=True)])
+        errors.append([rms(o.double() - e).item() for o, e in zip(out, exact, strict=True)])
         bounds.append(
-            [2 * rms(a - e) + floor * e.abs().max() for a, e in zip(allowed, exact, strict=True)]
+            [
+                (2 * rms(a - e) + floor * e.abs().max()).item()
+                for a, e in zip(allowed, exact, strict=True)
+            ]
         )
     ratio = rms_rows(errors) / rms_rows(bounds)
     return ratio.tolist()
 
 
-def rms_rows(rows: list[list[Tensor]]) -> Tensor:
+def rms_rows(rows: list[list[float]]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).square().mean(0).sqrt()
 
 
