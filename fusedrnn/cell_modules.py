@@ -65,6 +65,8 @@ def _check_dims(cell: Cell, input: Tensor, hx: Any) -> None:
             raise ValueError(
                 f"{kind}: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead"
             )
+    if isinstance(hx, Tensor) and input.dim() == 2:
+        raise TypeError("hx should be a tuple of two tensors (h, c), got a tensor")
     if len(hx) != len(cell.states):
         raise RuntimeError(f"{cell.name}_cell expects two hidden states")
 
@@ -82,9 +84,10 @@ def _check_sizes(
                 f"Input batch size {input.shape[0]} doesn't match hidden{k} batch size "
                 f"{state.shape[0]}"
             )
-        if state.dim() != 2 or state.shape[1] != module.hidden_size:
+        width = state.shape[min(1, state.dim() - 1)]
+        if state.dim() != 2 or width != module.hidden_size:
             raise RuntimeError(
-                f"hidden{k} has inconsistent hidden_size: got {state.shape[-1]}, "
+                f"hidden{k} has inconsistent hidden_size: got {width}, "
                 f"expected {module.hidden_size}"
             )
 

@@ -46,7 +46,13 @@ def run_module(
     if not batched:
         input = input.unsqueeze(batch_dim)
         hx = None if hx is None else _map(hx, lambda s: s.unsqueeze(1))
-        resets = resets if resets is None else resets.unsqueeze(batch_dim)
+        if isinstance(resets, Tensor):
+            if resets.dim() != 1:
+                raise ValueError(
+                    f"resets should be of shape [{input.shape[batch_dim - 1]}] for unbatched "
+                    f"input, got {list(resets.shape)}"
+                )
+            resets = resets.unsqueeze(batch_dim)
     _check_shapes(module, input, hx, None)
     x = input.transpose(0, 1) if module.batch_first else input
     seq = functional.sequence(x, lengths, resets, module.batch_first)
@@ -66,11 +72,10 @@ def _run_packed(
 ) -> tuple[Any, ...]:
     """Pads (rows stay in their sorted order), runs with lengths, and packs again."""
     data, batch_sizes, sorted_indices, unsorted_indices = packed
-    if hx is not None:
-        if _has_cell_state(module) and isinstance(hx, Tensor):
-            raise TypeError("hx should be a tuple of two tensors (h_0, c_0), got a tensor")
-        hx = module.permute_hidden(hx, sorted_indices)
+    if hx is not None and _has_cell_state(module):
+        _check_pair(hx)
     _check_shapes(module, data, hx, batch_sizes)
+    hx = None if hx is None else module.permute_hidden(hx, sorted_indices)
 
     def pad(rows: Tensor) -> tuple[Tensor, Tensor]:
         return torch._VF._pad_packed_sequence(rows, batch_sizes, False, 0.0, len(batch_sizes))
@@ -139,19 +144,23 @@ def _check_dims(module: nn.RNNBase, input: Tensor, hx: Any) -> None:
         return
     wanted = "batched 3-D" if input.dim() == 3 else "unbatched 2-D"
     if _has_cell_state(module):
-        if isinstance(hx, Tensor):
-            raise TypeError("hx should be a tuple of two tensors (h_0, c_0), got a tensor")
         if hx[0].dim() != input.dim() or hx[1].dim() != input.dim():
             raise RuntimeError(
                 f"For {wanted} input, hx and cx should also be {wanted[-3:]} "
                 f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
             )
-        if len(hx) != 2:
-            raise RuntimeError("lstm expects two hidden states")
+        _check_pair(hx)
     elif hx.dim() != input.dim():
         raise RuntimeError(
             f"For {wanted} input, hx should also be {wanted[-3:]} but got {hx.dim()}-D tensor"
         )
+
+
+def _check_pair(hx: Any) -> None:
+    if isinstance(hx, Tensor):
+        raise TypeError("hx should be a tuple of two tensors (h_0, c_0), got a tensor")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
 
 
 def _check_shapes(module: nn.RNNBase, input: Tensor, hx: Any, batch_sizes: Tensor | None) -> None:
