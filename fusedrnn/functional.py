@@ -104,7 +104,7 @@ def gru(
         torch.Size([5, 2, 4])
     """
     stack = _checked_run(
-        GRU, x, None if hx is None else (hx,), params, has_biases=has_biases,
+        GRU, x, _only(hx), params, has_biases=has_biases,
         num_layers=num_layers, dropout=dropout, training=training, bidirectional=bidirectional,
         batch_first=batch_first, lengths=lengths, resets=resets, backend=backend,
     )  # fmt: skip
@@ -141,12 +141,18 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     stack = _checked_run(
-        CELLS[f"rnn_{nonlinearity}"], x, None if hx is None else (hx,), params,
+        CELLS[f"rnn_{nonlinearity}"], x, _only(hx), params,
         has_biases=has_biases, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,
         backend=backend,
     )  # fmt: skip
     return stack.y, stack.h_n
+
+
+def _only(hx: Tensor | None) -> tuple[Tensor, ...] | None:
+    if not isinstance(hx, Tensor | None):
+        raise TypeError(f"hx should be a tensor, got {type(hx).__name__}")
+    return None if hx is None else (hx,)
 
 
 def _checked_run(
@@ -172,6 +178,8 @@ def _checked_run(
         raise ValueError(f"x should be 3-D, got {x.dim()}-D")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a probability in [0, 1], got {dropout}")
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
     directions = 2 if bidirectional else 1
     each = 2 + 2 * has_biases + (proj_size > 0)
     if len(params) != each * directions * num_layers:
@@ -236,17 +244,24 @@ def sequence(x: Tensor, lengths: Lengths, resets: Tensor | None, batch_first: bo
     steps, batch = x.shape[0], x.shape[1]
     if lengths is not None:
         if not isinstance(lengths, Tensor):
-            lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+            values = torch.tensor(lengths, device="cpu")
+            lengths = values if values.numel() else values.long()
         if lengths.dtype != torch.int64 or lengths.shape != (batch,):
             raise ValueError(
                 f"lengths should be int64 of shape [{batch}], "
                 f"got {lengths.dtype} of shape {list(lengths.shape)}"
+            )
+        if lengths.device.type != "cpu" and lengths.device != x.device:
+            raise ValueError(
+                f"lengths should be on the CPU or on {x.device} as x is, got {lengths.device}"
             )
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
             if bool(((lengths < 0) | (lengths > steps)).any()):
                 raise ValueError(f"lengths should be in [0, {steps}], got {lengths.tolist()}")
         lengths = lengths.to(x.device, non_blocking=True)
     if resets is not None:
+        if not isinstance(resets, Tensor):
+            raise TypeError(f"resets should be a bool tensor, got {type(resets).__name__}")
         expected = (batch, steps) if batch_first else (steps, batch)
         if resets.dtype != torch.bool or resets.shape != expected:
             raise ValueError(
