@@ -1,4 +1,4 @@
-"""Modules in PyTorch's tools: copies, files, devices, parametrizations, pruning, hooks, subclasses."""
+"""Modules in PyTorch's tools: copies, files, devices, weight changes, hooks, subclasses."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def pruned(module):
 
 
 def tied(module):
-    for name, p in list(module.named_parameters()):
+    for name in list(dict(module.named_parameters())):
         if name.endswith("_reverse"):
             setattr(module, name, module._parameters[name.removesuffix("_reverse")])
     if isinstance(module, nn.RNNBase):
@@ -227,7 +227,7 @@ def test_replica_of_data_parallel(kind):
         setattr(replica, name, p * 1)
     outs = flatten(replica(x)), flatten(theirs(x))
     torch.testing.assert_close(*outs)
-    for module, out in zip((ours, theirs), outs, strict=True):
+    for out in outs:
         sum(t.sum() for t in out.values()).backward()
     for name, p in theirs.named_parameters():
         torch.testing.assert_close(getattr(ours, name).grad, p.grad)
