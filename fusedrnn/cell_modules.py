@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from fusedrnn import functional
-from fusedrnn.backends import Names, Sequence, Weights, check_names
+from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import CELLS, GRU, LSTM, Cell
 
 
@@ -36,17 +36,7 @@ def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ..
         hx = None if hx is None else tuple(s.unsqueeze(0) for s in hx)
     _check_sizes(module, cell, input, hx)
     weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, None)
-    stack = functional.run(
-        cell,
-        input.unsqueeze(0),
-        None if hx is None else tuple(s.unsqueeze(0) for s in hx),
-        [weights],
-        1,
-        Sequence(),
-        wish=check_names(getattr(module, "backend", None)),
-    )
-    # Not unbind: what it returns cannot be edited in place.
-    new = (stack.h_n[0], *(stack.c_n[k, 0] for k in range(len(cell.states) - 1)))  # type: ignore[index]
+    new = functional.step(cell, input, hx, weights, check_names(getattr(module, "backend", None)))
     return new if batched else tuple(s.squeeze(0) for s in new)
 
 

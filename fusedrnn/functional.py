@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusedrnn.backends import Names, Sequence, Weights, check_names
 from fusedrnn.cells import CELLS, GRU, LSTM, Cell
-from fusedrnn.layer import Stack, run_layers
+from fusedrnn.layer import Stack, run_layers, run_step
 
 Lengths = Tensor | list[int] | None
 
@@ -72,7 +72,6 @@ def lstm(
         proj_size=proj_size, lengths=lengths, resets=resets,
         cell_states=return_cell_states, backend=backend,
     )  # fmt: skip
-    assert stack.c_n is not None
     if return_cell_states:
         assert stack.c is not None
         return stack.y, (stack.h_n, stack.c_n[0]), stack.c
@@ -295,6 +294,29 @@ def run(
     """
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    shape = (len(weights), x.shape[1])
+    x, hx, weights, scope = _prepared(cell, x, hx, weights, shape)
+    with scope:
+        return run_layers(cell, x, weights, hx, seq, directions, cell_states, between, wish)
+
+
+def step(
+    cell: Cell, x: Tensor, hx: tuple[Tensor, ...] | None, weights: Weights, wish: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """One step over ``x [B,I]`` of checked shapes, as :func:`run`: S new states ``[B,H]``."""
+    x, hx, each, scope = _prepared(cell, x, hx, [weights], x.shape[:1])
+    with scope:
+        return run_step(cell, x, each[0], hx, wish)
+
+
+def _prepared(
+    cell: Cell,
+    x: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: list[Weights],
+    shape: tuple[int, ...],
+) -> tuple[Tensor, tuple[Tensor, ...], list[Weights], AbstractContextManager[object]]:
+    """Inputs in one dtype, hx of zeros ``[*shape,*]`` if it is None, and where to run them."""
     device = x.device.type
     scope: AbstractContextManager[object] = nullcontext()
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -304,10 +326,8 @@ def run(
     hidden = weights[0].w_hh.shape[0] // len(cell.gates)
     if hx is None:
         sizes = (weights[0].w_hh.shape[1], *(hidden,) * (len(cell.states) - 1))
-        hx = tuple(x.new_zeros(len(weights), x.shape[1], size) for size in sizes)
-    c0 = None if len(hx) == 1 else torch.stack(hx[1:])
-    with scope:
-        return run_layers(cell, x, weights, hx[0], c0, seq, directions, cell_states, between, wish)
+        hx = tuple(x.new_zeros(*shape, size) for size in sizes)
+    return x, hx, weights, scope
 
 
 def _autocast(

@@ -16,7 +16,7 @@ from fusedrnn.recurrence import recurrence
 class Stack(NamedTuple):
     y: Tensor  # [T,B,D*P]
     h_n: Tensor  # [L*D,B,P]
-    c_n: Tensor | None  # [S-1,L*D,B,H]
+    c_n: tuple[Tensor, ...]  # S-1 tensors [L*D,B,H]: the states beside h
     c: Tensor | None  # [T,B,D*H] of the last layer
 
 
@@ -30,8 +30,7 @@ def run_layers(
     cell: Cell,
     x: Tensor,
     weights: list[Weights],
-    h0: Tensor,
-    c0: Tensor | None,
+    hx: tuple[Tensor, ...],
     seq: Sequence,
     directions: int,
     cell_states: bool,
@@ -42,7 +41,7 @@ def run_layers(
 
     Args:
         weights: of each layer and direction, in torch.nn's order.
-        h0: ``[L*D,B,P]``; c0: ``[S-1,L*D,B,H]``, or None if h is the only state.
+        hx: S tensors, ``[L*D,B,P]`` and the states beside h ``[L*D,B,H]``.
         between: what happens to the output of every layer but the last (dropout).
         wish: the backends to try, in order; empty: the context's or the default.
     """
@@ -62,16 +61,36 @@ def run_layers(
         for direction in range(directions):
             k = layer * directions + direction
             out = recurrence(
-                cell, backend, y, weights[k], h0[k], None if c0 is None else c0[:, k],
+                cell, backend, y, weights[k], hx[0][k], _beside_h(tuple(s[k] for s in hx)),
                 seq, direction == 1, ask,
             )  # fmt: skip
             ys.append(out[0])
             h_n.append(out[1])
-            c_n.extend(out[2:3] if c0 is not None else ())
+            c_n.extend(out[2:3] if len(hx) > 1 else ())
             cs.extend(out[-1:] if ask else ())
         y = ys[0] if directions == 1 else torch.cat(ys, -1)
         if ask:
             c = cs[0] if directions == 1 else torch.cat(cs, -1)
         if layer < layers - 1:
             y = between(y)
-    return Stack(y, torch.stack(h_n), torch.stack(c_n, 1) if c_n else None, c)
+    # The states are no views, so that all a user does to them in place is allowed.
+    others = tuple(torch.stack([c[s] for c in c_n]) for s in range(len(hx) - 1))
+    return Stack(y, torch.stack(h_n), others, c)
+
+
+def run_step(
+    cell: Cell, x: Tensor, weights: Weights, hx: tuple[Tensor, ...], wish: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """One step of one layer over ``x [B,I]``: the new states from hx, ``h [B,H]`` first."""
+    backend = select(request_of(cell, x, weights), wish)
+    h_n, *others = recurrence(
+        cell, backend, x.unsqueeze(0), weights, hx[0], _beside_h(hx), Sequence(), False, False
+    )[1:]
+    return (h_n, *(c_n.clone() for c in others for c_n in c.unbind(0)))
+
+
+def _beside_h(states: tuple[Tensor, ...]) -> Tensor | None:
+    """The states ``[B,H]`` beside h as one ``[S-1,B,H]``, without a copy if there is only one."""
+    if len(states) == 1:
+        return None
+    return states[1].unsqueeze(0) if len(states) == 2 else torch.stack(states[1:])

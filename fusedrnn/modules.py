@@ -124,10 +124,7 @@ def _has_cell_state(module: nn.RNNBase) -> bool:
 
 
 def _state(stack: Stack) -> State:
-    if stack.c_n is None:
-        return stack.h_n
-    # Not unbind: what it returns cannot be edited in place.
-    return (stack.h_n, *(stack.c_n[k] for k in range(len(stack.c_n))))
+    return (stack.h_n, *stack.c_n) if stack.c_n else stack.h_n
 
 
 def _map(hx: Any, f: Any) -> Any:
