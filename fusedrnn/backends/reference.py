@@ -64,7 +64,7 @@ def recurrence(
             y[t], c[t] = torch.where(active, y[t], 0), torch.where(active, c[t], 0)
             new = tuple(torch.where(active, n, s) for n, s in zip(new, state, strict=True))
         state = new
-    out = [torch.stack(y), state[0]]
+    out = [torch.stack(y), state[0].clone()]  # backward may need what the caller is free to edit
     if c0 is not None:
         out.append(torch.stack(state[1:]))
     if cell_states:
