@@ -65,7 +65,7 @@ configure = .venv/bin/cmake -S . -B build/$@ -G Ninja --log-level=WARNING \
 	-DFUSEDRNN_TORCH_INCLUDE=$(CURDIR)/$(wildcard .venv/lib/python3*/site-packages/torch/include)
 
 ctest: .venv/ready
-	@$(configure) -DCMAKE_BUILD_TYPE=Release -DFUSEDRNN_BUILD_TESTS=ON
+	@$(configure) -DFUSEDRNN_BUILD_TESTS=ON
 	@.venv/bin/cmake --build build/$@ --target test_cells
 	@.venv/bin/ctest --test-dir build/$@ --output-on-failure
 
@@ -79,7 +79,8 @@ tsan: options = TSAN_OPTIONS=halt_on_error=1
 # The instrumented engine in a copy of the package. The sanitizer's runtime must be the first library
 # of the process, before Python's own.
 asan tsan: .venv/ready
-	@$(configure) -DFUSEDRNN_SANITIZE=$(sanitizer) -DFUSEDRNN_OUTPUT_DIR=$(CURDIR)/build/$@/engine
+	@$(configure) -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 \
+		-DFUSEDRNN_SANITIZE=$(sanitizer) -DFUSEDRNN_OUTPUT_DIR=$(CURDIR)/build/$@/engine
 	@.venv/bin/cmake --build build/$@ --target _C
 	@rm -rf build/$@/fusedrnn && cp -r fusedrnn build/$@/ && cp build/$@/engine/_C.so build/$@/fusedrnn/
 	$(options) PYTHONPATH=build/$@ \
