@@ -142,7 +142,9 @@ class RecurrenceFunction(torch.autograd.Function):
         need_x, need_ih, need_hh, need_b_ih, need_b_hh, need_hr = ctx.needs_input_grad[:6]
         rows, rows_hh = dgx.flatten(0, 1), dgh.flatten(0, 1)
         db_ih = rows.sum(0) if need_b_ih else None
-        db_hh = rows_hh.sum(0) if need_b_hh else None
+        db_hh = None
+        if need_b_hh:
+            db_hh = db_ih.clone() if cell.additive and db_ih is not None else rows_hh.sum(0)
         return (
             (rows @ w_ih).view_as(x) if need_x else None,
             rows.t() @ x.flatten(0, 1) if need_ih else None,
