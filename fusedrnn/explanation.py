@@ -53,7 +53,8 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
         cell, proj_size = cell_modules.cell_of(module), 0
     data = x.data if isinstance(x, PackedSequence) else x
     device, dtype = data.device.type, data.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and next(module.parameters()).dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     request = Request(cell, dtype, device, module.hidden_size, proj_size)
     reasons: dict[str, str] = {}
