@@ -55,16 +55,21 @@ using Scalar = typename Value<V>::Scalar;
 
 // ---- Memory. The address needs no alignment beyond that of one scalar.
 
+// A vector may alias its scalars, and nothing else: unlike after a memcpy, the compiler need not
+// read all pointers again after every store.
+template <class V>
+struct Unaligned {
+  typedef V type __attribute__((aligned(alignof(Scalar<V>))));
+};
+
 template <class V>
 FRNN_FN V load(const Scalar<V>* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(V));
-  return v;
+  return *reinterpret_cast<const typename Unaligned<V>::type*>(p);
 }
 
 template <class V>
 FRNN_FN void store(Scalar<V>* p, V v) {
-  __builtin_memcpy(p, &v, sizeof(V));
+  *reinterpret_cast<typename Unaligned<V>::type*>(p) = v;
 }
 
 // The first n lanes only, 0 < n <= kLanes; the other lanes are read as zero and never written.
@@ -87,7 +92,7 @@ FRNN_FN V broadcast(Scalar<V> x) {
   return x - V{};  // x + V{} would turn -0 into 0
 }
 
-// ---- exp, sigmoid, tanh. NaN gives NaN; infinities give the limits.
+// ---- sigmoid, tanh. NaN gives NaN; infinities give the limits.
 
 template <class T>
 struct ExpConstants;
@@ -120,12 +125,11 @@ struct ExpConstants<double> {
   static constexpr double kLargest = 709.8, kSmallest = -708.0, kTanhIsOne = 20.0;
 };
 
-// e^x = scale * (1 + m) with scale = 2^n and |m| < 0.42, for x within [kSmallest, kLargest].
-// The result is halved: e^x / 2 = half * (1 + m), because 2^n itself overflows at n = kBias + 1,
-// which e^x reaches within its last half binade.
+// e^x = scale * (1 + m) with scale = 2^n and |m| < 0.42, for x within [kSmallest, kLargest]; near
+// kLargest scale is infinite.
 template <class V>
 struct ExpParts {
-  V half, m;
+  V scale, m;
 };
 
 template <class V>
@@ -139,7 +143,7 @@ FRNN_FN ExpParts<V> exp_parts(V x) {
 #pragma GCC unroll 16
   for (int i = C::kDegree - 1; i >= 0; --i) p = p * r + C::kPolynomial[i];
   // The low mantissa bits of `shifted` are the integer n; the rest of its pattern is shifted out.
-  const Bits exponent = __builtin_bit_cast(Bits, shifted) + Bits(Bits{} + (C::kBias - 1));
+  const Bits exponent = __builtin_bit_cast(Bits, shifted) + Bits(Bits{} + C::kBias);
   return {__builtin_bit_cast(V, Bits(exponent << C::kMantissa)), r + (r * r) * p};
 }
 
@@ -150,21 +154,12 @@ FRNN_FN V clamp(V x, Scalar<V> low, Scalar<V> high) {
   return x > high ? broadcast<V>(high) : x;
 }
 
-// Within 2 ulp; overflows to infinity, and to 0 within a factor 2 of the smallest normal number.
-template <class V>
-FRNN_FN V exp(V x) {
-  using C = ExpConstants<Scalar<V>>;
-  const ExpParts<V> e = exp_parts(clamp(x, C::kSmallest, C::kLargest));
-  const V y = (e.half + e.half * e.m) * 2.0f;
-  return x < C::kSmallest ? V{} : y;
-}
-
 // 1 / (1 + e^-x), within 3 ulp; values under the smallest normal number may become 0.
 template <class V>
 FRNN_FN V sigmoid(V x) {
   using C = ExpConstants<Scalar<V>>;
   const ExpParts<V> e = exp_parts(clamp(V(-x), C::kSmallest, C::kLargest));
-  return 1.0f / ((e.half + e.half * e.m) * 2.0f + 1.0f);
+  return 1.0f / (e.scale * (e.m + 1.0f) + 1.0f);
 }
 
 // (e^2|x| - 1) / (e^2|x| + 1) with the sign of x, within 3 ulp. e^y - 1 is formed from the
@@ -172,10 +167,10 @@ FRNN_FN V sigmoid(V x) {
 template <class V>
 FRNN_FN V tanh(V x) {
   using C = ExpConstants<Scalar<V>>;
-  const V magnitude = clamp(V(x < 0.0f ? -x : x), 0, C::kTanhIsOne);
-  const ExpParts<V> e = exp_parts(V(magnitude + magnitude));
-  const V scale = e.half * 2.0f;
-  const V minus_one = scale * e.m + (scale - 1.0f);
+  const V magnitude = x < 0.0f ? -x : x;
+  const V limited = magnitude > C::kTanhIsOne ? broadcast<V>(C::kTanhIsOne) : magnitude;
+  const ExpParts<V> e = exp_parts(V(limited + limited));
+  const V minus_one = e.scale * e.m + (e.scale - 1.0f);
   const V result = minus_one / (minus_one + 2.0f);
   return x < 0.0f ? -result : result;
 }

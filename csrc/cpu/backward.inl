@@ -88,42 +88,62 @@ class Backward {
       const Entry entry = timeline_.entry(s + 1, row);
       return entry == Entry::kCarried || entry == Entry::kInitial;
     };
-    const auto finish = [&](int64_t row, int64_t block, const V* sum) {
-      finish_gather(s, row, block, sum[0]);
-    };
+    const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum); };
     const int64_t k = kGates * a_.h;
     const T* dgh = a_.dgh + timeline_.time(min(s + 1, a_.t - 1)) * a_.b * k;
-    product<1, T>(dgh, k, slice.rows, k, w_hh_, slice.output, s % 2, flows_back, finish);
+    const auto fetch = [&](int64_t row, int64_t block) {
+      if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
+    };
+    product<1, T>(dgh, k, slice.rows, k, w_hh_, slice.output, s % 2, flows_back, fetch, finish);
   }
 
   void run_cells(const Slice& slice, int64_t s) const {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
-    const auto finish = [&](int64_t row, int64_t block, const V* sum) {
-      finish_cell(s, row, block, sum[0]);
-    };
+    const auto finish = [&](const Tile& tile, const V* sum) { finish_cells(s, tile, sum); };
+    const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
     product<1, T>(a_.dh + timeline_.time(s) * a_.b * a_.p, a_.p, slice.rows, a_.p, w_hr_,
-                  slice.hidden, s % 2, computed, finish);
+                  slice.hidden, s % 2, computed, fetch, finish);
   }
 
-  // Not inlined, like Forward::finish_cell: one copy for all shapes of the microkernel.
-  __attribute__((noinline)) void finish_gather(int64_t s, int64_t row, int64_t block,
-                                               V product) const {
-    const Place p = place(row, block, a_.p);
-    const V dh = gradient_of_h(s, p, product);
-    if (s < 0) return;
-    if (a_.w_hr) {
-      frnn::store(a_.dh + timeline_.time(s) * a_.b * a_.p + p.offset, dh, p.n);
-    } else if (timeline_.computed(s, row)) {
-      step(s, p, dh);
-    } else {
-      skip(s, p);
+  // Prefetches what step() touches and no cache holds: arrays that are read or written once.
+  void fetch_step(int64_t s, int64_t row, int64_t block) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    const int64_t offset = t * plane + row * a_.h + block * kLanes<T>;
+    for (int r = 0; r < Cell::kSaved; ++r) __builtin_prefetch(a_.saved + r * a_.t * plane + offset);
+    for (int j = 1; j < kStates; ++j) {
+      __builtin_prefetch(a_.c_prev + (j - 1) * a_.t * plane + offset);
+    }
+    if (Cell::kReadsH) __builtin_prefetch(a_.h_prev + offset);
+    if (a_.dy && !a_.w_hr) __builtin_prefetch(a_.dy + offset);
+  }
+
+  // Not inlined, like Forward::finish_cells: one copy for all shapes of the microkernel.
+  __attribute__((noinline)) void finish_gather(int64_t s, const Tile& tile, const V* sum) const {
+    for (int i = 0; i < tile.rows; ++i) {
+      for (int j = 0; j < tile.blocks; ++j) {
+        const Place p = place(tile.row + i, tile.block + j, a_.p);
+        const V dh = gradient_of_h(s, p, *sum++);
+        if (s < 0) continue;
+        if (a_.w_hr) {
+          frnn::store(a_.dh + timeline_.time(s) * a_.b * a_.p + p.offset, dh, p.n);
+        } else {
+          step_or_skip(s, p, dh);
+        }
+      }
     }
   }
 
-  __attribute__((noinline)) void finish_cell(int64_t s, int64_t row, int64_t block, V dm) const {
-    const Place p = place(row, block, a_.h);
-    if (timeline_.computed(s, row)) {
-      step(s, p, dm);
+  __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* dm) const {
+    for (int i = 0; i < tile.rows; ++i) {
+      for (int j = 0; j < tile.blocks; ++j) {
+        step_or_skip(s, place(tile.row + i, tile.block + j, a_.h), *dm++);
+      }
+    }
+  }
+
+  FRNN_FN void step_or_skip(int64_t s, const Place& p, V dh) const {
+    if (timeline_.computed(s, p.row)) {
+      step(s, p, dh);
     } else {
       skip(s, p);
     }
@@ -131,7 +151,7 @@ class Backward {
 
   // The whole gradient of h at step s, 0 if it is not computed; what flows back into the initial
   // state is stored there.
-  V gradient_of_h(int64_t s, const Place& p, V product) const {
+  FRNN_FN V gradient_of_h(int64_t s, const Place& p, V product) const {
     const Entry next = timeline_.entry(s + 1, p.row);
     V back{};
     if (next == Entry::kCarried || next == Entry::kInitial) {
@@ -147,7 +167,7 @@ class Backward {
     return back + load_or_zero(a_.dy, timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
   }
 
-  void step(int64_t s, const Place& p, V dh) const {
+  FRNN_FN void step(int64_t s, const Place& p, V dh) const {
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
     V in[kStates], saved[Cell::kSaved], dout[kStates], dgx[kGates], dgh[kGates], ds[kStates];
     for (int r = 0; r < Cell::kSaved; ++r) {

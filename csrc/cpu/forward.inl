@@ -101,7 +101,7 @@ class Forward {
   }
 
   // Sends a state computed at step s to where it goes: into the next step, to the final states.
-  void pass_on(int64_t s, const Place& p, V x, const T* initial, T* next, T* final) const {
+  FRNN_FN void pass_on(int64_t s, const Place& p, V x, const T* initial, T* next, T* final) const {
     if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) {
       frnn::store(final + p.offset, x, p.n);
     }
@@ -117,36 +117,54 @@ class Forward {
 
   void run_cells(const Slice& slice, int64_t s) const {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
-    const auto finish = [&](int64_t row, int64_t block, const V* gh) {
-      finish_cell(s, row, block, gh);
-    };
-    product<kGates, T>(h_in(s), a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2, computed,
+    const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
+    const auto finish = [&](const Tile& tile, const V* gh) { finish_cells(s, tile, gh); };
+    product<kGates, T>(h_in(s), a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2, computed, fetch,
                        finish);
   }
 
   void project(const Slice& slice, int64_t s) const {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
-    const auto finish = [&](int64_t row, int64_t block, const V* sum) {
-      put_output(s, place(row, block, a_.p), sum[0]);
+    const auto fetch = [](int64_t, int64_t) {};
+    const auto finish = [&](const Tile& tile, const V* sum) {
+      for (int i = 0; i < tile.rows; ++i) {
+        for (int j = 0; j < tile.blocks; ++j) {
+          put_output(s, place(tile.row + i, tile.block + j, a_.p), *sum++);
+        }
+      }
     };
-    product<1, T>(m_at(s), a_.h, slice.rows, a_.h, w_hr_, slice.output, s % 2, computed, finish);
+    product<1, T>(m_at(s), a_.h, slice.rows, a_.h, w_hr_, slice.output, s % 2, computed, fetch,
+                  finish);
   }
 
-  // The cell after the product. Never inlined: the microkernels of all shapes must share one copy,
+  // Prefetches what step() touches and no cache holds: arrays that are read or written once.
+  void fetch_step(int64_t s, int64_t row, int64_t block) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    const int64_t unit = block * kLanes<T>, offset = t * plane + row * a_.h + unit;
+    const T* gx = a_.gx + (t * a_.b + row) * kGates * a_.h + unit;
+    for (int g = 0; g < kGates; ++g) __builtin_prefetch(gx + g * a_.h);
+    if (!a_.saved) return;
+    for (int r = 0; r < Cell::kSaved; ++r) __builtin_prefetch(a_.saved + r * a_.t * plane + offset);
+  }
+
+  // The cells after the product. Never inlined: the microkernels of all shapes must share one copy,
   // in which the compiler fuses multiplications and additions in one way, for the result not to
   // depend on how rows fall into tiles.
-  __attribute__((noinline)) void finish_cell(int64_t s, int64_t row, int64_t block,
-                                             const V* gh) const {
-    const Place p = place(row, block, a_.h);
-    const V h = timeline_.computed(s, row) ? step(s, p, gh) : skip(s, p);
-    if (a_.w_hr) {
-      frnn::store(m_at(s) + p.offset, h, p.n);
-    } else {
-      put_output(s, p, h);
+  __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* gh) const {
+    for (int i = 0; i < tile.rows; ++i) {
+      for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
+        const Place p = place(tile.row + i, tile.block + j, a_.h);
+        const V h = timeline_.computed(s, p.row) ? step(s, p, gh) : skip(s, p);
+        if (a_.w_hr) {
+          frnn::store(m_at(s) + p.offset, h, p.n);
+        } else {
+          put_output(s, p, h);
+        }
+      }
     }
   }
 
-  V step(int64_t s, const Place& p, const V* product) const {
+  FRNN_FN V step(int64_t s, const Place& p, const V* product) const {
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
     V gx[kGates], gh[kGates], in[kStates], out[kStates], saved[Cell::kSaved];
     const T* gx_row = a_.gx + (t * a_.b + p.row) * kGates * a_.h + p.unit;
@@ -173,7 +191,7 @@ class Forward {
   }
 
   // What a step leaves behind that is not computed.
-  V skip(int64_t s, const Place& p) const {
+  FRNN_FN V skip(int64_t s, const Place& p) const {
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
     if (a_.saved) {
       for (int r = 0; r < Cell::kSaved; ++r) {
@@ -186,7 +204,7 @@ class Forward {
     return V{};
   }
 
-  void pass_on_states(int64_t s, const Place& p, const V* state) const {
+  FRNN_FN void pass_on_states(int64_t s, const Place& p, const V* state) const {
     const int64_t plane = a_.b * a_.h;
     for (int j = 1; j < kStates; ++j) {
       const int64_t offset = (j - 1) * plane;
@@ -195,7 +213,7 @@ class Forward {
     }
   }
 
-  void put_output(int64_t s, const Place& p, V h) const {
+  FRNN_FN void put_output(int64_t s, const Place& p, V h) const {
     if (!timeline_.computed(s, p.row)) h = V{};
     frnn::store(a_.y + timeline_.time(s) * a_.b * a_.p + p.offset, h, p.n);
     pass_on(s, p, h, a_.h0, s + 1 < a_.t ? h_in(s + 1) : nullptr, a_.h_n);

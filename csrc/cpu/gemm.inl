@@ -90,19 +90,20 @@ void multiply(const T* __restrict__ a, int64_t lda, int64_t k, const T* __restri
   }
 }
 
-// Shapes of the microkernel for a number of gates: enough independent sums to hide the latency of
-// the multiply-add, as many rows as fit. With a single row the weights are read only once, so more
-// blocks at a time take the place of rows.
+// Shapes of the microkernel for a number of gates: about four vectors of weights, which is where
+// weights and rows take turns best, and as many rows as fit. With a single row the weights are read
+// only once, so more blocks at a time take the place of rows.
 template <int kGates>
 struct Shape {
-  static constexpr int kBlocks = kGates == 1 ? 2 : 1;
-  static constexpr int kRows = kSumRegisters / (kGates * kBlocks);
+  static constexpr int kBlocks = kGates == 1 ? 4 : 1;
   static constexpr int kBlocksOfOneRow = kGates >= 8 ? 1 : 8 / kGates;
 };
+template <int kVectors>
+constexpr int kRowsOf = kSumRegisters / kVectors < 6 ? kSumRegisters / kVectors : 6;
 
 template <int kBlocks, int kGates, class T>
 struct MultiplyTable {
-  Multiply<T> entry[Shape<kGates>::kRows];  // by rows - 1
+  Multiply<T> entry[kRowsOf<kBlocks * kGates>];  // by rows - 1
 
   template <int... kIndex>
   static constexpr MultiplyTable make(std::integer_sequence<int, kIndex...>) {
@@ -114,48 +115,76 @@ struct MultiplyTable {
 // (16 KB with AVX2 and 4 gates), and long sums are added in parts, which keeps them accurate. It
 // is a constant so that results do not depend on how the work is divided.
 constexpr int64_t kChunk = 128;
-// Rows whose sums are kept at a time; a multiple of every Shape::kRows, at most the bits of a mask.
+// Rows whose sums are kept at a time, at most the bits of a mask.
 constexpr int kRowBlock = 48;
 
-// sum[row][block][gate] over all of K, for kBlocks blocks at w; only tiles with a row in `wanted`.
+// Fetches part i of n of a chunk of weights into the L2 cache.
 template <int kBlocks, int kGates, class T>
-void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k, const T* w,
-                   Vec<T>* sum) {
-  constexpr int kRows = Shape<kGates>::kRows;
-  static constexpr auto kTable =
-      MultiplyTable<kBlocks, kGates, T>::make(std::make_integer_sequence<int, kRows>{});
-  const int tiles = (rows + kRows - 1) / kRows;
-  for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
-    for (int tile = 0; tile < tiles; ++tile) {
-      const Range r = part(rows, tile, tiles);
-      if ((wanted >> r.begin & ((uint64_t{1} << r.size()) - 1)) == 0) continue;
-      kTable.entry[r.size() - 1](a + r.begin * lda + k0, lda, min(kChunk, k - k0),
-                                 w + k0 * kGates * kLanes<T>, k * kGates * kLanes<T>, k0 > 0,
-                                 sum + r.begin * kBlocks * kGates);
+void fetch_weights(const T* w, int64_t block_stride, int64_t k, int i, int n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const Range lines = part(k * kGates * kLanes<T> / kLine, i, n);
+  for (int block = 0; block < kBlocks; ++block) {
+    for (int64_t line = lines.begin; line < lines.end; ++line) {
+      __builtin_prefetch(w + block * block_stride + line * kLine, 0, 2);
     }
   }
 }
 
-// Runs the product of rows a [.., lda] with packed blocks and hands the sums of every row and block
-// to finish(row, block, const Vec<T>* sum[gates]). wanted(row) tells whether the row's sums matter;
-// if not they are unspecified. `backwards` walks the blocks from the end: alternating it from step
-// to step finds the blocks used last still in the cache.
-template <int kGates, class T, class Wanted, class Finish>
+// sum[row][block][gate] over all of K, for kBlocks blocks at w; only tiles with a row in `wanted`.
+// The weights at `next` are wanted next: what does not fit the L2 cache is fetched ahead of its use
+// (a single row leaves no time for that).
+template <int kBlocks, int kGates, class T>
+void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k, const T* w,
+                   const T* next, Vec<T>* sum) {
+  constexpr int kRows = kRowsOf<kBlocks * kGates>;
+  static constexpr auto kTable =
+      MultiplyTable<kBlocks, kGates, T>::make(std::make_integer_sequence<int, kRows>{});
+  const int64_t stride = k * kGates * kLanes<T>;  // from block to block
+  const int tiles = (rows + kRows - 1) / kRows;
+  for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
+    const int64_t k1 = min(k, k0 + kChunk), k2 = min(k, k1 + kChunk);
+    const T* ahead = k1 < k ? w + k1 * kGates * kLanes<T> : next;
+    const int64_t ahead_k = k1 < k ? k2 - k1 : min(k, kChunk);
+    for (int tile = 0; tile < tiles; ++tile) {
+      const Range r = part(rows, tile, tiles);
+      if (rows > 1) fetch_weights<kBlocks, kGates, T>(ahead, stride, ahead_k, tile, tiles);
+      if ((wanted >> r.begin & ((uint64_t{1} << r.size()) - 1)) == 0) continue;
+      kTable.entry[r.size() - 1](a + r.begin * lda + k0, lda, k1 - k0, w + k0 * kGates * kLanes<T>,
+                                 stride, k0 > 0, sum + r.begin * kBlocks * kGates);
+    }
+  }
+}
+
+// Some rows and blocks of a product.
+struct Tile {
+  int64_t row, block;  // the first ones
+  int rows, blocks;
+};
+
+// Runs the product of rows a [.., lda] with packed blocks and hands the sums over, tile by tile:
+// finish(tile, sum[row][block][gate]). fetch(row, block), before the product of a block, is the
+// time to prefetch what finish will use. wanted(row) tells whether the row's sums
+// matter; if not they are unspecified. `backwards` walks the blocks from the end: alternating it
+// from step to step finds the blocks used last still in the cache.
+template <int kGates, class T, class Wanted, class Fetch, class Finish>
 void product(const T* a, int64_t lda, Range rows, int64_t k, const T* packed, Range blocks,
-             bool backwards, const Wanted& wanted, const Finish& finish) {
+             bool backwards, const Wanted& wanted, const Fetch& fetch, const Finish& finish) {
   using S = Shape<kGates>;
-  alignas(64) Vec<T> sum[kRowBlock * S::kBlocks * kGates];
+  constexpr int kMost = S::kBlocks > S::kBlocksOfOneRow ? S::kBlocks : S::kBlocksOfOneRow;
+  alignas(64) Vec<T> sum[kRowBlock * kMost * kGates];
   const auto some_blocks = [&]<int kBlocks>(int64_t block) {
+    const int64_t size = k * kGates * kLanes<T>;
+    const T* w = packed + block * size;
+    const T* next = backwards ? w - kBlocks * size : w + kBlocks * size;
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int n = static_cast<int>(min(kRowBlock, rows.end - r0));
       uint64_t mask = 0;
       for (int i = 0; i < n; ++i) mask |= uint64_t{wanted(r0 + i)} << i;
-      const T* w = packed + block * k * kGates * kLanes<T>;
-      multiply_rows<kBlocks, kGates, T>(a + r0 * lda, lda, n, mask, k, w, sum);
       for (int i = 0; i < n; ++i) {
-        for (int j = 0; j < kBlocks; ++j)
-          finish(r0 + i, block + j, sum + (i * kBlocks + j) * kGates);
+        for (int j = 0; j < kBlocks; ++j) fetch(r0 + i, block + j);
       }
+      multiply_rows<kBlocks, kGates, T>(a + r0 * lda, lda, n, mask, k, w, next, sum);
+      finish(Tile{r0, block, n, kBlocks}, sum);
     }
   };
   const int step = rows.size() == 1 ? S::kBlocksOfOneRow : S::kBlocks;
