@@ -69,23 +69,28 @@ ctest: .venv/ready
 	@.venv/bin/cmake --build build/$@ --target test_cells
 	@.venv/bin/ctest --test-dir build/$@ --output-on-failure
 
+runtime = $(shell $(CXX) -print-file-name=$(1))
 asan: sanitizer = address,undefined
-asan: runtime = libasan.so libstdc++.so
+asan: preload = $(call runtime,libasan.so) $(call runtime,libstdc++.so)
 asan: options = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 tsan: sanitizer = thread
-tsan: runtime = libtsan.so
+tsan: preload = $(call runtime,libtsan.so) $(CURDIR)/build/tsan/openmp.so
 tsan: options = TSAN_OPTIONS=halt_on_error=1
+tsan: build/tsan/openmp.so
+
+build/tsan/openmp.so: tests/cpp/tsan_openmp.c
+	@mkdir -p $(@D)
+	@$(CC) -shared -fPIC $< -o $@
 
 # The instrumented engine in a copy of the package. The sanitizer's runtime must be the first library
-# of the process, before Python's own.
+# of the process, before Python's own; pytest must not capture what it writes before it aborts.
 asan tsan: .venv/ready
 	@$(configure) -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 \
 		-DFUSEDRNN_SANITIZE=$(sanitizer) -DFUSEDRNN_OUTPUT_DIR=$(CURDIR)/build/$@/engine
 	@.venv/bin/cmake --build build/$@ --target _C
 	@rm -rf build/$@/fusedrnn && cp -r fusedrnn build/$@/ && cp build/$@/engine/_C.so build/$@/fusedrnn/
-	$(options) PYTHONPATH=build/$@ \
-		LD_PRELOAD="$(foreach library,$(runtime),$(shell $(CXX) -print-file-name=$(library)))" \
-		.venv/bin/pytest tests/test_recurrence.py -k cpu $(ARGS)
+	$(options) PYTHONPATH=build/$@ LD_PRELOAD="$(preload)" \
+		.venv/bin/pytest --capture=sys tests/test_recurrence.py -k cpu $(ARGS)
 
 wheel: .venv/ready
 	@rm -rf dist build/$@
