@@ -56,7 +56,7 @@ bench: .venv/engine
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp')
+	.venv/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.c')
 	.venv/bin/mypy
 
 # A build beside the installed one, in build/TARGET.

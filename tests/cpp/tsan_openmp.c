@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Preloaded by `make tsan`. torch's threads are OpenMP's, whose runtime is not instrumented, so that
-// ThreadSanitizer cannot see that a parallel region starts after what came before it and ends before
-// what comes after it, and reports every argument as a race. This tells it so at the two places, and
-// nothing else: races within a region are still found, and no report is suppressed.
+// Preloaded by `make tsan`. torch's threads are OpenMP's, whose runtime is not instrumented, so
+// that ThreadSanitizer cannot see that a parallel region starts after what came before it and ends
+// before what comes after it, and reports every argument as a race. This tells it so at the two
+// places, and nothing else: races within a region are still found, and no report is suppressed.
 #include <dlfcn.h>
 
 void __tsan_acquire(void*);
