@@ -121,34 +121,35 @@ void set_sequence(frnn::SequenceArgs<T>& args, const frnn::CellFacts& cell, Scal
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-ForwardResult forward_of(ScalarType type, const Tensor& gx, const Tensor& w_hh,
-                         const OptionalTensor& w_hr, const OptionalTensor& b_hh, const Tensor& h0,
-                         const OptionalTensor& c0, const OptionalTensor& lengths,
-                         const OptionalTensor& resets, int64_t cell_index, bool reverse,
-                         bool training, bool cell_states) {
+ForwardResult forward_of(ScalarType type, const Tensor& x, const Tensor& w_ih, const Tensor& w_hh,
+                         const OptionalTensor& b_ih, const OptionalTensor& b_hh,
+                         const OptionalTensor& w_hr, const Tensor& h0, const OptionalTensor& c0,
+                         const OptionalTensor& lengths, const OptionalTensor& resets,
+                         int64_t cell_index, bool reverse, bool training, bool cell_states) {
   const frnn::CellFacts& cell = facts_of(cell_index);
   const int64_t g = cell.gates, s = cell.states;
-  STD_TORCH_CHECK(gx.dim() == 3 && w_hh.dim() == 2, "gx has ", gx.dim(), " dimensions and w_hh ",
+  STD_TORCH_CHECK(x.dim() == 3 && w_hh.dim() == 2, "x has ", x.dim(), " dimensions and w_hh ",
                   w_hh.dim(), ", expected 3 and 2");
   frnn::ForwardArgs<T> args{};
-  args.t = gx.size(0);
-  args.b = gx.size(1);
+  args.t = x.size(0);
+  args.b = x.size(1);
+  args.i = x.size(2);
   args.h = w_hh.size(0) / g;
   args.p = w_hh.size(1);
   const auto [t, b, h, p] = std::tuple{args.t, args.b, args.h, args.p};
   set_sequence(args, cell, type, w_hh, w_hr, lengths, resets, reverse);
-  check("gx", gx, type, {t, b, g * h});
+  check("x", x, type, {t, b, args.i});
+  check("w_ih", w_ih, type, {g * h, args.i});
+  check("b_ih", b_ih, type, {g * h});
   check("b_hh", b_hh, type, {g * h});
   check("h0", h0, type, {b, p});
   check("c0", c0, type, {s - 1, b, h});
-  STD_TORCH_CHECK(!b_hh || !cell.additive, "b_hh is given, but ", cell.name,
-                  " takes it as part of gx");
   STD_TORCH_CHECK(c0.has_value() == (s > 1), "c0 is ", c0 ? "given" : "missing", ", but ",
                   cell.name, " has ", s, " state(s)");
   STD_TORCH_CHECK(!cell_states || s > 1, "cell_states is true, but ", cell.name,
                   " has only one state");
 
-  const Allocator make{gx};
+  const Allocator make{x};
   ForwardResult result{make({t, b, p}),
                        make({b, p}),
                        make(s > 1, {s - 1, b, h}),
@@ -158,7 +159,9 @@ ForwardResult forward_of(ScalarType type, const Tensor& gx, const Tensor& w_hh,
                        make(training, {cell.saved, t, b, h}),
                        make(training && w_hr, {t, b, h})};
   const auto& [y, h_n, c_n, c, h_prev, c_prev, saved, m] = result;
-  args.gx = input<T>(gx);
+  args.x = input<T>(x);
+  args.w_ih = input<T>(w_ih);
+  args.b_ih = input<T>(b_ih);
   args.b_hh = input<T>(b_hh);
   args.h0 = input<T>(h0);
   args.c0 = input<T>(c0);
@@ -174,16 +177,16 @@ ForwardResult forward_of(ScalarType type, const Tensor& gx, const Tensor& w_hh,
   return result;
 }
 
-ForwardResult recurrence_forward(Tensor gx, Tensor w_hh, OptionalTensor w_hr, OptionalTensor b_hh,
-                                 Tensor h0, OptionalTensor c0, OptionalTensor lengths,
-                                 OptionalTensor resets, int64_t cell, bool reverse, bool training,
-                                 bool cell_states) {
-  const ScalarType type = gx.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "gx is ", name(type),
+ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
+                                 OptionalTensor b_hh, OptionalTensor w_hr, Tensor h0,
+                                 OptionalTensor c0, OptionalTensor lengths, OptionalTensor resets,
+                                 int64_t cell, bool reverse, bool training, bool cell_states) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x is ", name(type),
                   ", expected float32 or float64");
   const auto run = type == ScalarType::Float ? forward_of<float> : forward_of<double>;
-  return run(type, gx, w_hh, w_hr, b_hh, h0, c0, lengths, resets, cell, reverse, training,
-             cell_states);
+  return run(type, x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, resets, cell, reverse,
+             training, cell_states);
 }
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -254,9 +257,10 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
 
 STABLE_TORCH_LIBRARY(fusedrnn, library) {
   library.def(
-      "recurrence_forward(Tensor gx, Tensor w_hh, Tensor? w_hr, Tensor? b_hh, Tensor h0, "
-      "Tensor? c0, Tensor? lengths, Tensor? resets, int cell, bool reverse, bool training, "
-      "bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor h_prev, "
+      "recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+      "Tensor? w_hr, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, int cell, "
+      "bool reverse, bool training, bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor "
+      "c, Tensor h_prev, "
       "Tensor c_prev, Tensor saved, Tensor m)");
   library.def(
       "recurrence_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor w_hh, "

@@ -34,8 +34,11 @@ struct SequenceArgs {
 
 template <class T>
 struct ForwardArgs : SequenceArgs<T> {
-  const T* gx;    // [T, B, G*H] in; never read at steps not computed
-  const T* b_hh;  // [G*H] in, or null; only for cells that are not additive
+  int64_t i;      // I
+  const T* x;     // [T, B, I] in; what it holds at steps not computed reaches no result
+  const T* w_ih;  // [G*H, I] in
+  const T* b_ih;  // [G*H] in, or null
+  const T* b_hh;  // [G*H] in, or null
   const T* h0;    // [B, P] in
   const T* c0;    // [S-1, B, H] in, or null if S == 1
 

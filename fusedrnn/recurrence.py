@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -41,7 +40,7 @@ def recurrence(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
         return outputs
-    run = _forward(cell, backend, x, weights, h0, c0, seq, reverse, False, cell_states)
+    run = backend.forward(cell, x, weights, h0, c0, seq, reverse, False, cell_states)
     return _outputs(run, c0 is not None, cell_states)
 
 
@@ -57,26 +56,6 @@ def _transformed(tensors: tuple[Tensor | None, ...]) -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
-
-
-def _forward(
-    cell: Cell,
-    backend: Backend | Reference,
-    x: Tensor,
-    weights: Weights,
-    h0: Tensor,
-    c0: Tensor | None,
-    seq: Sequence,
-    reverse: bool,
-    training: bool,
-    cell_states: bool,
-) -> Run:
-    assert not isinstance(backend, Reference)
-    bias = weights.b_ih
-    if cell.additive and bias is not None and weights.b_hh is not None:
-        bias = bias + weights.b_hh
-    gx = F.linear(x, weights.w_ih, bias)
-    return backend.forward(cell, gx, weights, h0, c0, seq, reverse, training, cell_states)
 
 
 def _outputs(run: Run, others: bool, cell_states: bool) -> tuple[Tensor, ...]:
@@ -110,7 +89,8 @@ class RecurrenceFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         cell, backend = CELLS[cell_name], by_name(backend_name)
         weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Sequence(lengths, resets)
-        run = _forward(cell, backend, x, weights, h0, c0, seq, reverse, True, cell_states)
+        assert not isinstance(backend, Reference)
+        run = backend.forward(cell, x, weights, h0, c0, seq, reverse, True, cell_states)
         ctx.call = cell_name, backend_name, reverse, cell_states
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *weights, h0, c0, lengths, resets, run.h_prev, run.m, *run.reserve)

@@ -56,9 +56,11 @@ class Backward {
     int64_t row, unit, offset;
     int n;
   };
+  template <bool kPlain = false>
   static Place place(int64_t row, int64_t block, int64_t units) {
     const int64_t unit = block * kLanes<T>;
-    return {row, unit, row * units + unit, static_cast<int>(min(kLanes<T>, units - unit))};
+    const int64_t n = kPlain ? kLanes<T> : min(kLanes<T>, units - unit);
+    return {row, unit, row * units + unit, static_cast<int>(n)};
   }
 
   static V load_or_zero(const T* p, int64_t offset, int n) {
@@ -117,17 +119,29 @@ class Backward {
     if (a_.dy && !a_.w_hr) __builtin_prefetch(a_.dy + offset);
   }
 
-  // Not inlined, like Forward::finish_cells: one copy for all shapes of the microkernel.
-  __attribute__((noinline)) void finish_gather(int64_t s, const Tile& tile, const V* sum) const {
+  // After the product; plain tiles as in Forward::finish_cells.
+  void finish_gather(int64_t s, const Tile& tile, const V* sum) const {
+    const bool whole = (tile.block + tile.blocks) * kLanes<T> <= a_.p;
+    if (timeline_.full() && s >= 0 && s + 1 < a_.t && whole && !a_.w_hr) {
+      finish_gather_tile<true>(s, tile, sum);
+    } else {
+      finish_gather_tile<false>(s, tile, sum);
+    }
+  }
+
+  // Not inlined, like Forward::finish_tile.
+  template <bool kPlain>
+  __attribute__((noinline)) void finish_gather_tile(int64_t s, const Tile& tile,
+                                                    const V* sum) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
-        const Place p = place(tile.row + i, tile.block + j, a_.p);
-        const V dh = gradient_of_h(s, p, *sum++);
-        if (s < 0) continue;
-        if (a_.w_hr) {
+        const Place p = place<kPlain>(tile.row + i, tile.block + j, a_.p);
+        const V dh = gradient_of_h<kPlain>(s, p, *sum++);
+        if (!kPlain && s < 0) continue;
+        if (!kPlain && a_.w_hr) {
           frnn::store(a_.dh + timeline_.time(s) * a_.b * a_.p + p.offset, dh, p.n);
         } else {
-          step_or_skip(s, p, dh);
+          step_or_skip<kPlain>(s, p, dh);
         }
       }
     }
@@ -136,14 +150,15 @@ class Backward {
   __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* dm) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
-        step_or_skip(s, place(tile.row + i, tile.block + j, a_.h), *dm++);
+        step_or_skip<false>(s, place(tile.row + i, tile.block + j, a_.h), *dm++);
       }
     }
   }
 
+  template <bool kPlain>
   FRNN_FN void step_or_skip(int64_t s, const Place& p, V dh) const {
-    if (timeline_.computed(s, p.row)) {
-      step(s, p, dh);
+    if (kPlain || timeline_.computed(s, p.row)) {
+      step<kPlain>(s, p, dh);
     } else {
       skip(s, p);
     }
@@ -151,8 +166,9 @@ class Backward {
 
   // The whole gradient of h at step s, 0 if it is not computed; what flows back into the initial
   // state is stored there.
+  template <bool kPlain>
   FRNN_FN V gradient_of_h(int64_t s, const Place& p, V product) const {
-    const Entry next = timeline_.entry(s + 1, p.row);
+    const Entry next = kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row);
     V back{};
     if (next == Entry::kCarried || next == Entry::kInitial) {
       back = product;
@@ -162,11 +178,14 @@ class Backward {
       frnn::store(a_.dh0 + p.offset, back, p.n);
       back = V{};
     }
-    if (s < 0 || !timeline_.computed(s, p.row)) return V{};
-    if (timeline_.last(s, p.row)) back += load_or_zero(a_.dh_n, p.offset, p.n);
+    if (!kPlain) {
+      if (s < 0 || !timeline_.computed(s, p.row)) return V{};
+      if (timeline_.last(s, p.row)) back += load_or_zero(a_.dh_n, p.offset, p.n);
+    }
     return back + load_or_zero(a_.dy, timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
   }
 
+  template <bool kPlain>
   FRNN_FN void step(int64_t s, const Place& p, V dh) const {
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
     V in[kStates], saved[Cell::kSaved], dout[kStates], dgx[kGates], dgh[kGates], ds[kStates];
@@ -175,7 +194,7 @@ class Backward {
     }
     if (Cell::kReadsH) in[0] = frnn::load<V>(a_.h_prev + t * plane + p.offset, p.n);
     dout[0] = dh;
-    const T* running = timeline_.last(s, p.row) ? a_.dc_n : a_.dc0;
+    const T* running = !kPlain && timeline_.last(s, p.row) ? a_.dc_n : a_.dc0;
     for (int j = 1; j < kStates; ++j) {
       in[j] = frnn::load<V>(a_.c_prev + ((j - 1) * a_.t + t) * plane + p.offset, p.n);
       dout[j] = load_or_zero(running, (j - 1) * plane + p.offset, p.n);
@@ -189,7 +208,7 @@ class Backward {
       frnn::store(a_.dgx + gates + g * a_.h, dgx[g], p.n);
       if (!Cell::kAdditive) frnn::store(a_.dgh + gates + g * a_.h, dgh[g], p.n);
     }
-    const bool cut = timeline_.entry(s, p.row) == Entry::kZero;
+    const bool cut = !kPlain && timeline_.entry(s, p.row) == Entry::kZero;
     if (Cell::kReadsH) frnn::store(a_.dh0 + p.offset, cut ? V{} : ds[0], p.n);
     for (int j = 1; j < kStates; ++j) {
       frnn::store(a_.dc0 + (j - 1) * plane + p.offset, cut ? V{} : ds[j], p.n);

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: MIT
 // The forward recurrence. Included by recurrence.inl inside an anonymous namespace.
+//
+// The input projection W_ih x is made in chunks of steps, each slice for its own rows and units,
+// into a buffer that stays in the cache until the steps of the chunk have used it.
 
 template <class Cell, class T>
 class Forward {
   using V = Vec<T>;
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+  // Rows of a chunk of the input projection: enough for W_ih to be read seldom.
+  static constexpr int64_t kInputRows = 192;
 
  public:
   static void run(const frnn::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
@@ -23,6 +28,7 @@ class Forward {
     each([&](int i) { start(slice(i)); });
     meet();
     for (int64_t s = 0; s < a_.t; ++s) {
+      if (s % chunk_ == 0) each([&](int i) { project_input(slice(i), s); });
       each([&](int i) { run_cells(slice(i), s); });
       if (plan_.by_units) meet();
       if (a_.w_hr == nullptr) continue;
@@ -33,9 +39,14 @@ class Forward {
 
  private:
   Forward(const frnn::ForwardArgs<T>& args, const frnn::cpu::Plan& plan, Carver& carver)
-      : a_(args), plan_(plan), timeline_(args) {
-    const int64_t lanes = kLanes<T>;
-    w_hh_ = carver.take<T>(blocks_of<T>(a_.h) * lanes * kGates * a_.p);
+      : a_(args),
+        plan_(plan),
+        timeline_(args),
+        chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1) {
+    const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;
+    w_ih_ = carver.take<T>(units * kGates * a_.i);
+    w_hh_ = carver.take<T>(units * kGates * a_.p);
+    gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
     if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * a_.h);
     if (!a_.h_prev) h_ = carver.take<T>(2 * a_.b * a_.p);
     if (!a_.h_prev && kStates > 1) states_ = carver.take<T>((kStates - 1) * a_.b * a_.h);
@@ -61,6 +72,7 @@ class Forward {
   T* m_at(int64_t s) const { return a_.m ? a_.m + timeline_.time(s) * a_.b * a_.h : m_; }
 
   void pack(const Slice& slice) const {
+    pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
     pack_rows(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
     if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
   }
@@ -87,9 +99,11 @@ class Forward {
     int64_t row, unit, offset;
     int n;
   };
+  template <bool kPlain = false>
   static Place place(int64_t row, int64_t block, int64_t units) {
     const int64_t unit = block * kLanes<T>;
-    return {row, unit, row * units + unit, static_cast<int>(min(kLanes<T>, units - unit))};
+    const int64_t n = kPlain ? kLanes<T> : min(kLanes<T>, units - unit);
+    return {row, unit, row * units + unit, static_cast<int>(n)};
   }
 
   void start_state(const Place& p, const T* initial, T* entering, T* final) const {
@@ -101,7 +115,9 @@ class Forward {
   }
 
   // Sends a state computed at step s to where it goes: into the next step, to the final states.
+  template <bool kPlain>
   FRNN_FN void pass_on(int64_t s, const Place& p, V x, const T* initial, T* next, T* final) const {
+    if (kPlain) return frnn::store(next + p.offset, x, p.n);
     if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) {
       frnn::store(final + p.offset, x, p.n);
     }
@@ -115,10 +131,67 @@ class Forward {
     frnn::store(next + p.offset, x, p.n);
   }
 
+  // The rows of a chunk's input projection that belong to one slice: [steps][rows][blocks][G][V].
+  struct Input {
+    V* data;
+    Slice slice;
+    int64_t first;  // the time of the chunk's first row
+
+    V* at(int64_t t, int64_t row, int64_t block) const {
+      const int64_t r = (t - first) * slice.rows.size() + row - slice.rows.begin;
+      return data + (r * slice.hidden.size() + block - slice.hidden.begin) * kGates;
+    }
+  };
+
+  // The projection of the chunk that begins at step s0; whole chunks precede it.
+  Input input(const Slice& slice, int64_t s0) const {
+    const int64_t before = slice.hidden.begin * a_.b + slice.rows.begin * slice.hidden.size();
+    T* data = gx_ + before * min(chunk_, a_.t) * kGates * kLanes<T>;
+    const int64_t s1 = min(s0 + chunk_, a_.t);
+    return {reinterpret_cast<V*>(data), slice, min(timeline_.time(s0), timeline_.time(s1 - 1))};
+  }
+
+  void project_input(const Slice& slice, int64_t s0) const {
+    const Input to = input(slice, s0);
+    const int64_t steps = min(chunk_, a_.t - s0);
+    const auto project = [&](int64_t begin, Range rows) {  // rows of [T*B] counted from begin
+      const auto wanted = [](int64_t) { return true; };
+      const auto fetch = [](int64_t, int64_t) {};
+      const auto finish = [&](const Tile& tile, const V* sum) {
+        for (int j = 0; j < tile.blocks; ++j) {
+          V bias[kGates];
+          for (int g = 0; g < kGates; ++g) bias[g] = input_bias(g, tile.block + j);
+          for (int i = 0; i < tile.rows; ++i) {
+            const int64_t r = tile.row + i;
+            const V* product = sum + (i * tile.blocks + j) * kGates;
+            V* gx = to.at(begin + r / a_.b, r % a_.b, tile.block + j);
+            for (int g = 0; g < kGates; ++g) gx[g] = product[g] + bias[g];
+          }
+        }
+      };
+      product<kGates, T>(a_.x + begin * a_.b * a_.i, a_.i, rows, a_.i, w_ih_, slice.hidden, false,
+                         wanted, fetch, finish);
+    };
+    if (slice.rows.size() == a_.b) {
+      project(to.first, {0, steps * a_.b});
+    } else {
+      for (int64_t t = to.first; t < to.first + steps; ++t) project(t, slice.rows);
+    }
+  }
+
+  // What is added to W_ih x: the biases that only meet there.
+  V input_bias(int g, int64_t block) const {
+    const Place p = place(0, block, a_.h);
+    const V bias = a_.b_ih ? frnn::load<V>(a_.b_ih + g * a_.h + p.unit, p.n) : V{};
+    const T* more = Cell::kAdditive ? a_.b_hh : nullptr;
+    return more ? bias + frnn::load<V>(more + g * a_.h + p.unit, p.n) : bias;
+  }
+
   void run_cells(const Slice& slice, int64_t s) const {
+    const Input gx = input(slice, s - s % chunk_);
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
-    const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
-    const auto finish = [&](const Tile& tile, const V* gh) { finish_cells(s, tile, gh); };
+    const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
+    const auto finish = [&](const Tile& tile, const V* gh) { finish_cells(s, tile, gx, gh); };
     product<kGates, T>(h_in(s), a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2, computed, fetch,
                        finish);
   }
@@ -129,7 +202,8 @@ class Forward {
     const auto finish = [&](const Tile& tile, const V* sum) {
       for (int i = 0; i < tile.rows; ++i) {
         for (int j = 0; j < tile.blocks; ++j) {
-          put_output(s, place(tile.row + i, tile.block + j, a_.p), *sum++);
+          const Place p = place(tile.row + i, tile.block + j, a_.p);
+          put_output<false>(s, timeline_.time(s), p, *sum++);
         }
       }
     };
@@ -138,42 +212,55 @@ class Forward {
   }
 
   // Prefetches what step() touches and no cache holds: arrays that are read or written once.
-  void fetch_step(int64_t s, int64_t row, int64_t block) const {
+  void fetch_step(int64_t s, int64_t row, int64_t block, const Input& input) const {
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
-    const int64_t unit = block * kLanes<T>, offset = t * plane + row * a_.h + unit;
-    const T* gx = a_.gx + (t * a_.b + row) * kGates * a_.h + unit;
-    for (int g = 0; g < kGates; ++g) __builtin_prefetch(gx + g * a_.h);
+    const int64_t offset = t * plane + row * a_.h + block * kLanes<T>;
+    const V* gx = input.at(t, row, block);
+    for (int g = 0; g < kGates; ++g) __builtin_prefetch(gx + g);
     if (!a_.saved) return;
     for (int r = 0; r < Cell::kSaved; ++r) __builtin_prefetch(a_.saved + r * a_.t * plane + offset);
   }
 
-  // The cells after the product. Never inlined: the microkernels of all shapes must share one copy,
-  // in which the compiler fuses multiplications and additions in one way, for the result not to
-  // depend on how rows fall into tiles.
-  __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* gh) const {
+  // The cells after the product. Most tiles are plain: whole vectors, every row computed, and its
+  // states only go into the next step; knowing that saves a third of the time.
+  void finish_cells(int64_t s, const Tile& tile, const Input& input, const V* gh) const {
+    const bool whole = (tile.block + tile.blocks) * kLanes<T> <= a_.h;
+    if (timeline_.full() && s + 1 < a_.t && whole) {
+      finish_tile<true>(s, tile, input, gh);
+    } else {
+      finish_tile<false>(s, tile, input, gh);
+    }
+  }
+
+  // Never inlined: the microkernels of all shapes must share one copy, in which the compiler fuses
+  // multiplications and additions in one way, for the result not to depend on how rows fall into
+  // tiles.
+  template <bool kPlain>
+  __attribute__((noinline)) void finish_tile(int64_t s, const Tile& tile, const Input& input,
+                                             const V* gh) const {
+    const int64_t t = timeline_.time(s);
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
-        const Place p = place(tile.row + i, tile.block + j, a_.h);
-        const V h = timeline_.computed(s, p.row) ? step(s, p, gh) : skip(s, p);
+        const Place p = place<kPlain>(tile.row + i, tile.block + j, a_.h);
+        const V* gx = input.at(t, p.row, tile.block + j);
+        const bool computed = kPlain || timeline_.computed(s, p.row);
+        const V h = computed ? step<kPlain>(s, t, p, gx, gh) : skip(s, t, p);
         if (a_.w_hr) {
           frnn::store(m_at(s) + p.offset, h, p.n);
         } else {
-          put_output(s, p, h);
+          put_output<kPlain>(s, t, p, h);
         }
       }
     }
   }
 
-  FRNN_FN V step(int64_t s, const Place& p, const V* product) const {
-    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
-    V gx[kGates], gh[kGates], in[kStates], out[kStates], saved[Cell::kSaved];
-    const T* gx_row = a_.gx + (t * a_.b + p.row) * kGates * a_.h + p.unit;
+  template <bool kPlain>
+  FRNN_FN V step(int64_t s, int64_t t, const Place& p, const V* gx, const V* product) const {
+    const int64_t plane = a_.b * a_.h;
+    V gh[kGates], in[kStates], out[kStates], saved[Cell::kSaved];
     for (int g = 0; g < kGates; ++g) {
-      gx[g] = frnn::load<V>(gx_row + g * a_.h, p.n);
       gh[g] = product[g];
-      if (!Cell::kAdditive && a_.b_hh) {
-        gh[g] += frnn::load<V>(a_.b_hh + g * a_.h + p.unit, p.n);
-      }
+      if (!Cell::kAdditive && a_.b_hh) gh[g] += frnn::load<V>(a_.b_hh + g * a_.h + p.unit, p.n);
     }
     if (Cell::kReadsH) in[0] = frnn::load<V>(h_in(s) + p.offset, p.n);
     for (int j = 1; j < kStates; ++j) in[j] = frnn::load<V>(state_in(s, j) + p.offset, p.n);
@@ -186,13 +273,13 @@ class Forward {
       }
     }
     if (kStates > 1 && a_.c) frnn::store(a_.c + t * plane + p.offset, out[kStates > 1], p.n);
-    pass_on_states(s, p, out);
+    pass_on_states<kPlain>(s, p, out);
     return out[0];
   }
 
   // What a step leaves behind that is not computed.
-  FRNN_FN V skip(int64_t s, const Place& p) const {
-    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+  V skip(int64_t s, int64_t t, const Place& p) const {
+    const int64_t plane = a_.b * a_.h;
     if (a_.saved) {
       for (int r = 0; r < Cell::kSaved; ++r) {
         frnn::store(a_.saved + (r * a_.t + t) * plane + p.offset, V{}, p.n);
@@ -200,28 +287,33 @@ class Forward {
     }
     if (kStates > 1 && a_.c) frnn::store(a_.c + t * plane + p.offset, V{}, p.n);
     const V zero[kStates] = {};
-    pass_on_states(s, p, zero);
+    pass_on_states<false>(s, p, zero);
     return V{};
   }
 
+  template <bool kPlain>
   FRNN_FN void pass_on_states(int64_t s, const Place& p, const V* state) const {
     const int64_t plane = a_.b * a_.h;
     for (int j = 1; j < kStates; ++j) {
       const int64_t offset = (j - 1) * plane;
       T* next = s + 1 < a_.t ? state_in(s + 1, j) : nullptr;
-      pass_on(s, p, state[j], a_.c0 + offset, next, a_.c_n + offset);
+      pass_on<kPlain>(s, p, state[j], a_.c0 + offset, next, a_.c_n + offset);
     }
   }
 
-  FRNN_FN void put_output(int64_t s, const Place& p, V h) const {
-    if (!timeline_.computed(s, p.row)) h = V{};
-    frnn::store(a_.y + timeline_.time(s) * a_.b * a_.p + p.offset, h, p.n);
-    pass_on(s, p, h, a_.h0, s + 1 < a_.t ? h_in(s + 1) : nullptr, a_.h_n);
+  template <bool kPlain>
+  FRNN_FN void put_output(int64_t s, int64_t t, const Place& p, V h) const {
+    if (!kPlain && !timeline_.computed(s, p.row)) h = V{};
+    frnn::store(a_.y + t * a_.b * a_.p + p.offset, h, p.n);
+    pass_on<kPlain>(s, p, h, a_.h0, s + 1 < a_.t ? h_in(s + 1) : nullptr, a_.h_n);
   }
 
   const frnn::ForwardArgs<T>& a_;
   const frnn::cpu::Plan plan_;
   const Timeline<T> timeline_;
+  const int64_t chunk_;  // steps of a chunk of the input projection
+  T* w_ih_ = nullptr;    // packed
+  T* gx_ = nullptr;      // one chunk
   T* w_hh_ = nullptr;    // packed
   T* w_hr_ = nullptr;    // packed
   T* h_ = nullptr;       // [2, B, P]

@@ -16,6 +16,9 @@ class Timeline {
   explicit Timeline(const frnn::SequenceArgs<T>& args)
       : a_(args), full_(args.lengths == nullptr && args.resets == nullptr) {}
 
+  // Every step is computed, from the one before.
+  bool full() const { return full_; }
+
   int64_t time(int64_t s) const { return a_.reverse ? a_.t - 1 - s : s; }
 
   int64_t length(int64_t row) const {

@@ -70,7 +70,7 @@ class Backend(Protocol):
     def forward(
         self,
         cell: Cell,
-        gx: Tensor,  # [T,B,G*H] the input projection with its bias (both biases if additive)
+        x: Tensor,  # [T,B,I]
         weights: Weights,
         h0: Tensor,  # [B,P]
         c0: Tensor | None,  # [S-1,B,H], None if h is the only state

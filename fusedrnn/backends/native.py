@@ -83,7 +83,7 @@ class Native:
     def forward(
         self,
         cell: Cell,
-        gx: Tensor,
+        x: Tensor,
         weights: Weights,
         h0: Tensor,
         c0: Tensor | None,
@@ -93,10 +93,8 @@ class Native:
         cell_states: bool,
     ) -> Run:
         y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
-            gx,
-            weights.w_hh.contiguous(),
-            None if weights.w_hr is None else weights.w_hr.contiguous(),
-            None if cell.additive or weights.b_hh is None else weights.b_hh.contiguous(),
+            x.contiguous(),
+            *(None if w is None else w.contiguous() for w in weights),
             h0.contiguous(),
             None if c0 is None else c0.contiguous(),
             None if seq.lengths is None else seq.lengths.contiguous(),
@@ -136,10 +134,12 @@ class Native:
 
 
 def _fake_forward(
-    gx: Tensor,
+    x: Tensor,
+    w_ih: Tensor,
     w_hh: Tensor,
-    w_hr: Tensor | None,
+    b_ih: Tensor | None,
     b_hh: Tensor | None,
+    w_hr: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     lengths: Tensor | None,
@@ -149,12 +149,12 @@ def _fake_forward(
     training: bool,
     cell_states: bool,
 ) -> tuple[Tensor, ...]:
-    steps, batch, proj = gx.shape[0], gx.shape[1], w_hh.shape[1]
+    steps, batch, proj = x.shape[0], x.shape[1], w_hh.shape[1]
     gates, _, planes, _ = list(native_cells().values())[cell]
     hidden = w_hh.shape[0] // gates
 
     def empty(wanted: bool, *shape: Any) -> Tensor:
-        return gx.new_empty(shape if wanted else (0,))
+        return x.new_empty(shape if wanted else (0,))
 
     others = 0 if c0 is None else c0.shape[0]
     return (
