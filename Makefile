@@ -9,6 +9,8 @@
 #   make wheel    dist/: source archive and wheel, the wheel tried in a fresh environment
 #   make clean    remove all of it
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 .PHONY: setup demo test bench lint ctest asan tsan wheel clean
 
 USABLE := -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))'
@@ -17,22 +19,24 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
 # Installs packages beside torch: its CPU build, from where pip is set up to look or else from
-# PyTorch's index, unless there is an NVIDIA device (or the system has no other build).
+# PyTorch's index, unless there is an NVIDIA device (or the system has no other build). Of pip's
+# output only the names of the pinned packages remain, to show progress.
 #   $(call install,ENVIRONMENT,PACKAGES)
+names := sed -u -n 's/^Collecting \([^ ;]*==[^ ;]*\).*/  \1/p'
 define install
 	@if [ "$$(uname)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
-		$(1)/bin/pip install -q torch==$(TORCH) $(2); \
+		$(1)/bin/pip install torch==$(TORCH) $(2) | $(names); \
 	else \
-		$(1)/bin/pip install -q torch==$(TORCH)+cpu $(2) 2>/dev/null || \
+		$(1)/bin/pip install torch==$(TORCH)+cpu $(2) 2>/dev/null | $(names) || \
 		$(1)/bin/pip install torch==$(TORCH)+cpu $(2) \
-			--extra-index-url https://download.pytorch.org/whl/cpu; \
+			--extra-index-url https://download.pytorch.org/whl/cpu | $(names); \
 	fi
 endef
 
 .venv/ready: requirements.txt
 	@$(PYTHON) $(USABLE) 2>/dev/null || { \
 		echo "fusedrnn needs Python >= 3.10 with venv; name one with make PYTHON=..."; exit 1; }
-	@echo "setting up .venv, once: torch $(TORCH), triton, tools"
+	@echo "setting up .venv, once"
 	@$(PYTHON) -m venv .venv
 	$(call install,.venv,-r requirements.txt)
 	@touch $@
@@ -93,8 +97,8 @@ asan tsan: .venv/ready
 		.venv/bin/pytest --capture=sys tests/test_recurrence.py -k cpu $(ARGS)
 
 wheel: .venv/ready
-	@rm -rf dist build/$@
-	@.venv/bin/python -m build --no-isolation >build/$@.log
+	@rm -rf dist build/$@ && mkdir -p build
+	@.venv/bin/python -m build --no-isolation >build/$@.log 2>&1 || { cat build/$@.log; exit 1; }
 	@.venv/bin/python -m venv build/$@
 	$(call install,build/$@,dist/*.whl)
 	@build/$@/bin/python -I -m fusedrnn info
