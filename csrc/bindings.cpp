@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // The ops of the CPU engine: schemas, checks, allocation. The only file that sees torch, and only
 // its stable ABI.
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // Elementary functions over a value type V: float, double, or a GCC/clang vector of them.
 //
 // A cell is written once over V. The CPU engine instantiates it with the vector type of each

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // The C++ interface of the engines: one layer, one direction, gx = W_ih x + b_ih given.
 //
 // Letters: T time, B batch, H hidden, P output size (= H without projection), G gates, S states,

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // The contract of a cell, and the list of all cells. Everything else in csrc/ is generic over it.
 //
 // A cell is a struct of static functions over a value type V (numeric.h), acting on one hidden

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // The backward recurrence. Included by recurrence.inl inside an anonymous namespace.
 //
 // Steps run from s = T-1 down to -1. At step s the gradient of its h is gathered: dy, the gradient

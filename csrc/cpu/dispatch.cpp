@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // The facts of the cells, and the choice of the engine for this machine.
 #include <array>
 #include <atomic>

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // One engine per instruction set: the same text (recurrence.inl) compiled with other flags.
 #pragma once
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // The forward recurrence. Included by recurrence.inl inside an anonymous namespace.
 //
 // The input projection W_ih x is made in chunks of steps, each slice for its own rows and units,

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // Products of a few rows with packed weights. Included by recurrence.inl inside an anonymous
 // namespace, so that every instruction set has its own copy.
 //

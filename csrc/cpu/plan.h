@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // How a call is divided among threads: a pure function of its shape.
 #pragma once
 

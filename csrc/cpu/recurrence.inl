@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // The CPU engine, generic over cell, scalar and vector width. Each recurrence_<isa>.cpp includes it
 // once, after defining kVectorBytes and kSumRegisters. Everything lies in an anonymous namespace:
 // the linker must never replace one instruction set's copy by another's.

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // What the engine needs from the operating system. Compiled once, for the baseline instruction set.
 #pragma once
 

@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // Which step of a row is computed, and from what. Step s = 0, 1, .. is the order of computation,
 // t the position in the arrays. Included by recurrence.inl inside an anonymous namespace.
 

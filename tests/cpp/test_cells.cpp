@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: MIT
+// SPDX-License-Identifier: Apache-2.0
 // Every cell's backward against finite differences, and numeric.h against the standard library.
 // Needs no torch and no test framework: prints what fails, and fails.
 #include <cmath>
