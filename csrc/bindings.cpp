@@ -138,6 +138,7 @@ ForwardResult forward_of(ScalarType type, const Tensor& x, const Tensor& w_ih, c
   args.p = w_hh.size(1);
   const auto [t, b, h, p] = std::tuple{args.t, args.b, args.h, args.p};
   set_sequence(args, cell, type, w_hh, w_hr, lengths, resets, reverse);
+  STD_TORCH_CHECK(args.i >= 1, "input size is 0, expected at least 1");
   check("x", x, type, {t, b, args.i});
   check("w_ih", w_ih, type, {g * h, args.i});
   check("b_ih", b_ih, type, {g * h});
