@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 I, H = 5, 4  # noqa: E741
 CLASSES = [fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN]
 CLASSES += [fusedrnn.LSTMCell, fusedrnn.GRUCell, fusedrnn.RNNCell]

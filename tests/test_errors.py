@@ -10,6 +10,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fusedrnn
 from fusedrnn import functional
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T, B, I, H = 6, 3, 5, 4  # noqa: E741
 randn = torch.randn
 

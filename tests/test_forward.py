@@ -23,6 +23,8 @@ import fusedrnn
 from fusedrnn.backends import Request, by_name
 from fusedrnn.cells import LSTM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T, B, I, H = 6, 3, 5, 4  # noqa: E741
 
 

@@ -46,7 +46,7 @@ def calls(draw):
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 @given(calls())
 def check(call):
@@ -63,7 +63,7 @@ def check(call):
     check.examples += 1
 
 
-def test_random_calls():
+def test_random_calls(one_thread):
     check.examples = 0
     check()
     assert check.examples >= 500

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import fusedrnn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"]
 DTYPES = [torch.float32, torch.float64]
 GROUPS = [(name, dtype, training) for name in NAMES for dtype in DTYPES for training in (1, 0)]

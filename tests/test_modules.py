@@ -15,6 +15,8 @@ from torch import nn
 
 import fusedrnn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
 ATTRIBUTES = [*nn.RNNBase.__constants__, "_flat_weights_names", "_all_weights", "training"]
 

@@ -12,6 +12,8 @@ from fusedrnn.backends import Backend, Reference, Request, by_name, native
 from fusedrnn.cells import CELLS, LSTM
 from fusedrnn.testing import Case, check_case, make_inputs, run_case
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RUNNERS = [f"cpu-{isa}" for isa in ("base", "avx2", "avx512")] + ["reference"]
 
 

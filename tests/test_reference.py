@@ -12,6 +12,8 @@ from fusedrnn.cells import CELLS, LSTM
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, make_inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FUNCTIONS = {
     "LSTM": (nn.LSTM, fusedrnn.reference.lstm, {}),
     "LSTM-proj": (nn.LSTM, fusedrnn.reference.lstm, {"proj_size": 3}),

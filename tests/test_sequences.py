@@ -14,6 +14,8 @@ import fusedrnn
 from fusedrnn.backends import Request, by_name
 from fusedrnn.cells import LSTM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 T, I, H = 7, 3, 4  # noqa: E741
 OPTIONS = {
     "L1": {},

@@ -11,6 +11,8 @@ from fusedrnn.backends import Reference
 from fusedrnn.cells import GRU, LSTM
 from fusedrnn.testing import Case, assert_as_accurate, make_inputs, run_case
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class _Round(torch.autograd.Function):
     """Rounds to bfloat16 and back, forward or backward."""
