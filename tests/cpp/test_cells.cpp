@@ -99,7 +99,7 @@ struct Sigmoid {
 };
 struct Tanh {
   static constexpr const char* kName = "tanh";
-  static constexpr double kUlps = 3;
+  static constexpr double kUlps = 1.5;
   template <class V>
   static V ours(V x) {
     return frnn::tanh(x);
