@@ -52,17 +52,6 @@ class Backward {
     if (a_.w_hr) pack_columns(a_.w_hr, a_.h, a_.p, slice.pack_hidden, w_hr_);
   }
 
-  struct Place {
-    int64_t row, unit, offset;
-    int n;
-  };
-  template <bool kPlain = false>
-  static Place place(int64_t row, int64_t block, int64_t units) {
-    const int64_t unit = block * kLanes<T>;
-    const int64_t n = kPlain ? kLanes<T> : min(kLanes<T>, units - unit);
-    return {row, unit, row * units + unit, static_cast<int>(n)};
-  }
-
   static V load_or_zero(const T* p, int64_t offset, int n) {
     return p ? frnn::load<V>(p + offset, n) : V{};
   }
@@ -72,12 +61,12 @@ class Backward {
     for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
       const bool empty = timeline_.length(row) == 0;
       for (int64_t block = slice.output.begin; block < slice.output.end; ++block) {
-        const Place p = place(row, block, a_.p);
+        const Place p = place<T>(row, block, a_.p);
         frnn::store(a_.dh0 + p.offset, load_or_zero(empty ? a_.dh_n : nullptr, p.offset, p.n), p.n);
       }
       for (int j = 1; j < kStates; ++j) {
         for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
-          const Place p = place(row, block, a_.h);
+          const Place p = place<T>(row, block, a_.h);
           const int64_t offset = (j - 1) * a_.b * a_.h + p.offset;
           frnn::store(a_.dc0 + offset, load_or_zero(empty ? a_.dc_n : nullptr, offset, p.n), p.n);
         }
@@ -135,7 +124,7 @@ class Backward {
                                                     const V* sum) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
-        const Place p = place<kPlain>(tile.row + i, tile.block + j, a_.p);
+        const Place p = place<T, kPlain>(tile.row + i, tile.block + j, a_.p);
         const V dh = gradient_of_h<kPlain>(s, p, *sum++);
         if (!kPlain && s < 0) continue;
         if (!kPlain && a_.w_hr) {
@@ -150,7 +139,7 @@ class Backward {
   __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* dm) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
-        step_or_skip<false>(s, place(tile.row + i, tile.block + j, a_.h), *dm++);
+        step_or_skip<false>(s, place<T>(tile.row + i, tile.block + j, a_.h), *dm++);
       }
     }
   }

@@ -81,29 +81,17 @@ class Forward {
   void start(const Slice& slice) const {
     for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
       for (int64_t block = slice.output.begin; block < slice.output.end; ++block) {
-        const Place p = place(row, block, a_.p);
+        const Place p = place<T>(row, block, a_.p);
         start_state(p, a_.h0, a_.t > 0 ? h_in(0) : nullptr, a_.h_n);
       }
       for (int j = 1; j < kStates; ++j) {
         const int64_t plane = (j - 1) * a_.b * a_.h;
         for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
-          const Place p = place(row, block, a_.h);
+          const Place p = place<T>(row, block, a_.h);
           start_state(p, a_.c0 + plane, a_.t > 0 ? state_in(0, j) : nullptr, a_.c_n + plane);
         }
       }
     }
-  }
-
-  // A vector of units of one row within a [B, units] array; its last lanes may not exist.
-  struct Place {
-    int64_t row, unit, offset;
-    int n;
-  };
-  template <bool kPlain = false>
-  static Place place(int64_t row, int64_t block, int64_t units) {
-    const int64_t unit = block * kLanes<T>;
-    const int64_t n = kPlain ? kLanes<T> : min(kLanes<T>, units - unit);
-    return {row, unit, row * units + unit, static_cast<int>(n)};
   }
 
   void start_state(const Place& p, const T* initial, T* entering, T* final) const {
@@ -181,7 +169,7 @@ class Forward {
 
   // What is added to W_ih x: the biases that only meet there.
   V input_bias(int g, int64_t block) const {
-    const Place p = place(0, block, a_.h);
+    const Place p = place<T>(0, block, a_.h);
     const V bias = a_.b_ih ? frnn::load<V>(a_.b_ih + g * a_.h + p.unit, p.n) : V{};
     const T* more = Cell::kAdditive ? a_.b_hh : nullptr;
     return more ? bias + frnn::load<V>(more + g * a_.h + p.unit, p.n) : bias;
@@ -202,7 +190,7 @@ class Forward {
     const auto finish = [&](const Tile& tile, const V* sum) {
       for (int i = 0; i < tile.rows; ++i) {
         for (int j = 0; j < tile.blocks; ++j) {
-          const Place p = place(tile.row + i, tile.block + j, a_.p);
+          const Place p = place<T>(tile.row + i, tile.block + j, a_.p);
           put_output<false>(s, timeline_.time(s), p, *sum++);
         }
       }
@@ -241,7 +229,7 @@ class Forward {
     const int64_t t = timeline_.time(s);
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
-        const Place p = place<kPlain>(tile.row + i, tile.block + j, a_.h);
+        const Place p = place<T, kPlain>(tile.row + i, tile.block + j, a_.h);
         const V* gx = input.at(t, p.row, tile.block + j);
         const bool computed = kPlain || timeline_.computed(s, p.row);
         const V h = computed ? step<kPlain>(s, t, p, gx, gh) : skip(s, t, p);

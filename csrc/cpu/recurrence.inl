@@ -49,6 +49,19 @@ frnn::cpu::Plan plan_of(const frnn::SequenceArgs<T>& a, int gates, int threads) 
                                .weight_bytes = static_cast<int64_t>(macs * sizeof(T))});
 }
 
+// A vector of units of one row within a [B, units] array; its last lanes may not exist.
+struct Place {
+  int64_t row, unit, offset;
+  int n;
+};
+
+template <class T, bool kWhole = false>
+Place place(int64_t row, int64_t block, int64_t units) {
+  const int64_t unit = block * kLanes<T>;
+  const int64_t n = kWhole ? kLanes<T> : min(kLanes<T>, units - unit);
+  return {row, unit, row * units + unit, static_cast<int>(n)};
+}
+
 // Hands out pieces of one workspace; a first pass with no memory measures them.
 class Carver {
  public:
