@@ -16,9 +16,14 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
+
+TOOLS = "without build isolation fusedrnn needs: pip install -U setuptools cmake ninja"
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # an older setuptools, which cannot read pyproject.toml either
+    sys.exit(TOOLS)
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -73,7 +78,7 @@ class BuildEngine(build_ext):
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
         ninja = shutil.which("ninja", path=path)
         if not ninja or not shutil.which("cmake", path=path):
-            sys.exit("without build isolation fusedrnn needs: pip install cmake ninja setuptools")
+            sys.exit(TOOLS)
         configure = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": ninja,
