@@ -186,6 +186,9 @@ class _Layers(nn.RNNBase):
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor | None]) -> None:
         """torch.nn's cache of the parameters, which this layer has no need of."""
+        for name, weight in zip(self._flat_weights_names, weights, strict=False):
+            if self._parameters.get(name, weight) is not weight:
+                raise AttributeError(f"assign {name}, not _flat_weights: weights are read by name")
 
     def flatten_parameters(self) -> None:
         """Does nothing: the weights need not lie in one chunk."""

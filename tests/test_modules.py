@@ -260,6 +260,9 @@ def test_downstream_idioms():
         layer.weight_hh_l0 = torch.zeros(12, 4)
     layer.weight_hh_l0 = nn.Parameter(torch.ones(12, 4))
     assert layer._flat_weights[1] is layer.weight_hh_l0
+    layer._flat_weights = layer._flat_weights[:]
+    with pytest.raises(AttributeError, match=r"^assign weight_hh_l0, not _flat_weights: "):
+        layer._flat_weights = [w * 2 if w is layer.weight_hh_l0 else w for w in layer._flat_weights]
     layer.dropout = 0.5
     assert "dropout=0.5" in repr(layer)
 
