@@ -99,6 +99,17 @@ def test_opcheck(case: Case) -> None:
         assert set(result.values()) == {"SUCCESS"}, result
 
 
+@pytest.mark.skipif(not native.isas(), reason="no native library")
+def test_op_needs_an_input_size() -> None:
+    case = replace(plain, I=1)
+    inputs = make_inputs(case)
+    with Record() as record:
+        run_case(case, inputs, by_name("cpu"))
+    op, (x, w_ih, *others) = record.calls[0]
+    with pytest.raises(RuntimeError, match="input size is 0, expected at least 1"):
+        op(x[..., :0], w_ih[..., :0], *others)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fake_tensors(kind: str) -> None:
     """Shapes, dtypes and strides of outputs are known without computing them."""
