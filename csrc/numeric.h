@@ -87,6 +87,19 @@ FRNN_FN void store(Scalar<V>* p, V v, int n) {
   __builtin_memcpy(p, &v, n * sizeof(Scalar<V>));
 }
 
+// Storage in another type than V's scalars, one value at a time.
+template <class V, class S>
+  requires(!std::is_same_v<S, Scalar<V>>)
+FRNN_FN V load(const S* p, int) {
+  return static_cast<V>(*p);
+}
+
+template <class V, class S>
+  requires(!std::is_same_v<S, Scalar<V>>)
+FRNN_FN void store(S* p, V v, int) {
+  *p = static_cast<S>(v);
+}
+
 template <class V>
 FRNN_FN V broadcast(Scalar<V> x) {
   return x - V{};  // x + V{} would turn -0 into 0

@@ -21,55 +21,56 @@ struct CellFacts {
 int cell_count();
 const CellFacts& cell_facts(int cell);  // 0 <= cell < cell_count()
 
-// What forward and backward have in common.
-template <class T>
+// What forward and backward have in common. S is the type of storage; A, of cell states and running
+// gradients between steps, is wider where S has 16 bits.
+template <class S>
 struct SequenceArgs {
   int64_t t, b, h, p;      // T, B, H, P; T and B may be 0
   bool reverse;            // run from each row's end to its beginning
-  const T* w_hh;           // [G*H, P] in
-  const T* w_hr;           // [P, H] in, or null (then P == H)
+  const S* w_hh;           // [G*H, P] in
+  const S* w_hr;           // [P, H] in, or null (then P == H)
   const int64_t* lengths;  // [B] in, or null = T; values beyond [0, T] are clamped
   const bool* resets;      // [T, B] in, or null; true: nothing passes between t-1 and t
 };
 
-template <class T>
-struct ForwardArgs : SequenceArgs<T> {
+template <class S, class A = S>
+struct ForwardArgs : SequenceArgs<S> {
   int64_t i;      // I
-  const T* x;     // [T, B, I] in; what it holds at steps not computed reaches no result
-  const T* w_ih;  // [G*H, I] in
-  const T* b_ih;  // [G*H] in, or null
-  const T* b_hh;  // [G*H] in, or null
-  const T* h0;    // [B, P] in
-  const T* c0;    // [S-1, B, H] in, or null if S == 1
+  const S* x;     // [T, B, I] in; what it holds at steps not computed reaches no result
+  const S* w_ih;  // [G*H, I] in
+  const S* b_ih;  // [G*H] in, or null
+  const S* b_hh;  // [G*H] in, or null
+  const S* h0;    // [B, P] in
+  const S* c0;    // [S-1, B, H] in, or null if S == 1
 
-  T* y;    // [T, B, P] out, 0 at steps not computed
-  T* h_n;  // [B, P] out, the state after each row's own last step (h0 if it has none)
-  T* c_n;  // [S-1, B, H] out, or null if S == 1
-  T* c;    // [T, B, H] out, or null: the second state at every step, 0 where not computed
+  S* y;    // [T, B, P] out, 0 at steps not computed
+  S* h_n;  // [B, P] out, the state after each row's own last step (h0 if it has none)
+  S* c_n;  // [S-1, B, H] out, or null if S == 1
+  S* c;    // [T, B, H] out, or null: the second state at every step, 0 where not computed
 
   // For backward, all or none; 0 at steps not computed.
-  T* h_prev;  // [T, B, P] out, or null: the h that entered the step
-  T* c_prev;  // [S-1, T, B, H] out, or null: the other states that entered it
-  T* saved;   // [R, T, B, H] out, or null: what the cell saves
-  T* m;       // [T, B, H] out, or null: the cell's h before the projection
+  S* h_prev;  // [T, B, P] out, or null: the h that entered the step
+  A* c_prev;  // [S-1, T, B, H] out, or null: the other states that entered it
+  S* saved;   // [R, T, B, H] out, or null: what the cell saves
+  S* m;       // [T, B, H] out, or null: the cell's h before the projection
 };
 
-template <class T>
-struct BackwardArgs : SequenceArgs<T> {
-  const T* dy;    // [T, B, P] in, or null = 0; not read at steps not computed
-  const T* dc;    // [T, B, H] in, or null = 0; likewise
-  const T* dh_n;  // [B, P] in, or null = 0
-  const T* dc_n;  // [S-1, B, H] in, or null = 0
+template <class S, class A = S>
+struct BackwardArgs : SequenceArgs<S> {
+  const S* dy;    // [T, B, P] in, or null = 0; not read at steps not computed
+  const S* dc;    // [T, B, H] in, or null = 0; likewise
+  const S* dh_n;  // [B, P] in, or null = 0
+  const S* dc_n;  // [S-1, B, H] in, or null = 0
 
-  const T* h_prev;  // as forward left them
-  const T* c_prev;
-  const T* saved;
+  const S* h_prev;  // as forward left them
+  const A* c_prev;
+  const S* saved;
 
-  T* dgx;  // [T, B, G*H] out, 0 at steps not computed
-  T* dgh;  // [T, B, G*H] out; the same pointer as dgx for additive cells
-  T* dh0;  // [B, P] out; also holds the running gradient during the call
-  T* dc0;  // [S-1, B, H] out, or null if S == 1; likewise
-  T* dh;   // [T, B, P] out, or null without projection: the whole gradient of h at each step
+  S* dgx;  // [T, B, G*H] out, 0 at steps not computed
+  S* dgh;  // [T, B, G*H] out; the same pointer as dgx for additive cells
+  A* dh0;  // [B, P] out; also holds the running gradient during the call
+  A* dc0;  // [S-1, B, H] out, or null if S == 1; likewise
+  S* dh;   // [T, B, P] out, or null without projection: the whole gradient of h at each step
 };
 
 namespace cpu {

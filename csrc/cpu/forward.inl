@@ -42,34 +42,18 @@ class Forward {
       : a_(args),
         plan_(plan),
         timeline_(args),
+        steps_(args, carver.take<T>(a_.h_prev ? 0 : 2 * a_.b * a_.p),
+               carver.take<T>(a_.h_prev ? 0 : (kStates - 1) * a_.b * a_.h),
+               carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0)),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1) {
     const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;
     w_ih_ = carver.take<T>(units * kGates * a_.i);
     w_hh_ = carver.take<T>(units * kGates * a_.p);
     gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
     if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * a_.h);
-    if (!a_.h_prev) h_ = carver.take<T>(2 * a_.b * a_.p);
-    if (!a_.h_prev && kStates > 1) states_ = carver.take<T>((kStates - 1) * a_.b * a_.h);
-    if (a_.w_hr && !a_.m) m_ = carver.take<T>(a_.b * a_.h);
   }
 
   Slice slice(int i) const { return make_slice(a_, plan_, i); }
-
-  // The h that enters step s, [B, P]. Without training two buffers take turns: a slice may write
-  // the next one while another still reads this one.
-  T* h_in(int64_t s) const {
-    return a_.h_prev ? a_.h_prev + timeline_.time(s) * a_.b * a_.p : h_ + s % 2 * a_.b * a_.p;
-  }
-
-  // The j-th of the other states that enter step s, [B, H]. Only its owner touches an element, so
-  // without training one buffer is overwritten in place.
-  T* state_in(int64_t s, int j) const {
-    const int64_t plane = a_.b * a_.h;
-    return a_.h_prev ? a_.c_prev + ((j - 1) * a_.t + timeline_.time(s)) * plane
-                     : states_ + (j - 1) * plane;
-  }
-
-  T* m_at(int64_t s) const { return a_.m ? a_.m + timeline_.time(s) * a_.b * a_.h : m_; }
 
   void pack(const Slice& slice) const {
     pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
@@ -77,46 +61,15 @@ class Forward {
     if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
   }
 
-  // States that enter step 0, and the final states of rows without steps.
   void start(const Slice& slice) const {
     for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
       for (int64_t block = slice.output.begin; block < slice.output.end; ++block) {
-        const Place p = place<T>(row, block, a_.p);
-        start_state(p, a_.h0, a_.t > 0 ? h_in(0) : nullptr, a_.h_n);
+        steps_.start_h(place<kLanes<T>>(row, block, a_.p));
       }
-      for (int j = 1; j < kStates; ++j) {
-        const int64_t plane = (j - 1) * a_.b * a_.h;
-        for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
-          const Place p = place<T>(row, block, a_.h);
-          start_state(p, a_.c0 + plane, a_.t > 0 ? state_in(0, j) : nullptr, a_.c_n + plane);
-        }
+      for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
+        steps_.start_others(place<kLanes<T>>(row, block, a_.h));
       }
     }
-  }
-
-  void start_state(const Place& p, const T* initial, T* entering, T* final) const {
-    const V x = frnn::load<V>(initial + p.offset, p.n);
-    if (timeline_.length(p.row) == 0) frnn::store(final + p.offset, x, p.n);
-    if (entering == nullptr) return;
-    const bool take = timeline_.entry(0, p.row) == Entry::kInitial;
-    frnn::store(entering + p.offset, take ? x : V{}, p.n);
-  }
-
-  // Sends a state computed at step s to where it goes: into the next step, to the final states.
-  template <bool kPlain>
-  FRNN_FN void pass_on(int64_t s, const Place& p, V x, const T* initial, T* next, T* final) const {
-    if (kPlain) return frnn::store(next + p.offset, x, p.n);
-    if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) {
-      frnn::store(final + p.offset, x, p.n);
-    }
-    if (s + 1 == a_.t) return;
-    const Entry entry = timeline_.entry(s + 1, p.row);
-    if (entry == Entry::kInitial) {
-      x = frnn::load<V>(initial + p.offset, p.n);
-    } else if (entry != Entry::kCarried) {
-      x = V{};
-    }
-    frnn::store(next + p.offset, x, p.n);
   }
 
   // The rows of a chunk's input projection that belong to one slice: [steps][rows][blocks][G][V].
@@ -169,7 +122,7 @@ class Forward {
 
   // What is added to W_ih x: the biases that only meet there.
   V input_bias(int g, int64_t block) const {
-    const Place p = place<T>(0, block, a_.h);
+    const Place p = place<kLanes<T>>(0, block, a_.h);
     const V bias = a_.b_ih ? frnn::load<V>(a_.b_ih + g * a_.h + p.unit, p.n) : V{};
     const T* more = Cell::kAdditive ? a_.b_hh : nullptr;
     return more ? bias + frnn::load<V>(more + g * a_.h + p.unit, p.n) : bias;
@@ -180,8 +133,8 @@ class Forward {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
     const auto finish = [&](const Tile& tile, const V* gh) { finish_cells(s, tile, gx, gh); };
-    product<kGates, T>(h_in(s), a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2, computed, fetch,
-                       finish);
+    product<kGates, T>(steps_.h_in(s), a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2, computed,
+                       fetch, finish);
   }
 
   void project(const Slice& slice, int64_t s) const {
@@ -190,13 +143,13 @@ class Forward {
     const auto finish = [&](const Tile& tile, const V* sum) {
       for (int i = 0; i < tile.rows; ++i) {
         for (int j = 0; j < tile.blocks; ++j) {
-          const Place p = place<T>(tile.row + i, tile.block + j, a_.p);
-          put_output<false>(s, timeline_.time(s), p, *sum++);
+          const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.p);
+          steps_.template finish_output<false>(s, p, *sum++);
         }
       }
     };
-    product<1, T>(m_at(s), a_.h, slice.rows, a_.h, w_hr_, slice.output, s % 2, computed, fetch,
-                  finish);
+    product<1, T>(steps_.m_at(s), a_.h, slice.rows, a_.h, w_hr_, slice.output, s % 2, computed,
+                  fetch, finish);
   }
 
   // Prefetches what step() touches and no cache holds: arrays that are read or written once.
@@ -229,82 +182,19 @@ class Forward {
     const int64_t t = timeline_.time(s);
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
-        const Place p = place<T, kPlain>(tile.row + i, tile.block + j, a_.h);
-        const V* gx = input.at(t, p.row, tile.block + j);
-        const bool computed = kPlain || timeline_.computed(s, p.row);
-        const V h = computed ? step<kPlain>(s, t, p, gx, gh) : skip(s, t, p);
-        if (a_.w_hr) {
-          frnn::store(m_at(s) + p.offset, h, p.n);
-        } else {
-          put_output<kPlain>(s, t, p, h);
-        }
+        const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.h);
+        steps_.template finish_cell<kPlain>(s, p, input.at(t, p.row, tile.block + j), gh);
       }
     }
-  }
-
-  template <bool kPlain>
-  FRNN_FN V step(int64_t s, int64_t t, const Place& p, const V* gx, const V* product) const {
-    const int64_t plane = a_.b * a_.h;
-    V gh[kGates], in[kStates], out[kStates], saved[Cell::kSaved];
-    for (int g = 0; g < kGates; ++g) {
-      gh[g] = product[g];
-      if (!Cell::kAdditive && a_.b_hh) gh[g] += frnn::load<V>(a_.b_hh + g * a_.h + p.unit, p.n);
-    }
-    if (Cell::kReadsH) in[0] = frnn::load<V>(h_in(s) + p.offset, p.n);
-    for (int j = 1; j < kStates; ++j) in[j] = frnn::load<V>(state_in(s, j) + p.offset, p.n);
-
-    Cell::forward(gx, gh, in, out, saved);
-
-    if (a_.saved) {
-      for (int r = 0; r < Cell::kSaved; ++r) {
-        frnn::store(a_.saved + (r * a_.t + t) * plane + p.offset, saved[r], p.n);
-      }
-    }
-    if (kStates > 1 && a_.c) frnn::store(a_.c + t * plane + p.offset, out[kStates > 1], p.n);
-    pass_on_states<kPlain>(s, p, out);
-    return out[0];
-  }
-
-  // What a step leaves behind that is not computed.
-  V skip(int64_t s, int64_t t, const Place& p) const {
-    const int64_t plane = a_.b * a_.h;
-    if (a_.saved) {
-      for (int r = 0; r < Cell::kSaved; ++r) {
-        frnn::store(a_.saved + (r * a_.t + t) * plane + p.offset, V{}, p.n);
-      }
-    }
-    if (kStates > 1 && a_.c) frnn::store(a_.c + t * plane + p.offset, V{}, p.n);
-    const V zero[kStates] = {};
-    pass_on_states<false>(s, p, zero);
-    return V{};
-  }
-
-  template <bool kPlain>
-  FRNN_FN void pass_on_states(int64_t s, const Place& p, const V* state) const {
-    const int64_t plane = a_.b * a_.h;
-    for (int j = 1; j < kStates; ++j) {
-      const int64_t offset = (j - 1) * plane;
-      T* next = s + 1 < a_.t ? state_in(s + 1, j) : nullptr;
-      pass_on<kPlain>(s, p, state[j], a_.c0 + offset, next, a_.c_n + offset);
-    }
-  }
-
-  template <bool kPlain>
-  FRNN_FN void put_output(int64_t s, int64_t t, const Place& p, V h) const {
-    if (!kPlain && !timeline_.computed(s, p.row)) h = V{};
-    frnn::store(a_.y + t * a_.b * a_.p + p.offset, h, p.n);
-    pass_on<kPlain>(s, p, h, a_.h0, s + 1 < a_.t ? h_in(s + 1) : nullptr, a_.h_n);
   }
 
   const frnn::ForwardArgs<T>& a_;
   const frnn::cpu::Plan plan_;
-  const Timeline<T> timeline_;
+  const frnn::Timeline<T> timeline_;
+  const frnn::ForwardSteps<Cell, V, T, T> steps_;
   const int64_t chunk_;  // steps of a chunk of the input projection
   T* w_ih_ = nullptr;    // packed
   T* gx_ = nullptr;      // one chunk
   T* w_hh_ = nullptr;    // packed
   T* w_hr_ = nullptr;    // packed
-  T* h_ = nullptr;       // [2, B, P]
-  T* states_ = nullptr;  // [S-1, B, H]
-  T* m_ = nullptr;       // [B, H]
 };

@@ -9,13 +9,15 @@
 #include "cpu/engine.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
-#include "numeric.h"
 #include "recurrence.h"
+#include "steps.h"
 
 namespace {
 
+using frnn::Place;
+using frnn::place;
+
 #include "cpu/gemm.inl"
-#include "cpu/timeline.inl"
 
 // The part of the work one slice owns: rows x blocks of units; when the units are divided, all
 // rows and its share of the blocks, else the other way round.
@@ -47,19 +49,6 @@ frnn::cpu::Plan plan_of(const frnn::SequenceArgs<T>& a, int gates, int threads) 
                                .unit_blocks = blocks_of<T>(a.h),
                                .step_flops = 2 * macs * a.b,
                                .weight_bytes = static_cast<int64_t>(macs * sizeof(T))});
-}
-
-// A vector of units of one row within a [B, units] array; its last lanes may not exist.
-struct Place {
-  int64_t row, unit, offset;
-  int n;
-};
-
-template <class T, bool kWhole = false>
-Place place(int64_t row, int64_t block, int64_t units) {
-  const int64_t unit = block * kLanes<T>;
-  const int64_t n = kWhole ? kLanes<T> : min(kLanes<T>, units - unit);
-  return {row, unit, row * units + unit, static_cast<int>(n)};
 }
 
 // Hands out pieces of one workspace; a first pass with no memory measures them.

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which step of a row is computed, and from what. Step s = 0, 1, .. is the order of computation,
-// t the position in the arrays. Included by recurrence.inl inside an anonymous namespace.
+// t the position in the arrays.
+#pragma once
+
+#include "numeric.h"
+#include "recurrence.h"
+
+namespace frnn {
 
 // Where the state that enters a step comes from.
 enum class Entry {
@@ -10,27 +16,27 @@ enum class Entry {
   kCarried,  // the step before
 };
 
-template <class T>
+template <class S>
 class Timeline {
  public:
-  explicit Timeline(const frnn::SequenceArgs<T>& args)
+  FRNN_FN explicit Timeline(const SequenceArgs<S>& args)
       : a_(args), full_(args.lengths == nullptr && args.resets == nullptr) {}
 
   // Every step is computed, from the one before.
-  bool full() const { return full_; }
+  FRNN_FN bool full() const { return full_; }
 
-  int64_t time(int64_t s) const { return a_.reverse ? a_.t - 1 - s : s; }
+  FRNN_FN int64_t time(int64_t s) const { return a_.reverse ? a_.t - 1 - s : s; }
 
-  int64_t length(int64_t row) const {
+  FRNN_FN int64_t length(int64_t row) const {
     if (a_.lengths == nullptr) return a_.t;
     const int64_t n = a_.lengths[row];
-    return n < 0 ? 0 : min(n, a_.t);
+    return n < 0 ? 0 : (n < a_.t ? n : a_.t);
   }
 
-  bool computed(int64_t s, int64_t row) const { return full_ || time(s) < length(row); }
+  FRNN_FN bool computed(int64_t s, int64_t row) const { return full_ || time(s) < length(row); }
 
   // Steps outside [0, T) have no entry.
-  Entry entry(int64_t s, int64_t row) const {
+  FRNN_FN Entry entry(int64_t s, int64_t row) const {
     if (s < 0 || s >= a_.t) return Entry::kNone;
     if (full_) return s == 0 ? Entry::kInitial : Entry::kCarried;
     const int64_t t = time(s), n = length(row);
@@ -44,15 +50,17 @@ class Timeline {
   }
 
   // The last step of its row, given that it is computed.
-  bool last(int64_t s, int64_t row) const {
+  FRNN_FN bool last(int64_t s, int64_t row) const {
     return a_.reverse ? s == a_.t - 1 : s == length(row) - 1;
   }
 
  private:
-  bool reset(int64_t t, int64_t row) const {
+  FRNN_FN bool reset(int64_t t, int64_t row) const {
     return a_.resets != nullptr && a_.resets[t * a_.b + row];
   }
 
-  const frnn::SequenceArgs<T>& a_;
+  const SequenceArgs<S>& a_;
   const bool full_;
 };
+
+}  // namespace frnn

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a step does beside its product, for a few units of one row: which state enters it, the cell,
+// and where its results go. Lengths, resets and both directions of time live here and in
+// timeline.h; the drivers of all devices share it and bring the products, the order and the
+// threads.
+//
+// V is the value type the cell computes in, S the type of storage, A that of what must not be
+// rounded to S: cell states and running gradients.
+//
+// kPlain promises that the row is computed from the step before and goes on into the next one, so
+// that nothing need be asked: no lengths, no resets, not the first or last step.
+#pragma once
+
+#include "timeline.h"
+
+namespace frnn {
+
+// n units of one row within a [B, units] array, at most the lanes of V.
+struct Place {
+  int64_t row, unit, offset;
+  int n;
+};
+
+template <int kLanes, bool kWhole = false>
+FRNN_FN Place place(int64_t row, int64_t block, int64_t units) {
+  const int64_t unit = block * kLanes, rest = units - unit;
+  return {row, unit, row * units + unit, kWhole || rest > kLanes ? kLanes : static_cast<int>(rest)};
+}
+
+template <class V, class S>
+FRNN_FN V load_or_zero(const S* p, int64_t offset, int n) {
+  return p ? load<V>(p + offset, n) : V{};
+}
+
+template <class Cell, class V, class S, class A>
+class ForwardSteps {
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+
+ public:
+  // What a driver provides when backward will not ask for it: h [2, B, P] and states [S-1, B, H]
+  // between steps, m [B, H].
+  FRNN_FN ForwardSteps(const ForwardArgs<S, A>& args, S* h, A* states, S* m)
+      : a_(args), timeline_(args), h_(h), states_(states), m_(m) {}
+
+  FRNN_FN const Timeline<S>& timeline() const { return timeline_; }
+
+  // The h that enters step s, [B, P]. Without training two buffers take turns: a thread may write
+  // the next one while another still reads this one.
+  FRNN_FN S* h_in(int64_t s) const {
+    return a_.h_prev ? a_.h_prev + timeline_.time(s) * a_.b * a_.p : h_ + s % 2 * a_.b * a_.p;
+  }
+
+  // The output of the cell before its projection, [B, H].
+  FRNN_FN S* m_at(int64_t s) const { return a_.m ? a_.m + timeline_.time(s) * a_.b * a_.h : m_; }
+
+  // What enters step 0, and the final state of a row without steps: h at p, within [B, P], or the
+  // other states at p, within [B, H].
+  FRNN_FN void start_h(const Place& p) const {
+    start(p, a_.h0, a_.t > 0 ? h_in(0) : nullptr, a_.h_n);
+  }
+  FRNN_FN void start_others(const Place& p) const {
+    for (int j = 1; j < kStates; ++j) {
+      const int64_t plane = (j - 1) * a_.b * a_.h;
+      start(p, a_.c0 + plane, a_.t > 0 ? state_in(0, j) : nullptr, a_.c_n + plane);
+    }
+  }
+
+  // The cell at step s from its two products; its output goes to m, or is the step's.
+  template <bool kPlain>
+  FRNN_FN void finish_cell(int64_t s, const Place& p, const V* gx, const V* gh) const {
+    const bool computed = kPlain || timeline_.computed(s, p.row);
+    const V h = computed ? step<kPlain>(s, p, gx, gh) : skip(s, p);
+    if (a_.w_hr) {
+      store(m_at(s) + p.offset, h, p.n);
+    } else {
+      finish_output<kPlain>(s, p, h);
+    }
+  }
+
+  // The output of step s, after the projection if there is one.
+  template <bool kPlain>
+  FRNN_FN void finish_output(int64_t s, const Place& p, V h) const {
+    if (!kPlain && !timeline_.computed(s, p.row)) h = V{};
+    store(a_.y + timeline_.time(s) * a_.b * a_.p + p.offset, h, p.n);
+    pass_on<kPlain>(s, p, h, a_.h0, s + 1 < a_.t ? h_in(s + 1) : nullptr, a_.h_n);
+  }
+
+ private:
+  // The j-th of the other states that enter step s, [B, H]. Only its owner touches an element, so
+  // without training one buffer is overwritten in place.
+  FRNN_FN A* state_in(int64_t s, int j) const {
+    const int64_t plane = a_.b * a_.h;
+    return a_.h_prev ? a_.c_prev + ((j - 1) * a_.t + timeline_.time(s)) * plane
+                     : states_ + (j - 1) * plane;
+  }
+
+  template <class E>
+  FRNN_FN void start(const Place& p, const S* initial, E* entering, S* final) const {
+    const V x = load<V>(initial + p.offset, p.n);
+    if (timeline_.length(p.row) == 0) store(final + p.offset, x, p.n);
+    if (entering == nullptr) return;
+    const bool take = timeline_.entry(0, p.row) == Entry::kInitial;
+    store(entering + p.offset, take ? x : V{}, p.n);
+  }
+
+  // Sends a state computed at step s to where it goes: into the next step, to the final states.
+  template <bool kPlain, class E>
+  FRNN_FN void pass_on(int64_t s, const Place& p, V x, const S* initial, E* next, S* final) const {
+    if (kPlain) return store(next + p.offset, x, p.n);
+    if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) store(final + p.offset, x, p.n);
+    if (s + 1 == a_.t) return;
+    const Entry entry = timeline_.entry(s + 1, p.row);
+    if (entry == Entry::kInitial) {
+      x = load<V>(initial + p.offset, p.n);
+    } else if (entry != Entry::kCarried) {
+      x = V{};
+    }
+    store(next + p.offset, x, p.n);
+  }
+
+  template <bool kPlain>
+  FRNN_FN V step(int64_t s, const Place& p, const V* gx, const V* product) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    V gh[kGates], in[kStates], out[kStates], saved[Cell::kSaved];
+    for (int g = 0; g < kGates; ++g) {
+      gh[g] = product[g];
+      if (!Cell::kAdditive && a_.b_hh) gh[g] += load<V>(a_.b_hh + g * a_.h + p.unit, p.n);
+    }
+    if (Cell::kReadsH) in[0] = load<V>(h_in(s) + p.offset, p.n);
+    for (int j = 1; j < kStates; ++j) in[j] = load<V>(state_in(s, j) + p.offset, p.n);
+
+    Cell::forward(gx, gh, in, out, saved);
+
+    if (a_.saved) {
+      for (int r = 0; r < Cell::kSaved; ++r) {
+        store(a_.saved + (r * a_.t + t) * plane + p.offset, saved[r], p.n);
+      }
+    }
+    if (kStates > 1 && a_.c) store(a_.c + t * plane + p.offset, out[kStates > 1], p.n);
+    pass_on_others<kPlain>(s, p, out);
+    return out[0];
+  }
+
+  // What a step leaves behind that is not computed.
+  FRNN_FN V skip(int64_t s, const Place& p) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    if (a_.saved) {
+      for (int r = 0; r < Cell::kSaved; ++r) {
+        store(a_.saved + (r * a_.t + t) * plane + p.offset, V{}, p.n);
+      }
+    }
+    if (kStates > 1 && a_.c) store(a_.c + t * plane + p.offset, V{}, p.n);
+    const V zero[kStates] = {};
+    pass_on_others<false>(s, p, zero);
+    return V{};
+  }
+
+  template <bool kPlain>
+  FRNN_FN void pass_on_others(int64_t s, const Place& p, const V* state) const {
+    const int64_t plane = a_.b * a_.h;
+    for (int j = 1; j < kStates; ++j) {
+      const int64_t offset = (j - 1) * plane;
+      A* next = s + 1 < a_.t ? state_in(s + 1, j) : nullptr;
+      pass_on<kPlain>(s, p, state[j], a_.c0 + offset, next, a_.c_n + offset);
+    }
+  }
+
+  const ForwardArgs<S, A>& a_;
+  const Timeline<S> timeline_;
+  S* const h_;
+  A* const states_;
+  S* const m_;
+};
+
+// Steps run from s = T-1 down to -1. At step s the gradient of its h is gathered: dy, the gradient
+// of the final state, and what flows back from the step after, dgh @ W_hh + ds. Step -1 only
+// gathers what belongs to h0. dh0 and dc0 double as the running ds: what a step leaves there is
+// either taken up by the step before or is the row's result.
+template <class Cell, class V, class S, class A>
+class BackwardSteps {
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+
+ public:
+  FRNN_FN explicit BackwardSteps(const BackwardArgs<S, A>& args) : a_(args), timeline_(args) {}
+
+  FRNN_FN const Timeline<S>& timeline() const { return timeline_; }
+
+  // A row without steps hands the gradient of its final state straight to its initial state.
+  FRNN_FN void start_h(const Place& p) const {
+    const S* d = timeline_.length(p.row) == 0 ? a_.dh_n : nullptr;
+    store(a_.dh0 + p.offset, load_or_zero<V>(d, p.offset, p.n), p.n);
+  }
+  FRNN_FN void start_others(const Place& p) const {
+    const S* d = timeline_.length(p.row) == 0 ? a_.dc_n : nullptr;
+    for (int j = 1; j < kStates; ++j) {
+      const int64_t offset = (j - 1) * a_.b * a_.h + p.offset;
+      store(a_.dc0 + offset, load_or_zero<V>(d, offset, p.n), p.n);
+    }
+  }
+
+  // Whether dgh @ W_hh of step s + 1 reaches step s (or h0) in this row.
+  FRNN_FN bool flows_back(int64_t s, int64_t row) const {
+    const Entry next = timeline_.entry(s + 1, row);
+    return next == Entry::kCarried || next == Entry::kInitial;
+  }
+
+  // Step s from its share of dgh @ W_hh: the gradient of its h goes through the cell, or to the
+  // projection first.
+  template <bool kPlain>
+  FRNN_FN void finish_gather(int64_t s, const Place& p, V product) const {
+    const V dh = gradient_of_h<kPlain>(s, p, product);
+    if (!kPlain && s < 0) return;
+    if (!kPlain && a_.w_hr) {
+      store(a_.dh + timeline_.time(s) * a_.b * a_.p + p.offset, dh, p.n);
+    } else {
+      finish_cell<kPlain>(s, p, dh);
+    }
+  }
+
+  // The cell at step s from the gradient of its output.
+  template <bool kPlain>
+  FRNN_FN void finish_cell(int64_t s, const Place& p, V dh) const {
+    if (kPlain || timeline_.computed(s, p.row)) {
+      step<kPlain>(s, p, dh);
+    } else {
+      skip(s, p);
+    }
+  }
+
+ private:
+  // The whole gradient of h at step s, 0 if it is not computed; what flows back into the initial
+  // state is stored there.
+  template <bool kPlain>
+  FRNN_FN V gradient_of_h(int64_t s, const Place& p, V product) const {
+    const Entry next = kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row);
+    V back{};
+    if (next == Entry::kCarried || next == Entry::kInitial) {
+      back = product;
+      if (Cell::kReadsH) back += load<V>(a_.dh0 + p.offset, p.n);
+    }
+    if (next == Entry::kInitial) {
+      store(a_.dh0 + p.offset, back, p.n);
+      back = V{};
+    }
+    if (!kPlain) {
+      if (s < 0 || !timeline_.computed(s, p.row)) return V{};
+      if (timeline_.last(s, p.row)) back += load_or_zero<V>(a_.dh_n, p.offset, p.n);
+    }
+    return back + load_or_zero<V>(a_.dy, timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
+  }
+
+  template <bool kPlain>
+  FRNN_FN void step(int64_t s, const Place& p, V dh) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    V in[kStates], saved[Cell::kSaved], dout[kStates], dgx[kGates], dgh[kGates], ds[kStates];
+    for (int r = 0; r < Cell::kSaved; ++r) {
+      saved[r] = load<V>(a_.saved + (r * a_.t + t) * plane + p.offset, p.n);
+    }
+    if (Cell::kReadsH) in[0] = load<V>(a_.h_prev + t * plane + p.offset, p.n);
+    dout[0] = dh;
+    const bool last = !kPlain && timeline_.last(s, p.row);
+    for (int j = 1; j < kStates; ++j) {
+      const int64_t offset = (j - 1) * plane + p.offset;
+      in[j] = load<V>(a_.c_prev + ((j - 1) * a_.t + t) * plane + p.offset, p.n);
+      dout[j] = last ? load_or_zero<V>(a_.dc_n, offset, p.n) : load<V>(a_.dc0 + offset, p.n);
+    }
+    if (kStates > 1) dout[kStates > 1] += load_or_zero<V>(a_.dc, t * plane + p.offset, p.n);
+
+    Cell::backward(in, saved, dout, dgx, dgh, ds);
+
+    const int64_t gates = (t * a_.b + p.row) * kGates * a_.h + p.unit;
+    for (int g = 0; g < kGates; ++g) {
+      store(a_.dgx + gates + g * a_.h, dgx[g], p.n);
+      if (!Cell::kAdditive) store(a_.dgh + gates + g * a_.h, dgh[g], p.n);
+    }
+    const bool cut = !kPlain && timeline_.entry(s, p.row) == Entry::kZero;
+    if (Cell::kReadsH) store(a_.dh0 + p.offset, cut ? V{} : ds[0], p.n);
+    for (int j = 1; j < kStates; ++j) {
+      store(a_.dc0 + (j - 1) * plane + p.offset, cut ? V{} : ds[j], p.n);
+    }
+  }
+
+  FRNN_FN void skip(int64_t s, const Place& p) const {
+    const int64_t gates = (timeline_.time(s) * a_.b + p.row) * kGates * a_.h + p.unit;
+    for (int g = 0; g < kGates; ++g) {
+      store(a_.dgx + gates + g * a_.h, V{}, p.n);
+      if (!Cell::kAdditive) store(a_.dgh + gates + g * a_.h, V{}, p.n);
+    }
+  }
+
+  const BackwardArgs<S, A>& a_;
+  const Timeline<S> timeline_;
+};
+
+}  // namespace frnn
