@@ -38,7 +38,7 @@ struct CellList {
 
   // Calls f.template operator()<Cell>() for the cell with this index; false if there is none.
   template <class F>
-  FRNN_FN static bool dispatch(int cell, F f) {
+  static bool dispatch(int cell, F f) {
     int index = 0;
     return ((index++ == cell ? (f.template operator()<C>(), true) : false) || ...);
   }
