@@ -6,12 +6,13 @@
 #   make lint     ruff, clang-format, mypy
 #   make ctest    the cells' derivatives in C++ against finite differences
 #   make asan     the CPU engine's tests under AddressSanitizer and UBSan; make tsan: ThreadSanitizer
+#   make sim      the CUDA kernels on a simulator, which needs no GPU but CUDA's headers
 #   make wheel    dist/: source archive and wheel, the wheel tried in a fresh environment
 #   make clean    remove all of it
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
-.PHONY: setup demo test bench lint ctest asan tsan wheel clean
+.PHONY: setup demo test bench lint ctest asan tsan sim wheel clean
 
 USABLE := -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))'
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -60,7 +61,8 @@ bench: .venv/engine
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.c')
+	.venv/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.c' \
+		-o -name '*.cu' -o -name '*.cuh')
 	.venv/bin/mypy
 
 # A build beside the installed one, in build/TARGET.
@@ -95,6 +97,16 @@ asan tsan: .venv/ready
 	@rm -rf build/$@/fusedrnn && cp -r fusedrnn build/$@/ && cp build/$@/engine/_C.so build/$@/fusedrnn/
 	$(options) PYTHONPATH=build/$@ LD_PRELOAD="$(preload)" \
 		.venv/bin/pytest --capture=sys tests/test_recurrence.py -k cpu $(ARGS)
+
+CUDA_HOME ?= /usr/local/cuda
+sim: .venv/engine
+	@test -e $(CUDA_HOME)/include/cuda_runtime.h || { \
+		echo "the simulator needs CUDA's headers; name their folder with make CUDA_HOME=..."; exit 1; }
+	@.venv/bin/cmake -S tests/sim -B build/sim -G Ninja --log-level=WARNING \
+		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DPython3_EXECUTABLE=$(CURDIR)/.venv/bin/python \
+		-DFUSEDRNN_CUDA_INCLUDE=$(CUDA_HOME)/include
+	@.venv/bin/cmake --build build/sim
+	@.venv/bin/pytest tests/sim $(ARGS)
 
 wheel: .venv/ready
 	@rm -rf dist build/$@ && mkdir -p build

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// The simulator for pytest. Bindings of the real kernels belong here.
+#include <pybind11/pybind11.h>
+
+#include "checks.h"
+#include "sim.h"
+#include "toys.h"
+
+PYBIND11_MODULE(cuda_sim, m) {
+  using namespace frnn;
+  m.def("set_seed", &sim::set_seed, "Later launches are a function of this seed.");
+  pybind11::list names;
+  for (const char* name : checks::kNames) names.append(name);
+  m.attr("CHECKS") = names;
+  m.def("run_check", &checks::run, "Raises RuntimeError if a primitive is wrong.");
+  m.def(
+      "run_toy",
+      [](int toy, int bug) {
+        toys::run_toy(static_cast<toys::Toy>(toy), static_cast<toys::Bug>(bug));
+      },
+      "Raises RuntimeError with a sentence if the run fails.");
+}

@@ -1,0 +1,124 @@
+"""The simulator of CUDA kernels catches planted mistakes, and nothing else."""
+
+import os
+import subprocess
+
+import pytest
+
+TOYS = ["grid_flag", "grid_sentinel", "cluster_barrier", "cluster_async"]
+BUGS = [
+    "none",
+    "no barrier",
+    "no sync after copy",
+    "late copy wait",
+    "no sync before release",
+    "relaxed flag",
+    "out of bounds",
+    "single buffer",
+    "no last barrier",
+    "no mbarrier wait",
+    "wrong bytes",
+    "wrong parity",
+    "single reduction",
+    "early recycle",
+    "no fence",
+    "no pair barrier",
+    "divergence",
+]
+# What to plant where, and a part of the sentence.
+PLANTED = [
+    ("grid_flag", "no barrier", "wrong values"),
+    ("grid_flag", "no sync after copy", "wrong values"),
+    ("grid_flag", "late copy wait", "wrong values"),
+    ("grid_flag", "no sync before release", "wrong values"),
+    ("grid_flag", "out of bounds", "out of bounds of shared memory"),
+    ("grid_flag", "single buffer", "wrong values"),
+    ("grid_flag", "divergence", "divergence"),
+    ("grid_sentinel", "late copy wait", "wrong values"),
+    ("grid_sentinel", "single reduction", "wrong values"),
+    ("grid_sentinel", "early recycle", "livelock"),
+    ("grid_sentinel", "no fence", "wrong values"),
+    ("cluster_barrier", "no barrier", "has exited"),
+    ("cluster_barrier", "no last barrier", "has exited"),
+    ("cluster_barrier", "single buffer", "wrong values"),
+    ("cluster_async", "no mbarrier wait", "mbarrier"),
+    ("cluster_async", "wrong bytes", "in flight"),
+    ("cluster_async", "wrong parity", "mbarrier"),
+    ("cluster_async", "single buffer", "wrong values"),
+    ("cluster_async", "no fence", "fence_mbarrier_init is missing"),
+    ("cluster_async", "no pair barrier", "wrong values"),
+]
+RACES = [
+    ("grid_flag", "no barrier"),
+    ("grid_flag", "no sync after copy"),
+    ("grid_flag", "late copy wait"),
+    ("grid_flag", "no sync before release"),
+    ("grid_flag", "relaxed flag"),
+    ("grid_flag", "single buffer"),
+    ("grid_sentinel", "single reduction"),
+    ("cluster_barrier", "single buffer"),
+    ("cluster_async", "no pair barrier"),
+    ("cluster_async", "single buffer"),
+]
+
+
+def failures(sim, toy, bug, seeds):
+    sentences = []
+    for seed in range(seeds):
+        sim.set_seed(seed)
+        try:
+            sim.run_toy(TOYS.index(toy), BUGS.index(bug))
+        except RuntimeError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+def sanitized(build, flavour, toy, bug, seeds):
+    command = [build / f"toys_{flavour}", TOYS.index(toy), BUGS.index(bug), 0, seeds]
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
+    return subprocess.run(
+        [str(word) for word in command], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_no_false_alarm(sim, toy):
+    assert failures(sim, toy, "none", 200) == []
+
+
+@pytest.mark.parametrize("toy, bug, sentence", PLANTED)
+def test_planted(sim, toy, bug, sentence):
+    assert any(sentence in text for text in failures(sim, toy, bug, 100))
+
+
+@pytest.mark.parametrize(
+    "check",
+    "mma_bf16 mma_f16 mma_tf32 mma_f64 matrices shuffles copies named_barriers".split(),
+)
+def test_primitive(sim, check):
+    for seed in range(20):
+        sim.set_seed(seed)
+        sim.run_check(sim.CHECKS.index(check))
+
+
+def test_same_seed_same_run(sim):
+    runs = [failures(sim, "grid_flag", "single buffer", 30) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("flavour", ["tsan", "asan"])
+@pytest.mark.parametrize("toy", TOYS)
+def test_sanitizers_no_false_alarm(build, flavour, toy):
+    result = sanitized(build, flavour, toy, "none", 5)
+    assert result.returncode == 0 and result.stdout == "0 failed\n", result.stderr
+
+
+@pytest.mark.parametrize("toy, bug", RACES)
+def test_races(build, toy, bug):
+    result = sanitized(build, "tsan", toy, bug, 5)
+    assert result.returncode == 66 and "data race" in result.stderr, result.stderr
+
+
+def test_out_of_bounds_under_asan(build):
+    result = sanitized(build, "asan", "grid_flag", "out of bounds", 1)
+    assert result.returncode != 0 and "toys.cu" in result.stderr

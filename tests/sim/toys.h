@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Small persistent kernels that exchange a state every step in the ways the real ones do, with
+// mistakes to plant. The simulator is right if it catches every mistake and nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace frnn::toys {
+
+enum class Toy { kGridFlag, kGridSentinel, kClusterBarrier, kClusterAsync };
+
+enum class Bug {
+  kNone,
+  kNoBarrier,            // grid (1) or cluster (9) barrier missing
+  kNoSyncAfterCopy,      // 2
+  kLateCopyWait,         // 3: waits after it has read; sentinel: the prefetch wait is off by one
+  kNoSyncBeforeRelease,  // 4
+  kRelaxedFlag,          // 5: relaxed instead of release and acquire
+  kOutOfBounds,          // 7
+  kSingleBuffer,         // 8, 11: the state is not double-buffered
+  kNoLastBarrier,        // 10: a block exits while others write to it
+  kNoMbarrierWait,       // 12
+  kWrongBytes,           // 13: expect_tx of too few bytes
+  kWrongParity,
+  kSingleReduction,  // partial sums are not double-buffered
+  kEarlyRecycle,     // a slot is emptied before all have read it
+  kNoFence,          // of the slots; of the mbarrier's initialisation
+  kNoPairBarrier,    // the named barrier of two warps missing
+  kDivergence,       // a lane leaves a collective out
+  kCount
+};
+
+// Runs a toy and compares with a plain loop; throws, with a sentence, if it fails in any way.
+void run_toy(Toy toy, Bug bug);
+
+}  // namespace frnn::toys
