@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launches of the standard algorithm.
+#include "cells/cell.h"
+#include "cuda/standard.cuh"
+#include "cuda/standard.h"
+
+namespace frnn::cuda {
+namespace {
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class Kernel, class Args, class... Rest>
+void run(const char* name, Kernel kernel, dim3 grid, bool programmatic, void* stream,
+         const Args& args, Rest... rest) {
+  Launch how{.grid = grid, .block = dim3(kThreads)};
+  how.programmatic = programmatic;
+  how.stream = static_cast<cudaStream_t>(stream);
+  launch(name, kernel, how, args, rest...);
+}
+
+// Blocks of kGroups groups of units and kTiles tiles of rows.
+dim3 grid(int64_t rows, int64_t units, int tiles, int groups) {
+  return dim3(static_cast<unsigned>(divide_up(rows, tiles * kTileColumns)),
+              static_cast<unsigned>(divide_up(units, groups * kSlotRows)));
+}
+
+dim3 elementwise_grid(int64_t rows, int64_t units) {
+  return dim3(static_cast<unsigned>(divide_up(rows * units, kThreads)));
+}
+
+bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class S>
+bool rows_aligned(int64_t size) {
+  return size * sizeof(S) % 16 == 0;
+}
+
+// A step's kernels may start before the ones ahead end, the first excepted: what is ahead of it
+// (gx) is read without waiting.
+template <class Cell, class M, int kTiles>
+void run_forward(Forward<typename M::S, typename M::V> f, void* stream) {
+  using S = typename M::S;
+  constexpr int kGroups = kGroupsOf<Cell::kGates>;
+  f.aligned = rows_aligned<S>(f.p) && rows_aligned<S>(f.h) && aligned(f.w_hh) && aligned(f.w_hr) &&
+              aligned(f.h_prev) && aligned(f.h_step) && aligned(f.m) && aligned(f.m_step);
+  run("forward_start", forward_start<Cell, M>, elementwise_grid(f.b, f.p > f.h ? f.p : f.h), false,
+      stream, f);
+  for (int64_t s = 0; s < f.t; ++s) {
+    run("forward_cells", forward_cells<Cell, M, kTiles>, grid(f.b, f.h, kTiles, kGroups), s > 0,
+        stream, f, s);
+    if (f.w_hr == nullptr) continue;
+    run("forward_project", forward_project<Cell, M, kTiles>, grid(f.b, f.p, kTiles, kGroupsOf<1>),
+        true, stream, f, s);
+  }
+}
+
+template <class Cell, class M, int kTiles>
+void run_backward(Backward<typename M::S, typename M::V> f, void* stream) {
+  using S = typename M::S;
+  constexpr int kGroups = kGroupsOf<1>;
+  f.aligned = rows_aligned<S>(f.p) && rows_aligned<S>(f.h) && aligned(f.w_hh_t) &&
+              aligned(f.w_hr_t) && aligned(f.dgh) && aligned(f.dh);
+  run("backward_start", backward_start<Cell, M>, elementwise_grid(f.b, f.p > f.h ? f.p : f.h),
+      false, stream, f);
+  for (int64_t s = f.t - 1; f.t > 0 && s >= -1; --s) {
+    run("backward_gather", backward_gather<Cell, M, kTiles>, grid(f.b, f.p, kTiles, kGroups),
+        s + 1 < f.t, stream, f, s);
+    if (s < 0 || f.w_hr == nullptr) continue;
+    run("backward_cells", backward_cells<Cell, M, kTiles>, grid(f.b, f.h, kTiles, kGroups), true,
+        stream, f, s);
+  }
+}
+
+// Calls f.template operator()<M>() for an arithmetic.
+template <class F>
+void dispatch(Arithmetic arithmetic, F f) {
+  switch (arithmetic) {
+    case Arithmetic::kFloat16:
+      return f.template operator()<Half<__half>>();
+    case Arithmetic::kBfloat16:
+      return f.template operator()<Half<__nv_bfloat16>>();
+    case Arithmetic::kTf32:
+      return f.template operator()<Tf32>();
+    case Arithmetic::kFloat32:
+      return f.template operator()<Fp32>();
+    case Arithmetic::kFloat64:
+      return f.template operator()<Fp64>();
+  }
+}
+
+// A few rows are best given to few columns, the others share the weights they read.
+template <class M, class F>
+void dispatch_tiles(int64_t rows, F f) {
+  if (rows <= kTileColumns) {
+    f.template operator()<1>();
+  } else {
+    f.template operator()<M::kMostTiles>();
+  }
+}
+
+}  // namespace
+
+void forward(int cell, Arithmetic arithmetic, const Forward<void, void>& args, void* stream) {
+  if (args.b == 0) return;
+  Cells::dispatch(cell, [&]<class Cell>() {
+    dispatch(arithmetic, [&]<class M>() {
+      const auto typed = __builtin_bit_cast(Forward<typename M::S, typename M::V>, args);
+      dispatch_tiles<M>(args.b, [&]<int kTiles>() { run_forward<Cell, M, kTiles>(typed, stream); });
+    });
+  });
+}
+
+void backward(int cell, Arithmetic arithmetic, const Backward<void, void>& args, void* stream) {
+  if (args.b == 0) return;
+  Cells::dispatch(cell, [&]<class Cell>() {
+    dispatch(arithmetic, [&]<class M>() {
+      const auto typed = __builtin_bit_cast(Backward<typename M::S, typename M::V>, args);
+      dispatch_tiles<M>(args.b,
+                        [&]<int kTiles>() { run_backward<Cell, M, kTiles>(typed, stream); });
+    });
+  });
+}
+
+}  // namespace frnn::cuda

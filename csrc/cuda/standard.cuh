@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// The standard algorithm: one kernel a step, which forms the recurrent product and takes its sums
+// through the cell while they are in registers. For any size, dtype and device.
+//
+// A block owns some units of some rows and gives all of k to its warps. Backward takes the weights
+// transposed, so that both directions read them along k.
+#pragma once
+
+#include "cuda/product.cuh"
+#include "cuda/standard.h"
+#include "steps.h"
+
+namespace frnn::cuda {
+
+constexpr int kThreads = kWarps * kWarpSize;
+
+// Groups of eight units a block owns: an even number of slots, about four.
+template <int kGates>
+constexpr int kGroupsOf = kGates >= 4 && kGates % 2 == 0 ? 1 : (kGates > 1 ? 2 : 4);
+
+// The first unit and row of this block.
+struct Corner {
+  int64_t unit, row;
+};
+
+template <int kGroups, int kTiles>
+__device__ __forceinline__ Corner corner() {
+  return {int64_t{blockIdx.y} * kGroups * kSlotRows, int64_t{blockIdx.x} * kTiles * kTileColumns};
+}
+
+// Where a lane's result belongs among `units` units and `rows` rows; false: outside.
+__device__ __forceinline__ bool find_place(const Corner& from, const Result& result, int64_t rows,
+                                           int64_t units, Place& p) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t row = from.row + result.tile * kTileColumns + lane % 4 * 2 + result.j;
+  const int64_t unit = from.unit + result.group * kSlotRows + lane / 4;
+  p = {row, unit, row * units + unit, 1};
+  return row < rows && unit < units;
+}
+
+template <class S, int kGroups>
+struct WeightRows {
+  const S* w;  // [gates * units, k]
+  int64_t units, k, first;
+
+  // The row of this lane's unit of a group, for one gate; null beyond the last unit.
+  __device__ __forceinline__ const S* operator()(int group, int gate) const {
+    const int64_t unit = first + group * kSlotRows + threadIdx.x % kWarpSize / 4;
+    return unit < units ? w + (gate * units + unit) * k : nullptr;
+  }
+};
+
+// ---- Forward.
+
+template <class Cell, class M>
+__global__ void __launch_bounds__(kThreads)
+    forward_start(const __grid_constant__ Forward<typename M::S, typename M::V> f) {
+  const ForwardSteps<Cell, typename M::V, typename M::S, typename M::V> steps(
+      f, f.h_step, f.states_step, f.m_step);
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < f.b * f.p) steps.start_h(place<1>(i / f.p, i % f.p, f.p));
+  if (i < f.b * f.h) steps.start_others(place<1>(i / f.h, i % f.h, f.h));
+}
+
+// W_hh h and the cell.
+template <class Cell, class M, int kTiles>
+__global__ void __launch_bounds__(kThreads)
+    forward_cells(const __grid_constant__ Forward<typename M::S, typename M::V> f, int64_t s) {
+  using S = typename M::S;
+  using V = typename M::V;
+  constexpr int kGates = Cell::kGates, kGroups = kGroupsOf<kGates>;
+  const ForwardSteps<Cell, V, S, V> steps(f, f.h_step, f.states_step, f.m_step);
+  const Corner from = corner<kGroups, kTiles>();
+  const int64_t t = steps.timeline().time(s), units = f.h;
+  const bool plain = steps.timeline().full() && s + 1 < f.t;
+
+  // What does not depend on the step before is read while it still runs.
+  using Mine = Share<kGroups, kTiles>;
+  V gx[Mine::kEach][kGates];
+  const auto before = [&] {
+    for (int i = 0; i < Mine::kEach; ++i) {
+      Result result;
+      Place p;
+      if (!Mine::get(i, result) || !find_place(from, result, f.b, units, p)) continue;
+      const S* row = f.gx + (t * f.b + p.row) * kGates * units + p.unit;
+      for (int gate = 0; gate < kGates; ++gate) gx[i][gate] = load<V>(row + gate * units, 1);
+    }
+    dependency_wait();
+  };
+  const S* h = steps.h_in(s);
+  const auto rows = [&](int column) {
+    const int64_t row = from.row + column;
+    return row < f.b && steps.timeline().computed(s, row) ? h + row * f.p : nullptr;
+  };
+  const auto done = [&](int i, const Result& result, const V* gh) {
+    Place p;
+    if (!find_place(from, result, f.b, units, p)) return;
+    if (plain) {
+      steps.template finish_cell<true>(s, p, gx[i], gh);
+    } else {
+      steps.template finish_cell<false>(s, p, gx[i], gh);
+    }
+  };
+  dependency_launch();
+  product<M, kGates, kGroups, kTiles>(
+      f.p, f.aligned, WeightRows<S, kGroups>{f.w_hh, units, f.p, from.unit}, rows, before, done);
+}
+
+// W_hr m, the output of a step with a projection.
+template <class Cell, class M, int kTiles>
+__global__ void __launch_bounds__(kThreads)
+    forward_project(const __grid_constant__ Forward<typename M::S, typename M::V> f, int64_t s) {
+  using S = typename M::S;
+  using V = typename M::V;
+  constexpr int kGroups = kGroupsOf<1>;
+  const ForwardSteps<Cell, V, S, V> steps(f, f.h_step, f.states_step, f.m_step);
+  const Corner from = corner<kGroups, kTiles>();
+  const S* m = steps.m_at(s);
+  const auto rows = [&](int column) {
+    const int64_t row = from.row + column;
+    return row < f.b && steps.timeline().computed(s, row) ? m + row * f.h : nullptr;
+  };
+  const auto done = [&](int, const Result& result, const V* h) {
+    Place p;
+    if (find_place(from, result, f.b, f.p, p)) steps.template finish_output<false>(s, p, h[0]);
+  };
+  dependency_launch();
+  product<M, 1, kGroups, kTiles>(
+      f.h, f.aligned, WeightRows<S, kGroups>{f.w_hr, f.p, f.h, from.unit}, rows,
+      [] { dependency_wait(); }, done);
+}
+
+// ---- Backward.
+
+template <class Cell, class M>
+__global__ void __launch_bounds__(kThreads)
+    backward_start(const __grid_constant__ Backward<typename M::S, typename M::V> f) {
+  const BackwardSteps<Cell, typename M::V, typename M::S, typename M::V> steps(f);
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < f.b * f.p) steps.start_h(place<1>(i / f.p, i % f.p, f.p));
+  if (i < f.b * f.h) steps.start_others(place<1>(i / f.h, i % f.h, f.h));
+}
+
+// dgh W_hh of the step after, and the cell unless a projection comes first.
+template <class Cell, class M, int kTiles>
+__global__ void __launch_bounds__(kThreads)
+    backward_gather(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
+  using S = typename M::S;
+  using V = typename M::V;
+  constexpr int kGroups = kGroupsOf<1>;
+  const BackwardSteps<Cell, V, S, V> steps(f);
+  const Corner from = corner<kGroups, kTiles>();
+  const bool plain = steps.timeline().full() && s >= 0 && s + 1 < f.t && f.w_hr == nullptr;
+  const int64_t k = Cell::kGates * f.h, after = s + 1 < f.t ? s + 1 : s;
+  const S* dgh = f.dgh + steps.timeline().time(after) * f.b * k;
+  const auto rows = [&](int column) {
+    const int64_t row = from.row + column;
+    return row < f.b && steps.flows_back(s, row) ? dgh + row * k : nullptr;
+  };
+  const auto done = [&](int, const Result& result, const V* dh) {
+    Place p;
+    if (!find_place(from, result, f.b, f.p, p)) return;
+    if (plain) {
+      steps.template finish_gather<true>(s, p, dh[0]);
+    } else {
+      steps.template finish_gather<false>(s, p, dh[0]);
+    }
+  };
+  dependency_launch();
+  product<M, 1, kGroups, kTiles>(
+      s + 1 < f.t ? k : 0, f.aligned, WeightRows<S, kGroups>{f.w_hh_t, f.p, k, from.unit}, rows,
+      [] { dependency_wait(); }, done);
+}
+
+// dh W_hr and the cell, at a step with a projection.
+template <class Cell, class M, int kTiles>
+__global__ void __launch_bounds__(kThreads)
+    backward_cells(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
+  using S = typename M::S;
+  using V = typename M::V;
+  constexpr int kGroups = kGroupsOf<1>;
+  const BackwardSteps<Cell, V, S, V> steps(f);
+  const Corner from = corner<kGroups, kTiles>();
+  const S* dh = f.dh + steps.timeline().time(s) * f.b * f.p;
+  const auto rows = [&](int column) {
+    const int64_t row = from.row + column;
+    return row < f.b && steps.timeline().computed(s, row) ? dh + row * f.p : nullptr;
+  };
+  const auto done = [&](int, const Result& result, const V* dm) {
+    Place p;
+    if (find_place(from, result, f.b, f.h, p)) {
+      steps.template finish_cell<false>(s, p, dm[0]);
+    }
+  };
+  dependency_launch();
+  product<M, 1, kGroups, kTiles>(
+      f.p, f.aligned, WeightRows<S, kGroups>{f.w_hr_t, f.h, f.p, from.unit}, rows,
+      [] { dependency_wait(); }, done);
+}
+
+}  // namespace frnn::cuda

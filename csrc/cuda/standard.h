@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C++ interface of the CUDA kernels. Arrays are those of recurrence.h, on one device; pointers
+// are untyped (S = A = void) and take their types from the arithmetic.
+#pragma once
+
+#include "recurrence.h"
+
+namespace frnn::cuda {
+
+// What sums are made in, and S and A of recurrence.h.
+enum class Arithmetic {
+  kFloat16,   // S half, A float, tensor cores
+  kBfloat16,  // S bfloat16, A float, tensor cores
+  kTf32,      // float, operands of products rounded to 10 bits, tensor cores
+  kFloat32,   // float, no tensor cores
+  kFloat64,   // double, tensor cores where there are any
+};
+
+// The input projection is the caller's: x, w_ih and b_ih are not read; gx holds b_hh too if the
+// cell is additive.
+template <class S, class A>
+struct Forward : ForwardArgs<S, A> {
+  const S* gx;  // [T, B, G*H] in: W_ih x and its biases
+
+  // Between steps, contents unspecified, or null if h_prev is given.
+  S* h_step;       // [2, B, P]
+  A* states_step;  // [S-1, B, H]
+  S* m_step;       // [B, H], or null if m is given or there is no projection
+
+  bool aligned;  // set by the driver: every row of a product is read in pieces of 16 bytes
+};
+
+template <class S, class A>
+struct Backward : BackwardArgs<S, A> {
+  const S* w_hh_t;  // [P, G*H] in: w_hh transposed
+  const S* w_hr_t;  // [H, P] in: w_hr transposed, or null
+
+  bool aligned;  // as in Forward
+};
+
+// Queue the kernels on a cudaStream_t of the current device. A launch that fails throws
+// std::runtime_error.
+void forward(int cell, Arithmetic arithmetic, const Forward<void, void>& args, void* stream);
+void backward(int cell, Arithmetic arithmetic, const Backward<void, void>& args, void* stream);
+
+}  // namespace frnn::cuda

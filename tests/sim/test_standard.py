@@ -1,0 +1,91 @@
+"""The standard CUDA kernels against the reference, run by the simulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cuda_standard_sim
+import pytest
+import torch
+from backend import Simulated
+
+from fusedrnn import backends
+from fusedrnn.backends import Reference
+from fusedrnn.cells import CELLS
+from fusedrnn.testing import Case, check_case, make_inputs, run_case
+
+FEATURES = {
+    "plain": {},
+    "reverse": {"reverse": True},
+    "nobias": {"bias": False},
+    "lengths": {"lengths": True},
+    "lengths-resets": {"lengths": True, "resets": True},
+    "lengths-resets-reverse": {"lengths": True, "resets": True, "reverse": True},
+}
+# (T, B, I, H): one of each, few rows, off the tiles, in pieces of 16 bytes, several blocks.
+SHAPES = [(1, 1, 1, 1), (3, 2, 5, 3), (2, 9, 4, 17), (3, 5, 8, 32), (3, 33, 4, 40)]
+
+
+@pytest.fixture
+def simulated(monkeypatch, request):
+    backend = Simulated(cuda_standard_sim)
+    monkeypatch.setitem(backends._ALL, "cuda", backend)
+    cuda_standard_sim.set_seed(len(request.node.name))
+    return backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_cells(simulated, cell, shape, feature, dtype):
+    check_case(Case(cell, *shape, dtype=dtype, **feature), simulated)
+
+
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("proj", [1, 7, 16])
+def test_projection(simulated, proj, feature):
+    case = Case(CELLS["lstm"], 3, 5, 4, 32, P=proj, cell_states=True, **feature)
+    check_case(case, simulated)
+
+
+def integers(case: Case):
+    """Inputs so small and whole that every number of the call is exact in 16 bits, but for sums
+    over all rows, which are rounded once."""
+    random = torch.Generator().manual_seed(0)
+
+    def whole(t):
+        return torch.randint(-1, 2, t.shape, generator=random).to(t.dtype)
+
+    inputs = make_inputs(case)
+    return replace(
+        inputs,
+        x=whole(inputs.x),
+        weights=inputs.weights._replace(
+            **{n: whole(w) for n, w in inputs.weights._asdict().items() if w is not None}
+        ),
+        h0=whole(inputs.h0),
+        grads={name: whole(g) for name, g in inputs.grads.items()},
+    )
+
+
+@pytest.mark.parametrize("arithmetic", ["float16", "bfloat16", "tf32"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1), (2, 9, 4, 17), (2, 9, 8, 16), (2, 33, 4, 40)])
+def test_tensor_cores_are_exact_on_integers(simulated, shape, arithmetic):
+    dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
+    simulated._tf32 = arithmetic == "tf32"
+    case = Case(CELLS["rnn_relu"], *shape, dtype=dtype)
+    inputs = integers(case)
+    expected = run_case(case, inputs, Reference())
+    for name, t in run_case(case, inputs, simulated).items():
+        assert torch.equal(t, expected[name]), name
+
+
+def test_a_second_backward_is_the_same(simulated):
+    case = Case(CELLS["lstm"], 3, 5, 4, 16)
+    inputs = make_inputs(case)
+    runs = []
+    for seed in (1, 2):  # other schedules, the same bits
+        cuda_standard_sim.set_seed(seed)
+        runs.append(run_case(case, inputs, simulated))
+    assert all(torch.equal(t, runs[1][name]) for name, t in runs[0].items())
