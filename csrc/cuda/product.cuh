@@ -47,6 +47,18 @@ __device__ __forceinline__ Piece<S> load_piece(const S* row, int64_t k, int64_t 
 // kTiles tiles. kColumns is how many columns of a tile a lane must be given the pieces of: one, g,
 // or all eight.
 
+// As m16n8 instructions leave them: two slots each.
+template <int kSlots, int kTiles>
+struct PairSums {
+  static_assert(kSlots % 2 == 0, "an instruction takes two slots");
+  float d[kSlots / 2][kTiles][4] = {};
+
+  __device__ __forceinline__ float get(int slot, int tile, int column) const {
+    return d[slot / 2][tile][slot % 2 * 2 + column];
+  }
+  __device__ __forceinline__ void finish() {}
+};
+
 // 16-bit storage, sums in fp32.
 template <class S_>
 struct Half {
@@ -55,10 +67,7 @@ struct Half {
   static constexpr int kColumns = 1, kMostTiles = 4;
 
   template <int kSlots, int kTiles>
-  struct Sums {
-    static_assert(kSlots % 2 == 0, "an instruction takes two slots");
-    float d[kSlots / 2][kTiles][4] = {};
-
+  struct Sums : PairSums<kSlots, kTiles> {
     __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], const Piece<S>* b) {
       for (int s = 0; s < kSlots; s += 2) {
         const uint32_t* a0 = reinterpret_cast<const uint32_t*>(&a[s]);
@@ -68,18 +77,14 @@ struct Half {
           for (int i = 0; i < 4; i += 2) {
             const uint32_t x[4] = {a0[i], a1[i], a0[i + 1], a1[i + 1]}, y[2] = {b0[i], b0[i + 1]};
             if constexpr (std::is_same_v<S, __half>) {
-              mma_f16(d[s / 2][n], x, y);
+              mma_f16(this->d[s / 2][n], x, y);
             } else {
-              mma_bf16(d[s / 2][n], x, y);
+              mma_bf16(this->d[s / 2][n], x, y);
             }
           }
         }
       }
     }
-    __device__ __forceinline__ float get(int slot, int tile, int column) const {
-      return d[slot / 2][tile][slot % 2 * 2 + column];
-    }
-    __device__ __forceinline__ void finish() {}
   };
 };
 
@@ -90,10 +95,7 @@ struct Tf32 {
   static constexpr int kColumns = 1, kMostTiles = 4;
 
   template <int kSlots, int kTiles>
-  struct Sums {
-    static_assert(kSlots % 2 == 0, "an instruction takes two slots");
-    float d[kSlots / 2][kTiles][4] = {};
-
+  struct Sums : PairSums<kSlots, kTiles> {
     __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], const Piece<S>* b) {
       for (int s = 0; s < kSlots; s += 2) {
         for (int i = 0; i < 4; i += 2) {
@@ -101,15 +103,11 @@ struct Tf32 {
                                  to_tf32(a[s + 1].v[i + 1])};
           for (int n = 0; n < kTiles; ++n) {
             const uint32_t y[2] = {to_tf32(b[n].v[i]), to_tf32(b[n].v[i + 1])};
-            mma_tf32(d[s / 2][n], x, y);
+            mma_tf32(this->d[s / 2][n], x, y);
           }
         }
       }
     }
-    __device__ __forceinline__ float get(int slot, int tile, int column) const {
-      return d[slot / 2][tile][slot % 2 * 2 + column];
-    }
-    __device__ __forceinline__ void finish() {}
   };
 };
 

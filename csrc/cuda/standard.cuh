@@ -50,6 +50,14 @@ struct WeightRows {
   }
 };
 
+// What precedes the first step, one thread for each unit of each row.
+template <class Steps, class Args>
+__device__ __forceinline__ void start(const Steps& steps, const Args& args) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, p = args.p, h = args.h;
+  if (i < args.b * p) steps.start_h(place<1>(i / p, i % p, p));
+  if (i < args.b * h) steps.start_others(place<1>(i / h, i % h, h));
+}
+
 // ---- Forward.
 
 template <class Cell, class M>
@@ -57,9 +65,7 @@ __global__ void __launch_bounds__(kThreads)
     forward_start(const __grid_constant__ Forward<typename M::S, typename M::V> f) {
   const ForwardSteps<Cell, typename M::V, typename M::S, typename M::V> steps(
       f, f.h_step, f.states_step, f.m_step);
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < f.b * f.p) steps.start_h(place<1>(i / f.p, i % f.p, f.p));
-  if (i < f.b * f.h) steps.start_others(place<1>(i / f.h, i % f.h, f.h));
+  start(steps, f);
 }
 
 // W_hh h and the cell.
@@ -136,9 +142,7 @@ template <class Cell, class M>
 __global__ void __launch_bounds__(kThreads)
     backward_start(const __grid_constant__ Backward<typename M::S, typename M::V> f) {
   const BackwardSteps<Cell, typename M::V, typename M::S, typename M::V> steps(f);
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i < f.b * f.p) steps.start_h(place<1>(i / f.p, i % f.p, f.p));
-  if (i < f.b * f.h) steps.start_others(place<1>(i / f.h, i % f.h, f.h));
+  start(steps, f);
 }
 
 // dgh W_hh of the step after, and the cell unless a projection comes first.
