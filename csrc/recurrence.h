@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C++ interface of the engines: one layer, one direction, gx = W_ih x + b_ih given.
+// The C++ interface of the engines: one layer, one direction.
 //
 // Letters: T time, B batch, H hidden, P output size (= H without projection), G gates, S states,
 // R saved planes. All arrays are dense, row-major, in the order of their bracketed shape; all
@@ -21,8 +21,8 @@ struct CellFacts {
 int cell_count();
 const CellFacts& cell_facts(int cell);  // 0 <= cell < cell_count()
 
-// What forward and backward have in common. S is the type of storage; A, of cell states and running
-// gradients between steps, is wider where S has 16 bits.
+// What forward and backward have in common. As types, S is that of storage and A that of cell
+// states and running gradients between steps, wider where S has 16 bits.
 template <class S>
 struct SequenceArgs {
   int64_t t, b, h, p;      // T, B, H, P; T and B may be 0
