@@ -254,6 +254,40 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
              reverse);
 }
 
+using MatmulResult = std::tuple<Tensor, Tensor>;
+
+template <class T>
+MatmulResult matmul_of(ScalarType type, const Tensor& a, const Tensor& b,
+                       const OptionalTensor& other, bool transposed) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && (!other || other->dim() == 2),
+                  "a, b and other have ", a.dim(), ", ", b.dim(), " and ", other ? other->dim() : 2,
+                  " dimensions, expected 2");
+  const int64_t m = a.size(transposed ? 1 : 0), k = a.size(transposed ? 0 : 1);
+  const int64_t n = b.size(1), n_other = other ? other->size(1) : 0;
+  check("a", a, type, {a.size(0), a.size(1)});
+  check("b", b, type, {k, n});
+  check("other", other, type, {k, n_other});
+  const Allocator make{a};
+  MatmulResult result{make({m, n}), make(other.has_value(), {m, n_other})};
+  const auto& [c, c_other] = result;
+  const frnn::MatmulArgs<T> args{
+      .m = m,
+      .k = k,
+      .a = input<T>(a),
+      .transposed = transposed,
+      .factors = {{n, input<T>(b), output<T>(c)}, {n_other, input<T>(other), output<T>(c_other)}}};
+  frnn::cpu::matmul(args, torch_pool());
+  return result;
+}
+
+MatmulResult matmul(Tensor a, Tensor b, OptionalTensor other, bool transposed) {
+  const ScalarType type = a.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "a is ", name(type),
+                  ", expected float32 or float64");
+  const auto run = type == ScalarType::Float ? matmul_of<float> : matmul_of<double>;
+  return run(type, a, b, other, transposed);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fusedrnn, library) {
@@ -268,11 +302,14 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "Tensor? w_hr, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, Tensor? lengths, "
       "Tensor? resets, int cell, bool reverse) -> (Tensor dgx, Tensor dgh, Tensor dh0, "
       "Tensor dc0, Tensor dh)");
+  library.def(
+      "matmul(Tensor a, Tensor b, Tensor? other, bool transposed) -> (Tensor c, Tensor c_other)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("recurrence_forward", TORCH_BOX(&recurrence_forward));
   library.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
+  library.impl("matmul", TORCH_BOX(&matmul));
 }
 
 // For the tests, by ctypes: the facts of the cells, one line each, and the instruction sets.

@@ -73,6 +73,20 @@ struct BackwardArgs : SequenceArgs<S> {
   S* dh;   // [T, B, P] out, or null without projection: the whole gradient of h at each step
 };
 
+// c = a b for one or two b, the large products around the recurrence.
+template <class S>
+struct MatmulArgs {
+  struct Factor {
+    int64_t n;
+    const S* b;  // [K, N] in, or null: no such factor
+    S* c;        // [M, N] out
+  };
+  int64_t m, k;
+  const S* a;  // [M, K] in, or [K, M] if transposed
+  bool transposed;
+  Factor factors[2];
+};
+
 namespace cpu {
 
 // The caller's thread pool. run() calls body on disjoint ranges that cover [0, n), each in its own
@@ -86,6 +100,8 @@ void forward(int cell, const ForwardArgs<float>& args, const Pool& pool);
 void forward(int cell, const ForwardArgs<double>& args, const Pool& pool);
 void backward(int cell, const BackwardArgs<float>& args, const Pool& pool);
 void backward(int cell, const BackwardArgs<double>& args, const Pool& pool);
+void matmul(const MatmulArgs<float>& args, const Pool& pool);
+void matmul(const MatmulArgs<double>& args, const Pool& pool);
 
 // The instruction set in use ("base", "avx2", "avx512"), those this machine can use (separated by
 // spaces), and a way for tests to choose; set_isa is false and changes nothing if it cannot be.

@@ -125,13 +125,25 @@ class RecurrenceFunction(torch.autograd.Function):
         db_hh = None
         if need_b_hh:
             db_hh = db_ih.clone() if cell.additive and db_ih is not None else rows_hh.sum(0)
+        dx = dw_ih = dw_hh = dw_hr = None
+        if need_x:
+            dx = backend.products(rows, w_ih)[0].view_as(x)
+        if need_ih and need_hh and cell.additive:  # dgx is dgh
+            dw_ih, dw_hh = backend.products(rows.t(), x.flatten(0, 1), h_prev.flatten(0, 1))
+        else:
+            if need_ih:
+                dw_ih = backend.products(rows.t(), x.flatten(0, 1))[0]
+            if need_hh:
+                dw_hh = backend.products(rows_hh.t(), h_prev.flatten(0, 1))[0]
+        if need_hr:
+            dw_hr = backend.products(dh.flatten(0, 1).t(), m.flatten(0, 1))[0]
         return (
-            (rows @ w_ih).view_as(x) if need_x else None,
-            rows.t() @ x.flatten(0, 1) if need_ih else None,
-            rows_hh.t() @ h_prev.flatten(0, 1) if need_hh else None,
+            dx,
+            dw_ih,
+            dw_hh,
             db_ih,
             db_hh,
-            dh.flatten(0, 1).t() @ m.flatten(0, 1) if need_hr else None,
+            dw_hr,
             dh0,
             dc0 if c0 is not None else None,
             *(None,) * 6,

@@ -101,8 +101,31 @@ def test_threads(cell, shape, threads, runner):
         together = run_case(case, inputs, runner)
     finally:
         torch.set_num_threads(before)
-    for name in ("y", "h_n", "dh0"):  # the GEMMs after the recurrence are torch's
-        assert torch.equal(alone[name], together[name]), name
+    for name, tensor in alone.items():
+        assert torch.equal(tensor, together[name]), name
+
+
+# (M, K, N) around the pieces in which the engine packs: rows by 96, K by 256, columns by 512.
+PRODUCTS = [(1, 1, 1), (4, 0, 3), (3, 5, 0), (7, 300, 5), (97, 257, 33), (200, 70, 521)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_products(shape, transposed, dtype, runner):
+    if isinstance(runner, Reference):
+        pytest.skip("the reference has no products of its own")
+    (m, k, n), other = shape, 300
+    a = torch.randn(k, m, dtype=dtype).t() if transposed else torch.randn(m, k, dtype=dtype)
+    both = torch.randn(k, n, dtype=dtype), torch.randn(k, other, dtype=dtype)
+    found = runner.products(a, *both)
+    assert len(found) == 2 and torch.equal(runner.products(a, both[0])[0], found[0])
+    for b, c in zip(both, found, strict=True):
+        # Every order of k products and k - 1 sums is within this (Higham 2002, 3.5).
+        bound = k * torch.finfo(dtype).eps * (a.abs() @ b.abs()).double()
+        if dtype == torch.float64:  # and so is the product it is compared with
+            bound *= 2
+        assert ((c.double() - a.double() @ b.double()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)

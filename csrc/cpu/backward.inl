@@ -43,8 +43,8 @@ class Backward {
   Slice slice(int i) const { return make_slice(a_, plan_, i); }
 
   void pack(const Slice& slice) const {
-    pack_columns(a_.w_hh, a_.p, kGates * a_.h, slice.pack_output, w_hh_);
-    if (a_.w_hr) pack_columns(a_.w_hr, a_.h, a_.p, slice.pack_hidden, w_hr_);
+    pack_columns(a_.w_hh, a_.p, a_.p, kGates * a_.h, slice.pack_output, w_hh_);
+    if (a_.w_hr) pack_columns(a_.w_hr, a_.h, a_.h, a_.p, slice.pack_hidden, w_hr_);
   }
 
   void start(const Slice& slice) const {

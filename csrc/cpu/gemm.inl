@@ -48,28 +48,34 @@ void pack_rows(const T* w, int gates, int64_t units, int64_t k, Range blocks, T*
   }
 }
 
-// w [K, N], units along columns, one gate -> the given blocks of packed.
+// w [K, ldw], units along columns, one gate -> the given blocks of packed.
 template <class T>
-void pack_columns(const T* w, int64_t units, int64_t k, Range blocks, T* packed) {
-  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-    const int64_t u = block * kLanes<T>;
-    const int n = static_cast<int>(min(kLanes<T>, units - u));
-    T* to = packed + block * k * kLanes<T>;
-    for (int64_t i = 0; i < k; ++i) {
-      frnn::store(to + i * kLanes<T>, frnn::load<Vec<T>>(w + i * units + u, n));
+void pack_columns(const T* w, int64_t ldw, int64_t units, int64_t k, Range blocks, T* packed) {
+  constexpr int64_t kStrip = 8;  // written to a block at a time, in whole cache lines
+  for (int64_t k0 = 0; k0 < k; k0 += kStrip) {
+    const int64_t k1 = min(k, k0 + kStrip);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const int64_t u = block * kLanes<T>;
+      const int n = static_cast<int>(min(kLanes<T>, units - u));
+      T* to = packed + block * k * kLanes<T>;
+      for (int64_t i = k0; i < k1; ++i) {
+        frnn::store(to + i * kLanes<T>, frnn::load<Vec<T>>(w + i * ldw + u, n));
+      }
     }
   }
 }
 
-// sum[row][block][gate] (+)= a[row][0..k) . w[block][0..k)[gate]
+// sum[row][block][gate] (+)= a[row][0..k) . w[block][0..k)[gate]; a's steps along a row and along
+// K.
 template <class T>
-using Multiply = void (*)(const T* a, int64_t lda, int64_t k, const T* w, int64_t block_stride,
-                          bool accumulate, Vec<T>* sum);
+using Multiply = void (*)(const T* a, int64_t lda, int64_t step, int64_t k, const T* w,
+                          int64_t block_stride, bool accumulate, Vec<T>* sum);
 
 // The microkernel. All sums stay in registers; each weight vector is loaded once per kRows rows.
 template <int kRows, int kBlocks, int kGates, class T>
-void multiply(const T* __restrict__ a, int64_t lda, int64_t k, const T* __restrict__ w,
-              int64_t block_stride, bool accumulate, Vec<T>* __restrict__ sum) {
+void multiply(const T* __restrict__ a, int64_t lda, int64_t step, int64_t k,
+              const T* __restrict__ w, int64_t block_stride, bool accumulate,
+              Vec<T>* __restrict__ sum) {
   Vec<T> acc[kRows][kBlocks][kGates] = {};
   for (int64_t i = 0; i < k; ++i) {
 #pragma GCC unroll 16
@@ -79,7 +85,8 @@ void multiply(const T* __restrict__ a, int64_t lda, int64_t k, const T* __restri
         const T* p = w + block * block_stride + (i * kGates + gate) * kLanes<T>;
         const Vec<T> weight = frnn::load<Vec<T>>(p);
 #pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) acc[row][block][gate] += a[row * lda + i] * weight;
+        for (int row = 0; row < kRows; ++row)
+          acc[row][block][gate] += a[row * lda + i * step] * weight;
       }
     }
   }
@@ -149,8 +156,9 @@ void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k
       const Range r = part(rows, tile, tiles);
       if (rows > 1) fetch_weights<kBlocks, kGates, T>(ahead, stride, ahead_k, tile, tiles);
       if ((wanted >> r.begin & ((uint64_t{1} << r.size()) - 1)) == 0) continue;
-      kTable.entry[r.size() - 1](a + r.begin * lda + k0, lda, k1 - k0, w + k0 * kGates * kLanes<T>,
-                                 stride, k0 > 0, sum + r.begin * kBlocks * kGates);
+      kTable.entry[r.size() - 1](a + r.begin * lda + k0, lda, 1, k1 - k0,
+                                 w + k0 * kGates * kLanes<T>, stride, k0 > 0,
+                                 sum + r.begin * kBlocks * kGates);
     }
   }
 }

@@ -98,6 +98,7 @@ void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Po
 
 #include "cpu/backward.inl"
 #include "cpu/forward.inl"
+#include "cpu/matmul.inl"
 
 template <class T>
 void run_forward(int cell, const frnn::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
@@ -110,7 +111,13 @@ void run_backward(int cell, const frnn::BackwardArgs<T>& args, const frnn::cpu::
 }
 
 constexpr frnn::cpu::Engine make_engine(const char* name) {
-  return {name, run_forward<float>, run_forward<double>, run_backward<float>, run_backward<double>};
+  return {name,
+          run_forward<float>,
+          run_forward<double>,
+          run_backward<float>,
+          run_backward<double>,
+          Matmul<float>::run,
+          Matmul<double>::run};
 }
 
 }  // namespace

@@ -92,3 +92,7 @@ class Backend(Protocol):
         reverse: bool,
         run: Run,  # y, h_n, c_n and c are not read, and may be empty
     ) -> Grads: ...
+
+    def products(self, a: Tensor, *others: Tensor) -> list[Tensor]:
+        """``a @ b`` for each of one or two ``b``: the GEMMs that follow backward."""
+        return [a @ b for b in others]

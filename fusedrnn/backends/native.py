@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.backend import Grads, Request, Run, Sequence, Weights
+from fusedrnn.backends.backend import Backend, Grads, Request, Run, Sequence, Weights
 from fusedrnn.cells import Cell
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
@@ -60,7 +60,7 @@ def set_isa(name: str) -> None:
         raise ValueError(f"instruction set {name!r} cannot run here, expected one of {isas()}")
 
 
-class Native:
+class Native(Backend):
     name = "cpu"
     algorithm = "standard"
 
@@ -132,6 +132,12 @@ class Native:
         )
         return Grads(dgx, dgx if cell.additive else dgh, dh0, dc0, dh)
 
+    def products(self, a: Tensor, *others: Tensor) -> list[Tensor]:
+        transposed = not a.is_contiguous()
+        b = [o.contiguous() for o in others]
+        a = a.t().contiguous() if transposed else a
+        return list(torch.ops.fusedrnn.matmul(a, b[0], (*b[1:], None)[0], transposed))[: len(b)]
+
 
 def _fake_forward(
     x: Tensor,
@@ -201,6 +207,15 @@ def _fake_backward(
     )
 
 
+def _fake_matmul(
+    a: Tensor, b: Tensor, other: Tensor | None, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    rows = a.shape[1 if transposed else 0]
+    shape = (0,) if other is None else (rows, other.shape[1])
+    return a.new_empty(rows, b.shape[1]), a.new_empty(shape)
+
+
 if _library is not None:
     torch.library.register_fake("fusedrnn::recurrence_forward", _fake_forward)
     torch.library.register_fake("fusedrnn::recurrence_backward", _fake_backward)
+    torch.library.register_fake("fusedrnn::matmul", _fake_matmul)
