@@ -1,4 +1,4 @@
-"""One layer and direction, differentiable: the autograd.Function and the weight-gradient GEMMs."""
+"""One layer and direction, differentiable: the autograd.Function over a backend."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from fusedrnn.backends import (
     Reference,
     Run,
     Sequence,
+    Upstream,
+    Wanted,
     Weights,
     by_name,
     reference,
@@ -65,8 +67,7 @@ def _outputs(run: Run, others: bool, cell_states: bool) -> tuple[Tensor, ...]:
 class RecurrenceFunction(torch.autograd.Function):
     """The autograd node of one layer and direction, entered only when a gradient is needed.
 
-    Backward is a fused BPTT pass, then one GEMM or sum over all T*B rows for each weight
-    gradient: deterministic, no atomics. Under ``create_graph`` it differentiates the reference.
+    Under ``create_graph`` its backward differentiates the reference.
     """
 
     @staticmethod
@@ -93,15 +94,13 @@ class RecurrenceFunction(torch.autograd.Function):
         run = backend.forward(cell, x, weights, h0, c0, seq, reverse, True, cell_states)
         ctx.call = cell_name, backend_name, reverse, cell_states
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights, h0, c0, lengths, resets, run.h_prev, run.m, *run.reserve)
+        ctx.save_for_backward(x, *weights, h0, c0, lengths, resets, *run.reserve)
         return _outputs(run, c0 is not None, cell_states)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *others: Tensor | None) -> Any:
         cell_name, backend_name, reverse, cell_states = ctx.call
-        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, resets, h_prev, m, *reserve = (
-            ctx.saved_tensors
-        )
+        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, resets, *reserve = ctx.saved_tensors
         if torch.is_autocast_enabled(x.device.type):  # products in the dtype they had in forward
             with torch.autocast(x.device.type, enabled=False):
                 return RecurrenceFunction.backward(ctx, dy, dh_n, *others)
@@ -115,39 +114,11 @@ class RecurrenceFunction(torch.autograd.Function):
         dc_n = others[0] if c0 is not None else None
         dc = others[-1] if cell_states else None
         assert not isinstance(backend, Reference)
-        run = Run(x, x, x, x, h_prev, m, tuple(reserve))
-        dgx, dgh, dh0, dc0, dh = backend.backward(
-            cell, dy, dh_n, dc_n, dc, weights, seq, reverse, run
-        )
-        need_x, need_ih, need_hh, need_b_ih, need_b_hh, need_hr = ctx.needs_input_grad[:6]
-        rows, rows_hh = dgx.flatten(0, 1), dgh.flatten(0, 1)
-        db_ih = rows.sum(0) if need_b_ih else None
-        db_hh = None
-        if need_b_hh:
-            db_hh = db_ih.clone() if cell.additive and db_ih is not None else rows_hh.sum(0)
-        dx = dw_ih = dw_hh = dw_hr = None
-        if need_x:
-            dx = backend.products(rows, w_ih)[0].view_as(x)
-        if need_ih and need_hh and cell.additive:  # dgx is dgh
-            dw_ih, dw_hh = backend.products(rows.t(), x.flatten(0, 1), h_prev.flatten(0, 1))
-        else:
-            if need_ih:
-                dw_ih = backend.products(rows.t(), x.flatten(0, 1))[0]
-            if need_hh:
-                dw_hh = backend.products(rows_hh.t(), h_prev.flatten(0, 1))[0]
-        if need_hr:
-            dw_hr = backend.products(dh.flatten(0, 1).t(), m.flatten(0, 1))[0]
-        return (
-            dx,
-            dw_ih,
-            dw_hh,
-            db_ih,
-            db_hh,
-            dw_hr,
-            dh0,
-            dc0 if c0 is not None else None,
-            *(None,) * 6,
-        )
+        found = backend.backward(
+            cell, Upstream(dy, dh_n, dc_n, dc), x, weights, h0, c0, seq, reverse, tuple(reserve),
+            Wanted(*ctx.needs_input_grad[:8]),
+        )  # fmt: skip
+        return (*found, *(None,) * 6)
 
 
 def _differentiable_backward(

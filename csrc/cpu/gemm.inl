@@ -65,8 +65,8 @@ void pack_columns(const T* w, int64_t ldw, int64_t units, int64_t k, Range block
   }
 }
 
-// sum[row][block][gate] (+)= a[row][0..k) . w[block][0..k)[gate]; a's steps along a row and along
-// K.
+// sum[row][block][gate] (+)= a[row][0..k) . w[block][0..k)[gate], where a[row][i] is at
+// a[row * lda + i * step].
 template <class T>
 using Multiply = void (*)(const T* a, int64_t lda, int64_t step, int64_t k, const T* w,
                           int64_t block_stride, bool accumulate, Vec<T>* sum);
@@ -85,8 +85,9 @@ void multiply(const T* __restrict__ a, int64_t lda, int64_t step, int64_t k,
         const T* p = w + block * block_stride + (i * kGates + gate) * kLanes<T>;
         const Vec<T> weight = frnn::load<Vec<T>>(p);
 #pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row)
+        for (int row = 0; row < kRows; ++row) {
           acc[row][block][gate] += a[row * lda + i * step] * weight;
+        }
       }
     }
   }

@@ -63,9 +63,8 @@ class Matmul {
     for (int j = 0; j < 2; ++j) {
       const Factor& f = a_.factors[j];
       const int64_t n = columns(f).size();
-      if (n > 0)
-        pack_columns(f.b + depth.begin * f.n + n0, f.n, n, depth.size(), {0, blocks_of<T>(n)},
-                     b(j));
+      if (n <= 0) continue;
+      pack_columns(f.b + depth.begin * f.n + n0, f.n, n, depth.size(), {0, blocks_of<T>(n)}, b(j));
     }
     for (int64_t m0 = rows.begin; m0 < rows.end; m0 += kHeight) {
       const Range some{m0, min(rows.end, m0 + kHeight)};

@@ -7,19 +7,30 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fusedrnn.backends.backend import Backend, Grads, Request, Run, Sequence, Weights
+from fusedrnn.backends.backend import (
+    Backend,
+    Gradients,
+    Request,
+    Run,
+    Sequence,
+    Upstream,
+    Wanted,
+    Weights,
+)
 from fusedrnn.backends.native import Native
 from fusedrnn.backends.reference import Reference
 
 __all__ = [
     "REFERENCE",
     "Backend",
-    "Grads",
+    "Gradients",
     "Names",
     "Reference",
     "Request",
     "Run",
     "Sequence",
+    "Upstream",
+    "Wanted",
     "Weights",
     "backend",
     "by_name",

@@ -39,23 +39,48 @@ class Sequence(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One layer and direction over a sequence. What only backward reads is ``[0]`` in inference."""
+    """One layer and direction over a sequence."""
 
     y: Tensor  # [T,B,P]
     h_n: Tensor  # [B,P]
     c_n: Tensor  # [S-1,B,H] the states beside h, at each row's last step
     c: Tensor  # [T,B,H] the cell state of every step, if asked for, else [0]
-    h_prev: Tensor  # [T,B,P] the h that entered each step (0 where none was computed)
-    m: Tensor  # [T,B,H] the output before projection, else [0]
-    reserve: tuple[Tensor, ...]  # the backend's own
+    reserve: tuple[Tensor, ...]  # what the same backend's backward reads, in training
 
 
-class Grads(NamedTuple):
-    dgx: Tensor  # [T,B,G*H]
-    dgh: Tensor  # [T,B,G*H], the same tensor as dgx for an additive cell
-    dh0: Tensor  # [B,P]
-    dc0: Tensor  # [S-1,B,H]
-    dh: Tensor  # [T,B,P] the whole gradient of each h, with a projection, else [0]
+class Upstream(NamedTuple):
+    """The gradients of a run's outputs; ``None``: zero."""
+
+    y: Tensor | None
+    h_n: Tensor | None
+    c_n: Tensor | None
+    c: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """The gradients of a run's inputs; ``None``: not wanted, or no such input."""
+
+    x: Tensor | None
+    w_ih: Tensor | None
+    w_hh: Tensor | None
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+    w_hr: Tensor | None
+    h0: Tensor | None
+    c0: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which of the gradients are wanted; others may be given all the same."""
+
+    x: bool
+    w_ih: bool
+    w_hh: bool
+    b_ih: bool
+    b_hh: bool
+    w_hr: bool
+    h0: bool
+    c0: bool
 
 
 class Backend(Protocol):
@@ -83,16 +108,13 @@ class Backend(Protocol):
     def backward(
         self,
         cell: Cell,
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dc_n: Tensor | None,
-        dc: Tensor | None,
+        upstream: Upstream,
+        x: Tensor,
         weights: Weights,
+        h0: Tensor,
+        c0: Tensor | None,
         seq: Sequence,
         reverse: bool,
-        run: Run,  # y, h_n, c_n and c are not read, and may be empty
-    ) -> Grads: ...
-
-    def products(self, a: Tensor, *others: Tensor) -> list[Tensor]:
-        """``a @ b`` for each of one or two ``b``: the GEMMs that follow backward."""
-        return [a @ b for b in others]
+        reserve: tuple[Tensor, ...],
+        wanted: Wanted,
+    ) -> Gradients: ...

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.backend import Backend, Grads, Request, Run, Sequence, Weights
+from fusedrnn.backends.backend import (
+    Gradients,
+    Request,
+    Run,
+    Sequence,
+    Upstream,
+    Wanted,
+    Weights,
+)
+from fusedrnn.backends.products import Recurrent, gradients
 from fusedrnn.cells import Cell
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
@@ -60,7 +69,7 @@ def set_isa(name: str) -> None:
         raise ValueError(f"instruction set {name!r} cannot run here, expected one of {isas()}")
 
 
-class Native(Backend):
+class Native:
     name = "cpu"
     algorithm = "standard"
 
@@ -104,39 +113,49 @@ class Native(Backend):
             training,
             cell_states,
         )
-        return Run(y, h_n, c_n, c, h_prev, m, (c_prev, saved))
+        return Run(y, h_n, c_n, c, (h_prev, c_prev, saved, m))
 
     def backward(
         self,
         cell: Cell,
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dc_n: Tensor | None,
-        dc: Tensor | None,
+        upstream: Upstream,
+        x: Tensor,
         weights: Weights,
+        h0: Tensor,
+        c0: Tensor | None,
         seq: Sequence,
         reverse: bool,
-        run: Run,
-    ) -> Grads:
+        reserve: tuple[Tensor, ...],
+        wanted: Wanted,
+    ) -> Gradients:
+        dy, dh_n, dc_n, dc = (None if d is None else d.contiguous() for d in upstream)
+        h_prev, c_prev, saved, m = reserve
         dgx, dgh, dh0, dc0, dh = torch.ops.fusedrnn.recurrence_backward(
-            *(None if d is None else d.contiguous() for d in (dy, dc, dh_n, dc_n)),
+            dy,
+            dc,
+            dh_n,
+            dc_n,
             weights.w_hh.contiguous(),
             None if weights.w_hr is None else weights.w_hr.contiguous(),
-            run.h_prev,
-            *run.reserve,
-            run.m,
+            h_prev,
+            c_prev,
+            saved,
+            m,
             None if seq.lengths is None else seq.lengths.contiguous(),
             None if seq.resets is None else seq.resets.contiguous(),
             self._index[cell.name],
             reverse,
         )
-        return Grads(dgx, dgx if cell.additive else dgh, dh0, dc0, dh)
+        run = Recurrent(h_prev, m, dgx, dgx if cell.additive else dgh, dh, dh0, dc0)
+        return gradients(x, weights, c0, run, wanted, matmul)
 
-    def products(self, a: Tensor, *others: Tensor) -> list[Tensor]:
-        transposed = not a.is_contiguous()
-        b = [o.contiguous() for o in others]
-        a = a.t().contiguous() if transposed else a
-        return list(torch.ops.fusedrnn.matmul(a, b[0], (*b[1:], None)[0], transposed))[: len(b)]
+
+def matmul(a: Tensor, *others: Tensor) -> list[Tensor]:
+    """``a @ b`` for each of one or two ``b``, by the engine."""
+    transposed = not a.is_contiguous()
+    a = a.t().contiguous() if transposed else a
+    b, other = (*(o.contiguous() for o in others), None)[:2]
+    return list(torch.ops.fusedrnn.matmul(a, b, other, transposed))[: len(others)]
 
 
 def _fake_forward(

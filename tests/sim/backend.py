@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn.backends import Request, Run, Sequence, Weights
-from fusedrnn.backends.backend import Grads
+from fusedrnn.backends import Gradients, Request, Run, Sequence, Upstream, Wanted, Weights
 from fusedrnn.backends.native import native_cells
+from fusedrnn.backends.products import Recurrent, gradients
 from fusedrnn.cells import Cell
 
 # In the order of frnn::cuda::Arithmetic.
@@ -85,23 +85,24 @@ class Simulated:
         self._module.forward(*self._call(cell, x.dtype), steps, batch, hidden, out, reverse, arrays)
         none = x.new_empty(0)
         y, h_n, c_n, c, h_prev, c_prev, saved, m = (none if t is None else t for t in kept.values())
-        return Run(y, h_n, c_n, c, h_prev, m, (c_prev, saved))
+        return Run(y, h_n, c_n, c, (h_prev, c_prev, saved, m))
 
     def backward(
         self,
         cell: Cell,
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dc_n: Tensor | None,
-        dc: Tensor | None,
+        upstream: Upstream,
+        x: Tensor,
         weights: Weights,
+        h0: Tensor,
+        c0: Tensor | None,
         seq: Sequence,
         reverse: bool,
-        run: Run,
-    ) -> Grads:
+        reserve: tuple[Tensor, ...],
+        wanted: Wanted,
+    ) -> Gradients:
         w_hh, w_hr = weights.w_hh, weights.w_hr
-        c_prev, saved = run.reserve
-        steps, batch, out = run.h_prev.shape
+        h_prev, c_prev, saved, m = reserve
+        steps, batch, out = h_prev.shape
         gates, states, _, additive = self._facts[cell.name]
         hidden, dtype = w_hh.shape[0] // gates, w_hh.dtype
         wide = torch.float32 if dtype.itemsize == 2 else dtype
@@ -113,13 +114,14 @@ class Simulated:
         w_hh_t = w_hh.t().contiguous()
         w_hr_t = None if w_hr is None else w_hr.t().contiguous()
         lengths, resets = (None if t is None else t.contiguous() for t in seq)
-        given = (None if t is None else t.contiguous() for t in (dy, dc, dh_n, dc_n))
-        dy, dc, dh_n, dc_n = given
+        dy, dh_n, dc_n, dc = (None if d is None else d.contiguous() for d in upstream)
         arrays = _addresses(
             w_hh=w_hh, w_hr=w_hr, lengths=lengths, resets=resets, dy=dy, dc=dc, dh_n=dh_n,
-            dc_n=dc_n, h_prev=run.h_prev, c_prev=c_prev, saved=saved, dgx=dgx, dgh=dgh, dh0=dh0,
+            dc_n=dc_n, h_prev=h_prev, c_prev=c_prev, saved=saved, dgx=dgx, dgh=dgh, dh0=dh0,
             dc0=dc0, dh=dh, w_hh_t=w_hh_t, w_hr_t=w_hr_t,
         )  # fmt: skip
         self._module.backward(*self._call(cell, dtype), steps, batch, hidden, out, reverse, arrays)
         none = dgx.new_empty(0)
-        return Grads(dgx, dgh, dh0.to(dtype), dc0.to(dtype), none if dh is None else dh)
+        dh0, dc0 = dh0.to(dtype), dc0.to(dtype)
+        run = Recurrent(h_prev, m, dgx, dgh, none if dh is None else dh, dh0, dc0)
+        return gradients(x, weights, c0, run, wanted)
