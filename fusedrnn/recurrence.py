@@ -120,18 +120,18 @@ class RecurrenceFunction(torch.autograd.Function):
             cell, dy, dh_n, dc_n, dc, weights, seq, reverse, run
         )
         need_x, need_ih, need_hh, need_b_ih, need_b_hh, need_hr = ctx.needs_input_grad[:6]
-        rows, rows_hh = dgx.flatten(0, 1), dgh.flatten(0, 1)
+        rows, rows_hh, product = dgx.flatten(0, 1), dgh.flatten(0, 1), backend.product
         db_ih = rows.sum(0) if need_b_ih else None
         db_hh = None
         if need_b_hh:
             db_hh = db_ih.clone() if cell.additive and db_ih is not None else rows_hh.sum(0)
         return (
-            (rows @ w_ih).view_as(x) if need_x else None,
-            rows.t() @ x.flatten(0, 1) if need_ih else None,
-            rows_hh.t() @ h_prev.flatten(0, 1) if need_hh else None,
+            product(rows, w_ih).view_as(x) if need_x else None,
+            product(rows.t(), x.flatten(0, 1)) if need_ih else None,
+            product(rows_hh.t(), h_prev.flatten(0, 1)) if need_hh else None,
             db_ih,
             db_hh,
-            dh.flatten(0, 1).t() @ m.flatten(0, 1) if need_hr else None,
+            product(dh.flatten(0, 1).t(), m.flatten(0, 1)) if need_hr else None,
             dh0,
             dc0 if c0 is not None else None,
             *(None,) * 6,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fusedrnn.backends.backend import Backend, Grads, Request, Run, Sequence, Weights
+from fusedrnn.backends.cuda import Cuda
 from fusedrnn.backends.native import Native
 from fusedrnn.backends.reference import Reference
 
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 REFERENCE = Reference()
-_ALL: dict[str, Backend | Reference] = {b.name: b for b in (Native(), REFERENCE)}
+_ALL: dict[str, Backend | Reference] = {b.name: b for b in (Cuda(), Native(), REFERENCE)}
 
 Names = str | list[str] | tuple[str, ...] | None
 
@@ -41,7 +42,7 @@ def list_backends() -> list[str]:
     Example:
         >>> import fusedrnn
         >>> fusedrnn.list_backends()
-        ['cpu', 'reference']
+        ['cuda', 'cpu', 'reference']
     """
     return list(_ALL)
 

@@ -16,7 +16,7 @@ class Request(NamedTuple):
 
     cell: Cell
     dtype: torch.dtype
-    device: str
+    device: torch.device
     hidden_size: int
     proj_size: int  # 0: none
 
@@ -92,3 +92,6 @@ class Backend(Protocol):
         reverse: bool,
         run: Run,  # y, h_n, c_n and c are not read, and may be empty
     ) -> Grads: ...
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a b`` of matrices, in the precision of the backend's other products."""

@@ -123,3 +123,6 @@ class Simulated:
         self._module.backward(*self._call(cell, dtype), steps, batch, hidden, out, reverse, arrays)
         none = dgx.new_empty(0)
         return Grads(dgx, dgh, dh0.to(dtype), dc0.to(dtype), none if dh is None else dh)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return a @ b
