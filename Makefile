@@ -7,12 +7,14 @@
 #   make ctest    the cells' derivatives in C++ against finite differences
 #   make asan     the CPU engine's tests under AddressSanitizer and UBSan; make tsan: ThreadSanitizer
 #   make sim      the CUDA kernels on a simulator, which needs no GPU but CUDA's headers
+#   make cuda     compile the CUDA kernels for three GPUs; what nvcc made of each against a baseline,
+#                 which make cuda ARGS=--write makes anew
 #   make wheel    dist/: source archive and wheel, the wheel tried in a fresh environment
 #   make clean    remove all of it
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
-.PHONY: setup demo test bench lint ctest asan tsan sim wheel clean
+.PHONY: setup demo test bench lint ctest asan tsan sim cuda wheel clean
 
 USABLE := -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))'
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -20,8 +22,9 @@ PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 TORCH := $(shell sed -n 's/^torch==//p' requirements.txt)
 
 # Installs packages beside torch: its CPU build, from where pip is set up to look or else from
-# PyTorch's index, unless there is an NVIDIA device (or the system has no other build). Of pip's
-# output only the names of the pinned packages remain, to show progress.
+# PyTorch's index, unless there is an NVIDIA device (or the system has no other build); beside the
+# CPU build setup.py leaves the CUDA kernels out. Of pip's output only the names of the pinned
+# packages remain, to show progress.
 #   $(call install,ENVIRONMENT,PACKAGES)
 names := sed -u -n 's/^Collecting \([^ ;]*==[^ ;]*\).*/  \1/p'
 define install
@@ -107,6 +110,16 @@ sim: .venv/engine
 		-DFUSEDRNN_CUDA_INCLUDE=$(CUDA_HOME)/include
 	@.venv/bin/cmake --build build/sim
 	@.venv/bin/pytest tests/sim $(ARGS)
+
+# A build of its own, from nothing, as only what is compiled is reported.
+cuda: .venv/ready
+	@$(configure) -DFUSEDRNN_CUDA=ON -DCMAKE_CUDA_COMPILER=$(CUDA_HOME)/bin/nvcc \
+		-DCMAKE_CUDA_FLAGS=-Xptxas=-v "-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real;100-real"
+	@$(CUDA_HOME)/bin/nvcc --version >build/$@/log
+	@.venv/bin/cmake --build build/$@ --clean-first --target _C_cuda >>build/$@/log || { \
+		grep -v ptxas build/$@/log; exit 1; }
+	@.venv/bin/python tests/cuda_gate.py build/$@/_C_cuda.so build/$@/log $(ARGS)
+	@.venv/bin/pytest -q tests/test_cuda.py -k library
 
 wheel: .venv/ready
 	@rm -rf dist build/$@ && mkdir -p build

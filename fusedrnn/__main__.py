@@ -14,21 +14,28 @@ from fusedrnn.backends import Request, native, weigh
 from fusedrnn.cells import LSTM
 
 
+def availability(backend: str, devices: list[str]) -> str:
+    """Where a backend runs an LSTM, or why it does nowhere."""
+    reasons = {
+        device: weigh(Request(LSTM, torch.float32, torch.device(device), 128, 0), (backend,))
+        for device in devices
+    }
+    runs = [device for device, reason in reasons.items() if reason[backend] is None]
+    return f"runs on {', '.join(runs)}" if runs else str(reasons[devices[-1]][backend])
+
+
 def info() -> str:
     triton = version("triton") if importlib.util.find_spec("triton") else "not installed"
     isas = ", ".join(native.isas())
     build = f"native CPU engine on {native.isa()} (runs here: {isas})" if isas else "pure Python"
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    request = Request(LSTM, torch.float32, "cpu", 128, 0)
-    backends = "\n".join(
-        f"  {name:<10} {'float32 on the CPU: yes' if reason is None else reason}"
-        for name, reason in weigh(request, tuple(fusedrnn.list_backends())).items()
-    )
+    devices = ["cpu", *(f"cuda:{k}" for k in range(len(gpus)))]
+    backends = "\n".join(f"  {n:<10} {availability(n, devices)}" for n in fusedrnn.list_backends())
     return f"""fusedrnn   {fusedrnn.__version__}: {build}
 python     {platform.python_version()} on {platform.system()} {platform.machine()}
 torch      {torch.__version__}, {torch.get_num_threads()} threads
 triton     {triton}
-GPUs       {", ".join(gpus) or "none"} (fusedrnn has no GPU kernels yet)
+GPUs       {", ".join(gpus) or "none"}
 backends
 {backends}"""
 

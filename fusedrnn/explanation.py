@@ -56,7 +56,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and next(module.parameters()).dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    request = Request(cell, dtype, device, module.hidden_size, proj_size)
+    request = Request(cell, dtype, data.device, module.hidden_size, proj_size)
     reasons: dict[str, str] = {}
     for name, reason in weigh(request, check_names(getattr(module, "backend", None))).items():
         if reason is None:

@@ -23,7 +23,7 @@ class Stack(NamedTuple):
 def request_of(cell: Cell, x: Tensor, weights: Weights) -> Request:
     hidden = weights.w_hh.shape[0] // len(cell.gates)
     proj = 0 if weights.w_hr is None else weights.w_hr.shape[0]
-    return Request(cell, x.dtype, x.device.type, hidden, proj)
+    return Request(cell, x.dtype, x.device, hidden, proj)
 
 
 def run_layers(

@@ -30,7 +30,9 @@ T, B, I, H = 6, 3, 5, 4  # noqa: E741
 
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
 def backend(request):
-    missing = by_name(request.param).supports(Request(LSTM, torch.float32, "cpu", H, 0))
+    missing = by_name(request.param).supports(
+        Request(LSTM, torch.float32, torch.device("cpu"), H, 0)
+    )
     if missing is not None:
         pytest.skip(f"backend {request.param} {missing}")
     with fusedrnn.backend([request.param, "reference"]):

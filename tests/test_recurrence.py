@@ -32,7 +32,7 @@ def runner(request: pytest.FixtureRequest) -> Iterator[Backend | Reference]:
 
 
 def check(case: Case, backend: Backend | Reference, seed: int = 0) -> None:
-    reason = backend.supports(Request(case.cell, case.dtype, "cpu", case.H, case.P))
+    reason = backend.supports(Request(case.cell, case.dtype, torch.device("cpu"), case.H, case.P))
     if reason is not None:
         pytest.skip(f"{backend.name} {reason}")
     check_case(case, backend, seed)

@@ -29,7 +29,9 @@ every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
 def backend(request):
-    missing = by_name(request.param).supports(Request(LSTM, torch.float32, "cpu", H, 0))
+    missing = by_name(request.param).supports(
+        Request(LSTM, torch.float32, torch.device("cpu"), H, 0)
+    )
     if missing is not None:
         pytest.skip(f"backend {request.param} {missing}")
     with fusedrnn.backend(request.param):

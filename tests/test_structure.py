@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn.backends import Request, by_name, native
+from fusedrnn.backends import Request, by_name, cuda, native
 from fusedrnn.cells import CELLS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -97,19 +97,25 @@ def test_every_public_name_is_documented():
         assert name == "__version__" or getattr(fusedrnn, name).__doc__, name
 
 
-def test_readme_table_of_cells():
-    """The README's table is what the backends say they support."""
+def test_readme_table_of_cells(monkeypatch):
+    """The README's table is what the backends say they support, each on its own device."""
 
     def dtypes(backend, cell):
-        request = [Request(cell, d, "cpu", 8, 0) for d in DTYPES]
-        if backend.supports(Request(cell, torch.complex64, "mps", 8, 0)) is None:
+        if backend.supports(Request(cell, torch.complex64, torch.device("mps"), 8, 0)) is None:
             return "every dtype and device"
+        device = torch.device(backend.name)
+        request = [Request(cell, d, device, 8, 0) for d in DTYPES]
         return ", ".join(str(r.dtype)[6:] for r in request if backend.supports(r) is None)
 
+    monkeypatch.setattr(cuda, "_missing", None)
+    monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
     if not native.isas():
         pytest.skip("no native library")
     names = fusedrnn.list_backends()[::-1]
-    rows = ["| | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * 3 + "|"]
+    rows = [
+        "| | " + " | ".join(f"`{name}`" for name in names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
     for cell in CELLS.values():
         cells = " | ".join(dtypes(by_name(name), cell) for name in names)
         rows.append(f"| `{cell.name}` | {cells} |")

@@ -1,30 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The facts of the cells, and the choice of the engine for this machine.
-#include <array>
+// The choice of the engine for this machine.
 #include <atomic>
 #include <cstring>
 #include <string>
 #include <vector>
 
-#include "cells/cell.h"
 #include "cpu/engine.h"
 
-namespace frnn {
-namespace {
-
-template <CellPolicy... C>
-constexpr auto facts_of(CellList<C...>) {
-  return std::array{
-      CellFacts{C::kName, C::kGates, C::kStates, C::kSaved, C::kAdditive, C::kReadsH}...};
-}
-constexpr auto kFacts = facts_of(Cells{});
-
-}  // namespace
-
-int cell_count() { return static_cast<int>(kFacts.size()); }
-const CellFacts& cell_facts(int cell) { return kFacts[cell]; }
-
-namespace cpu {
+namespace frnn::cpu {
 namespace {
 
 // Slowest first. __builtin_cpu_supports also asks the operating system for the registers.
@@ -97,5 +80,4 @@ void matmul(const MatmulArgs<double>& args, const Pool& pool) {
   engine().load()->matmul_f64(args, pool);
 }
 
-}  // namespace cpu
-}  // namespace frnn
+}  // namespace frnn::cpu

@@ -17,6 +17,7 @@ from fusedrnn.backends.backend import (
     Wanted,
     Weights,
 )
+from fusedrnn.backends.cuda import Cuda
 from fusedrnn.backends.native import Native
 from fusedrnn.backends.reference import Reference
 
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 REFERENCE = Reference()
-_ALL: dict[str, Backend | Reference] = {b.name: b for b in (Native(), REFERENCE)}
+_ALL: dict[str, Backend | Reference] = {b.name: b for b in (Cuda(), Native(), REFERENCE)}
 
 Names = str | list[str] | tuple[str, ...] | None
 
@@ -52,7 +53,7 @@ def list_backends() -> list[str]:
     Example:
         >>> import fusedrnn
         >>> fusedrnn.list_backends()
-        ['cpu', 'reference']
+        ['cuda', 'cpu', 'reference']
     """
     return list(_ALL)
 

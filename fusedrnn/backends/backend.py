@@ -16,7 +16,7 @@ class Request(NamedTuple):
 
     cell: Cell
     dtype: torch.dtype
-    device: str
+    device: torch.device
     hidden_size: int
     proj_size: int  # 0: none
 

@@ -1,8 +1,12 @@
-"""The native CPU backend: the C++ engine of csrc/, reached through the ops of fusedrnn/_C.so."""
+"""The native CPU backend: the C++ engine of csrc/, reached through the ops of fusedrnn/_C.so.
+
+The ops themselves, and their shapes while tracing, are those of every device with kernels.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from fusedrnn.backends.backend import (
     Weights,
 )
 from fusedrnn.backends.products import Recurrent, gradients
+from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cells import Cell
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
@@ -53,6 +58,12 @@ def native_cells() -> dict[str, tuple[int, int, int, bool]]:
     return {name: (int(g), int(s), int(r), a == "1") for name, g, s, r, a in rows}
 
 
+@functools.cache
+def facts_of(cell: int) -> tuple[int, int, int, bool]:
+    """The same of the cell with an index."""
+    return list(native_cells().values())[cell]
+
+
 def isa() -> str | None:
     """The instruction set the engine runs on: base, avx2 or avx512."""
     return None if _library is None else _text("frnn_isa")
@@ -79,10 +90,14 @@ class Native:
     def supports(self, request: Request) -> str | None:
         if _missing is not None:
             return _missing
-        if request.device != "cpu":
-            return f"runs on CPU tensors, got {request.device}"
+        if request.device.type != "cpu":
+            return f"runs on CPU tensors, got {request.device.type}"
         if request.dtype not in (torch.float32, torch.float64):
             return f"computes in float32 and float64, got {request.dtype}"
+        return self._lacks(request)
+
+    def _lacks(self, request: Request) -> str | None:
+        """What no device has a kernel for."""
         if request.cell.name not in self._index:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
@@ -151,7 +166,7 @@ class Native:
 
 
 def matmul(a: Tensor, *others: Tensor) -> list[Tensor]:
-    """``a @ b`` for each of one or two ``b``, by the engine."""
+    """``a @ b`` for each of one or two ``b``, by an op."""
     transposed = not a.is_contiguous()
     a = a.t().contiguous() if transposed else a
     b, other = (*(o.contiguous() for o in others), None)[:2]
@@ -175,11 +190,11 @@ def _fake_forward(
     cell_states: bool,
 ) -> tuple[Tensor, ...]:
     steps, batch, proj = x.shape[0], x.shape[1], w_hh.shape[1]
-    gates, _, planes, _ = list(native_cells().values())[cell]
+    gates, _, planes, _ = facts_of(cell)
     hidden = w_hh.shape[0] // gates
 
-    def empty(wanted: bool, *shape: Any) -> Tensor:
-        return x.new_empty(shape if wanted else (0,))
+    def empty(wanted: bool, *shape: Any, dtype: torch.dtype = x.dtype) -> Tensor:
+        return x.new_empty(shape if wanted else (0,), dtype=dtype)
 
     others = 0 if c0 is None else c0.shape[0]
     return (
@@ -188,7 +203,9 @@ def _fake_forward(
         empty(c0 is not None, others, batch, hidden),
         empty(cell_states, steps, batch, hidden),
         empty(training, steps, batch, proj),
-        empty(training and c0 is not None, others, steps, batch, hidden),
+        empty(
+            training and c0 is not None, others, steps, batch, hidden, dtype=compute_dtype(x.dtype)
+        ),
         empty(training, planes, steps, batch, hidden),
         empty(training and w_hr is not None, steps, batch, hidden),
     )
@@ -211,7 +228,7 @@ def _fake_backward(
     reverse: bool,
 ) -> tuple[Tensor, ...]:
     steps, batch, proj = h_prev.shape
-    _, states, _, additive = list(native_cells().values())[cell]
+    _, states, _, additive = facts_of(cell)
     hidden = saved.shape[3]
 
     def empty(wanted: bool, *shape: Any) -> Tensor:

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launches of the standard algorithm.
+// The launches of the standard algorithm. Every arithmetic includes this text in a translation unit
+// of its own, so that they are compiled side by side.
 #include "cells/cell.h"
+#include "cuda/driver.h"
 #include "cuda/standard.cuh"
-#include "cuda/standard.h"
 
 namespace frnn::cuda {
 namespace {
@@ -48,9 +49,11 @@ void run_forward(Forward<typename M::S, typename M::V> f, void* stream) {
   for (int64_t s = 0; s < f.t; ++s) {
     run("forward_cells", forward_cells<Cell, M, kTiles>, grid(f.b, f.h, kTiles, kGroups), s > 0,
         stream, f, s);
-    if (f.w_hr == nullptr) continue;
-    run("forward_project", forward_project<Cell, M, kTiles>, grid(f.b, f.p, kTiles, kGroupsOf<1>),
-        true, stream, f, s);
+    if constexpr (!Cell::kReadsH) {
+      if (f.w_hr == nullptr) continue;
+      run("forward_project", forward_project<Cell, M, kTiles>, grid(f.b, f.p, kTiles, kGroupsOf<1>),
+          true, stream, f, s);
+    }
   }
 }
 
@@ -65,26 +68,11 @@ void run_backward(Backward<typename M::S, typename M::V> f, void* stream) {
   for (int64_t s = f.t - 1; f.t > 0 && s >= -1; --s) {
     run("backward_gather", backward_gather<Cell, M, kTiles>, grid(f.b, f.p, kTiles, kGroups),
         s + 1 < f.t, stream, f, s);
-    if (s < 0 || f.w_hr == nullptr) continue;
-    run("backward_cells", backward_cells<Cell, M, kTiles>, grid(f.b, f.h, kTiles, kGroups), true,
-        stream, f, s);
-  }
-}
-
-// Calls f.template operator()<M>() for an arithmetic.
-template <class F>
-void dispatch(Arithmetic arithmetic, F f) {
-  switch (arithmetic) {
-    case Arithmetic::kFloat16:
-      return f.template operator()<Half<__half>>();
-    case Arithmetic::kBfloat16:
-      return f.template operator()<Half<__nv_bfloat16>>();
-    case Arithmetic::kTf32:
-      return f.template operator()<Tf32>();
-    case Arithmetic::kFloat32:
-      return f.template operator()<Fp32>();
-    case Arithmetic::kFloat64:
-      return f.template operator()<Fp64>();
+    if constexpr (!Cell::kReadsH) {
+      if (s < 0 || f.w_hr == nullptr) continue;
+      run("backward_cells", backward_cells<Cell, M, kTiles>, grid(f.b, f.h, kTiles, kGroups), true,
+          stream, f, s);
+    }
   }
 }
 
@@ -98,27 +86,21 @@ void dispatch_tiles(int64_t rows, F f) {
   }
 }
 
+template <class M>
+void forward_in(int cell, const Forward<void, void>& args, void* stream) {
+  const auto typed = __builtin_bit_cast(Forward<typename M::S, typename M::V>, args);
+  Cells::dispatch(cell, [&]<class Cell>() {
+    dispatch_tiles<M>(args.b, [&]<int kTiles>() { run_forward<Cell, M, kTiles>(typed, stream); });
+  });
+}
+
+template <class M>
+void backward_in(int cell, const Backward<void, void>& args, void* stream) {
+  const auto typed = __builtin_bit_cast(Backward<typename M::S, typename M::V>, args);
+  Cells::dispatch(cell, [&]<class Cell>() {
+    dispatch_tiles<M>(args.b, [&]<int kTiles>() { run_backward<Cell, M, kTiles>(typed, stream); });
+  });
+}
+
 }  // namespace
-
-void forward(int cell, Arithmetic arithmetic, const Forward<void, void>& args, void* stream) {
-  if (args.b == 0) return;
-  Cells::dispatch(cell, [&]<class Cell>() {
-    dispatch(arithmetic, [&]<class M>() {
-      const auto typed = __builtin_bit_cast(Forward<typename M::S, typename M::V>, args);
-      dispatch_tiles<M>(args.b, [&]<int kTiles>() { run_forward<Cell, M, kTiles>(typed, stream); });
-    });
-  });
-}
-
-void backward(int cell, Arithmetic arithmetic, const Backward<void, void>& args, void* stream) {
-  if (args.b == 0) return;
-  Cells::dispatch(cell, [&]<class Cell>() {
-    dispatch(arithmetic, [&]<class M>() {
-      const auto typed = __builtin_bit_cast(Backward<typename M::S, typename M::V>, args);
-      dispatch_tiles<M>(args.b,
-                        [&]<int kTiles>() { run_backward<Cell, M, kTiles>(typed, stream); });
-    });
-  });
-}
-
 }  // namespace frnn::cuda

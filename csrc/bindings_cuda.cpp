@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels as ops on tensors. What is CUDA's own within libtorch is looked up at the first
+// call, so that the library loads beside any PyTorch, and without a driver.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "bindings.h"
+#include "cuda/standard.h"
+
+namespace {
+
+using namespace frnn::bindings;
+using frnn::cuda::Arithmetic;
+
+// A function of libtorch_cuda.so or of a library that it is linked to, such as cuBLAS.
+template <class F>
+F* of_torch_cuda(const char* name) {
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* function = library ? dlsym(library, name) : nullptr;
+  STD_TORCH_CHECK(function, "this PyTorch has no ", name, " in libtorch_cuda.so");
+  return reinterpret_cast<F*>(function);
+}
+
+// Makes the device of a tensor the current one for a call.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor)
+      : index_(tensor.get_device_index()), guard_(tensor.get_device_index()) {}
+
+  void* stream() const {
+    static auto* const get =
+        of_torch_cuda<AOTITorchError(int32_t, void**)>("aoti_torch_get_current_cuda_stream");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(get(index_, &stream));
+    return stream;
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+Arithmetic arithmetic_of(const char* what, const Tensor& tensor, bool tf32) {
+  const ScalarType type = tensor.scalar_type();
+  switch (type) {
+    case ScalarType::Half:
+      return Arithmetic::kFloat16;
+    case ScalarType::BFloat16:
+      return Arithmetic::kBfloat16;
+    case ScalarType::Float:
+      return tf32 ? Arithmetic::kTf32 : Arithmetic::kFloat32;
+    case ScalarType::Double:
+      return Arithmetic::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, what, " is ", text(type),
+                      ", expected float16, bfloat16, float32 or float64");
+  }
+}
+
+// The type A of recurrence.h.
+ScalarType wide_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+ForwardResult cuda_forward(Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor w_hr,
+                           Tensor h0, OptionalTensor c0, OptionalTensor lengths,
+                           OptionalTensor resets, int64_t cell_index, bool reverse, bool training,
+                           bool cell_states, bool tf32) {
+  const Arithmetic arithmetic = arithmetic_of("gx", gx, tf32);
+  const ScalarType wide = wide_type(gx);
+  const frnn::CellFacts& cell = facts_of(cell_index);
+  const OnDevice device(gx);
+  frnn::cuda::Forward<void, void> args{};
+  ForwardResult result = prepare_forward(args, cell, wide, "gx", gx, w_hh, b_hh, w_hr, h0, c0,
+                                         lengths, resets, reverse, training, cell_states);
+  const int64_t others = cell.states - 1, b = args.b, h = args.h, p = args.p;
+  Check{gx}("gx", gx, {args.t, b, cell.gates * h});
+  read(args.gx, gx);
+
+  const Allocator make{gx};
+  const bool inference = !training, inner = inference && w_hr;
+  const Tensor h_step = make(inference, {2, b, p});
+  const Tensor states_step = make(inference && others > 0, {others, b, h}, wide);
+  const Tensor m_step = make(inner, {b, h});
+  write(args.h_step, inference, h_step);
+  write(args.states_step, inference && others > 0, states_step);
+  write(args.m_step, inner, m_step);
+  frnn::cuda::forward(static_cast<int>(cell_index), arithmetic, args, device.stream());
+  return result;
+}
+
+BackwardResult cuda_backward(OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n,
+                             OptionalTensor dc_n, Tensor w_hh, OptionalTensor w_hr, Tensor w_hh_t,
+                             OptionalTensor w_hr_t, Tensor h_prev, Tensor c_prev, Tensor saved,
+                             OptionalTensor lengths, OptionalTensor resets, int64_t cell_index,
+                             bool reverse, bool tf32) {
+  const Arithmetic arithmetic = arithmetic_of("h_prev", h_prev, tf32);
+  const frnn::CellFacts& cell = facts_of(cell_index);
+  const OnDevice device(h_prev);
+  frnn::cuda::Backward<void, void> args{};
+  BackwardResult result = prepare_backward(args, cell, wide_type(h_prev), dy, dc, dh_n, dc_n, w_hh,
+                                           w_hr, h_prev, c_prev, saved, lengths, resets, reverse);
+  const Check check(h_prev);
+  check("w_hh_t", w_hh_t, {args.p, cell.gates * args.h});
+  check("w_hr_t", w_hr_t, {args.h, args.p});
+  STD_TORCH_CHECK(w_hr.has_value() == w_hr_t.has_value(), "only one of w_hr and w_hr_t is given");
+  read(args.w_hh_t, w_hh_t);
+  read(args.w_hr_t, w_hr_t);
+  frnn::cuda::backward(static_cast<int>(cell_index), arithmetic, args, device.stream());
+  return result;
+}
+
+// a b, or of their transposes, in float32. PyTorch's own products read their precision from a
+// setting of the whole process; cuBLAS takes it from a handle that is this thread's own, and that
+// PyTorch sets anew whenever it hands it out.
+Tensor cuda_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b, bool tf32) {
+  enum Operation { kAsItIs = 0, kTransposed = 1 };    // cublasOperation_t
+  enum MathMode { kDefaultMath = 0, kTf32Math = 3 };  // cublasMath_t
+  using Gemm = int(void*, int, int, int64_t, int64_t, int64_t, const float*, const float*, int64_t,
+                   const float*, int64_t, const float*, float*, int64_t);
+  static auto* const get_handle =
+      of_torch_cuda<AOTITorchError(void**)>("torch_get_current_cuda_blas_handle");
+  static auto* const set_math_mode = of_torch_cuda<int(void*, int)>("cublasSetMathMode");
+  static auto* const gemm = of_torch_cuda<Gemm>("cublasSgemm_v2_64");
+
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a has ", a.dim(), " dimensions and b ", b.dim(),
+                  ", expected 2");
+  const int64_t m = a.size(transpose_a), k = a.size(!transpose_a), n = b.size(!transpose_b);
+  const Check check(a);
+  check("a", a, {a.size(0), a.size(1)}, ScalarType::Float);
+  check("b", b, {transpose_b ? n : k, transpose_b ? k : n});
+  STD_TORCH_CHECK(m > 0 && n > 0 && k > 0, "the product is [", m, ", ", k, "] [", k, ", ", n,
+                  "], expected no dimension of size 0");
+
+  const OnDevice device(a);
+  const Tensor c = Allocator{a}({m, n});
+  void* handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get_handle(&handle));
+  const float one = 1, zero = 0;
+  int error = set_math_mode(handle, tf32 ? kTf32Math : kDefaultMath);
+  // cuBLAS is column-major, where row-major matrices are their transposes: c' = b' a'.
+  if (error == 0) {
+    error = gemm(handle, transpose_b ? kTransposed : kAsItIs, transpose_a ? kTransposed : kAsItIs,
+                 n, m, k, &one, static_cast<const float*>(b.const_data_ptr()), b.size(1),
+                 static_cast<const float*>(a.const_data_ptr()), a.size(1), &zero,
+                 static_cast<float*>(c.mutable_data_ptr()), n);
+  }
+  STD_TORCH_CHECK(error == 0, "cuBLAS failed with status ", error);
+  return c;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fusedrnn, library) {
+  library.def(
+      "cuda_forward(Tensor gx, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
+      "Tensor? lengths, Tensor? resets, int cell, bool reverse, bool training, bool cell_states, "
+      "bool tf32) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, "
+      "Tensor saved, Tensor m)");
+  library.def(
+      "cuda_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor w_hh, "
+      "Tensor? w_hr, Tensor w_hh_t, Tensor? w_hr_t, Tensor h_prev, Tensor c_prev, Tensor saved, "
+      "Tensor? lengths, Tensor? resets, int cell, bool reverse, bool tf32) -> (Tensor dgx, "
+      "Tensor dgh, Tensor dh0, Tensor dc0, Tensor dh)");
+  library.def(
+      "cuda_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b, bool tf32) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, library) {
+  library.impl("cuda_forward", TORCH_BOX(&cuda_forward));
+  library.impl("cuda_backward", TORCH_BOX(&cuda_backward));
+  library.impl("cuda_product", TORCH_BOX(&cuda_product));
+}

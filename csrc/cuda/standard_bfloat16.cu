@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/standard.inl"
+
+namespace frnn::cuda {
+
+const Driver kStandardBfloat16 = {forward_in<Half<__nv_bfloat16>>,
+                                  backward_in<Half<__nv_bfloat16>>};
+
+}  // namespace frnn::cuda

@@ -1,0 +1,168 @@
+"""The CUDA backend: the kernels of csrc/cuda, reached through the same ops as the CPU engine.
+
+On CUDA tensors the ops of native.py are made of PyTorch's products and the kernels of
+fusedrnn/_C_cuda.so. Inside an op is also where the precision of float32 products is read, when it
+runs: a compiled graph follows the setting of its call, not the one it was traced under.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedrnn.backends.backend import Request
+from fusedrnn.backends.native import Native, facts_of, native_cells
+
+LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def load() -> str | None:
+    """Registers the kernels, which needs neither a GPU nor a driver; the reason if it cannot."""
+    if not native_cells():
+        return "is not built: this is a pure Python installation"
+    if torch.version.cuda is None:
+        return f"needs a PyTorch built for CUDA, this one is {torch.__version__}"
+    if not LIBRARY.exists():
+        return "is not built: this installation has no CUDA kernels"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"does not load: {error}"
+    return None
+
+
+_missing = load()
+
+
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
+def capability(index: int) -> tuple[int, int] | None:
+    """The compute capability of a device; None if there is no GPU. Dynamo folds both questions to
+    PyTorch, but no cache of functools."""
+    if index in _capabilities:
+        return _capabilities[index]
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(index)
+    _capabilities[index] = properties.major, properties.minor
+    return _capabilities[index]
+
+
+def precision() -> str:
+    """What PyTorch is told of float32 products in recurrent layers."""
+    return str(torch.backends.cudnn.rnn.fp32_precision)  # type: ignore[attr-defined]
+
+
+def uses_tf32(dtype: torch.dtype, precision: str) -> bool:
+    """Whether products of ``dtype`` round their operands to tf32, under
+    ``torch.backends.cudnn.rnn.fp32_precision``: "tf32", "ieee", or "none" where it and all it
+    inherits from are unset, which is as good as "ieee"."""
+    return dtype == torch.float32 and precision == "tf32"
+
+
+class Cuda(Native):
+    name = "cuda"
+    algorithm = "standard"
+
+    def supports(self, request: Request) -> str | None:
+        if _missing is not None:
+            return _missing
+        if request.device.type != "cuda":
+            return f"runs on CUDA tensors, got {request.device.type}"
+        index = request.device.index or 0
+        found = capability(index)
+        if found is None:
+            return "finds no GPU"
+        if found < (8, 0):
+            return f"needs compute capability 8.0, CUDA device {index} has {found[0]}.{found[1]}"
+        if request.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            return f"computes in {names}, got {request.dtype}"
+        return self._lacks(request)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype != torch.float32 or a.numel() == 0 or b.numel() == 0:
+        return a @ b
+    transpose_a, transpose_b = not a.is_contiguous(), not b.is_contiguous()
+    a, b = a.t() if transpose_a else a, b.t() if transpose_b else b
+    tf32 = uses_tf32(a.dtype, precision())
+    out: Tensor = torch.ops.fusedrnn.cuda_product(
+        a.contiguous(), b.contiguous(), transpose_a, transpose_b, tf32
+    )
+    return out
+
+
+def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype != torch.float32:
+        return F.linear(x, w, bias)
+    y: Tensor = _product(x.flatten(0, 1), w.t()).view(*x.shape[:2], w.shape[0])
+    return y if bias is None else y.add_(bias)
+
+
+def _forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    reverse: bool,
+    training: bool,
+    cell_states: bool,
+) -> tuple[Tensor, ...]:
+    *_, additive = facts_of(cell)
+    bias = b_ih
+    if additive and b_hh is not None:
+        bias = b_hh if b_ih is None else b_ih + b_hh
+    out: tuple[Tensor, ...] = torch.ops.fusedrnn.cuda_forward(
+        _linear(x, w_ih, bias), w_hh, b_hh, w_hr, h0, c0, lengths, resets, cell, reverse, training,
+        cell_states, uses_tf32(x.dtype, precision()),
+    )  # fmt: skip
+    return out
+
+
+def _backward(
+    dy: Tensor | None,
+    dc: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h_prev: Tensor,
+    c_prev: Tensor,
+    saved: Tensor,
+    m: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    w_hh_t = w_hh.t().contiguous()
+    w_hr_t = None if w_hr is None else w_hr.t().contiguous()
+    dgx, dgh, dh0, dc0, dh = torch.ops.fusedrnn.cuda_backward(
+        dy, dc, dh_n, dc_n, w_hh, w_hr, w_hh_t, w_hr_t, h_prev, c_prev, saved, lengths, resets,
+        cell, reverse, uses_tf32(w_hh.dtype, precision()),
+    )  # fmt: skip
+    return dgx, dgh, dh0.to(w_hh.dtype), dc0.to(w_hh.dtype), dh
+
+
+def _matmul(a: Tensor, b: Tensor, other: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
+    a = a.t() if transposed else a
+    return _product(a, b), a.new_empty(0) if other is None else _product(a, other)
+
+
+if _missing is None:
+    torch.library.impl("fusedrnn::recurrence_forward", "CUDA", _forward)
+    torch.library.impl("fusedrnn::recurrence_backward", "CUDA", _backward)
+    torch.library.impl("fusedrnn::matmul", "CUDA", _matmul)

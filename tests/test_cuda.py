@@ -1,0 +1,166 @@
+"""The CUDA backend as far as it can be told without a GPU: its choice, its ops while tracing, and
+that its library loads. tests/sim runs the kernels; nothing here does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fusedrnn
+from fusedrnn.backends import Request, Sequence, Upstream, Wanted, Weights, by_name, cuda, native
+from fusedrnn.cells import CELLS, LSTM, Cell
+
+pytestmark = pytest.mark.skipif(not native.isas(), reason="no native library")
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def present(monkeypatch):
+    """A library and a device, as far as the choice of a backend is concerned."""
+    monkeypatch.setattr(cuda, "_missing", None)
+    monkeypatch.setattr(cuda, "capability", lambda index: {0: (9, 0), 1: (7, 5)}.get(index))
+
+
+UNKNOWN = Cell("unknown", gates="a", states="h", saved=1, additive=True, step=LSTM.step)
+REASONS = {
+    "cpu": (Request(LSTM, torch.float32, torch.device("cpu"), 8, 0), "CUDA tensors, got cpu"),
+    "absent": (Request(LSTM, torch.float32, torch.device("cuda", 2), 8, 0), "finds no GPU"),
+    "old": (Request(LSTM, torch.float32, torch.device("cuda", 1), 8, 0), "device 1 has 7.5"),
+    "dtype": (Request(LSTM, torch.complex64, CUDA, 8, 0), "float64, got torch.complex64"),
+    "hidden": (Request(LSTM, torch.float32, CUDA, 0, 0), "hidden size of at least 1"),
+    "cell": (Request(UNKNOWN, torch.float32, CUDA, 8, 0), "no kernel for the cell unknown"),
+}
+
+
+@pytest.mark.parametrize("request_, reason", REASONS.values(), ids=list(REASONS))
+def test_reasons(present, request_, reason):
+    assert reason in by_name("cuda").supports(request_)
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_supports(present, cell, dtype):
+    assert by_name("cuda").supports(Request(cell, dtype, CUDA, 8, 0)) is None
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built for CUDA")
+def test_reason_on_a_pytorch_without_cuda():
+    with pytest.raises(RuntimeError, match=r"'cuda' needs a PyTorch built for CUDA, this one is "):
+        fusedrnn.LSTM(3, 4, backend="cuda")(torch.randn(5, 2, 3))
+
+
+@pytest.mark.parametrize("value", ["ieee", "tf32", "none"])
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+def test_tf32_only_where_it_is_asked_for(dtype, value):
+    assert cuda.uses_tf32(dtype, value) == (dtype == torch.float32 and value == "tf32")
+
+
+def test_precision_follows_pytorch():
+    """Its own setting of recurrent layers, or that of cuDNN; by default cuDNN uses tf32."""
+    cudnn = torch.backends.cudnn
+    assert cuda.precision() == "tf32"
+    try:
+        cudnn.fp32_precision = "ieee"
+        assert cuda.precision() == "ieee"
+        cudnn.rnn.fp32_precision = "tf32"
+        assert cuda.precision() == "tf32"
+    finally:
+        cudnn.rnn.fp32_precision = cudnn.fp32_precision = "none"
+
+
+LOADS = """
+import sys, torch
+from fusedrnn.backends import Request, Sequence, Upstream, Wanted, Weights, by_name, cuda, native
+torch.ops.load_library(sys.argv[1])
+for name in ("cuda_forward", "cuda_backward", "cuda_product"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusedrnn::{name}", "CUDA"), name
+assert not torch.cuda.is_initialized()
+
+# The matrices that cuBLAS is given.
+def product(a, b, transpose_a, transpose_b, tf32):
+    assert a.is_contiguous() and b.is_contiguous()
+    return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)
+torch.library.impl("fusedrnn::cuda_product", "CPU", product)
+r = torch.randn
+for a in (r(3, 5), r(5, 3).t(), r(3, 0), r(9, 5)[::3], r(1, 5), r(3, 1).t()):
+    k = a.shape[1]
+    for b in (r(k, 4), r(4, k).t(), r(k, 1), r(1, k).t()):
+        torch.testing.assert_close(cuda._product(a, b), a @ b)
+"""
+
+
+def test_library_loads_without_a_driver():
+    """The installed one, or what `make cuda` built."""
+    gate = Path(__file__).parents[1] / "build" / "cuda" / "_C_cuda.so"
+    built = [path for path in (cuda.LIBRARY, gate) if path.exists()]
+    if not built:
+        pytest.skip("the CUDA kernels are not built")
+    subprocess.run([sys.executable, "-c", LOADS, built[0]], check=True)
+
+
+# A PyTorch without CUDA neither indexes nor differentiates fake CUDA tensors, so that tracing stops
+# at a backend here, and a whole layer is traced on the CPU (test_compile.py): by the same ops.
+def both_directions(dtype, cell, hidden, proj):
+    """Forward and backward of fake tensors on the cuda backend."""
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device=CUDA)
+
+    backend, rows, out = by_name("cuda"), len(cell.gates) * hidden, proj or hidden
+    w_hr = empty(proj, hidden) if proj else None
+    weights = Weights(empty(rows, 3), empty(rows, out), empty(rows), empty(rows), w_hr)
+    others = len(cell.states) - 1
+    c0 = empty(others, 2, hidden) if others else None
+    x, h0, seq = empty(5, 2, 3), empty(2, out), Sequence()
+    run = backend.forward(cell, x, weights, h0, c0, seq, False, True, others > 0)
+    upstream, wanted = Upstream(run.y, None, None, None), Wanted(*(True,) * 5, proj > 0, True, True)
+    found = backend.backward(
+        cell, upstream, x, weights, h0, c0, seq, False, run.reserve, wanted
+    )  # fmt: skip
+    return (x, *weights, h0, c0), run, found
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_fake_tensors(cell, dtype):
+    """Results have the dtype of the inputs; only the c that backward reads is not rounded to it."""
+    with FakeTensorMode():
+        inputs, run, found = both_directions(dtype, cell, 8, 4 if cell.name == "lstm" else 0)
+    h_prev, c_prev, saved, m = run.reserve
+    wide = dtype if dtype == torch.float64 else torch.float32
+    assert c_prev.dtype == wide
+    assert {t.dtype for t in (*run[:4], h_prev, saved, m)} == {dtype}
+    assert {t.device for t in (*run[:4], *run.reserve)} == {CUDA}
+    for value, gradient in zip(inputs, found, strict=True):
+        assert (value is None) == (gradient is None)
+        if value is not None:
+            assert (value.shape, value.dtype) == (gradient.shape, gradient.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tracing_leaves_the_precision_to_the_run(dtype):
+    """All products are inside ops, none of which has the precision as an argument."""
+    with FakeTensorMode():
+        graph = make_fx(lambda: both_directions(dtype, LSTM, 8, 0)[2].w_ih)().graph
+    ops = [str(node.target) for node in graph.nodes if re.search(r"fusedrnn|mm", str(node.target))]
+    both = ["fusedrnn.recurrence_forward.default", "fusedrnn.recurrence_backward.default"]
+    assert ops == [*both, "fusedrnn.matmul.default", "fusedrnn.matmul.default"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_choice_is_traced(monkeypatch):
+    monkeypatch.setattr(cuda, "_missing", None)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def choose(x):
+        reason = by_name("cuda").supports(Request(LSTM, x.dtype, CUDA, 8, 0))
+        return x + 1 if reason == "finds no GPU" else x
+
+    assert choose(torch.zeros(())) == 1
