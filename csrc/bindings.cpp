@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops: schemas, and the CPU engine behind them.
 #include "bindings.h"
+#include "cpu/team.h"
 
 namespace {
 
@@ -24,6 +25,14 @@ auto dispatch(const char* what, const Tensor& tensor, F f) {
                                    : f.template operator()<double>();
 }
 
+template <class T, class... Tensors>
+void prefer_huge_pages(const std::tuple<Tensors...>& results) {
+  const auto prefer = [](const Tensor& tensor) {
+    frnn::cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * sizeof(T));
+  };
+  std::apply([&](const auto&... tensor) { (prefer(tensor), ...); }, results);
+}
+
 ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
                                  OptionalTensor b_hh, OptionalTensor w_hr, Tensor h0,
                                  OptionalTensor c0, OptionalTensor lengths, OptionalTensor resets,
@@ -34,6 +43,7 @@ ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTen
     frnn::ForwardArgs<T> args{};
     ForwardResult result = prepare_forward(args, cell, x.scalar_type(), "x", x, w_hh, b_hh, w_hr,
                                            h0, c0, lengths, resets, reverse, training, cell_states);
+    prefer_huge_pages<T>(result);
     args.i = x.size(2);
     STD_TORCH_CHECK(args.i >= 1, "input size is 0, expected at least 1");
     const Check check(x);
@@ -48,51 +58,49 @@ ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTen
   });
 }
 
-// m is only needed for dW_hr, which the caller forms; it is an argument so that one op saves and
-// takes the same tensors.
+// dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n,
-                                   OptionalTensor dc_n, Tensor w_hh, OptionalTensor w_hr,
-                                   Tensor h_prev, Tensor c_prev, Tensor saved, Tensor /*m*/,
-                                   OptionalTensor lengths, OptionalTensor resets,
-                                   int64_t cell_index, bool reverse) {
+                                   OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh,
+                                   OptionalTensor w_hr, Tensor h_prev, Tensor c_prev, Tensor saved,
+                                   Tensor m, OptionalTensor lengths, OptionalTensor resets,
+                                   int64_t cell_index, bool reverse, bool want_x, bool want_w_ih,
+                                   bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) {
   return dispatch("h_prev", h_prev, [&]<class T>() {
-    frnn::BackwardArgs<T> args{};
-    BackwardResult result =
-        prepare_backward(args, facts_of(cell_index), h_prev.scalar_type(), dy, dc, dh_n, dc_n, w_hh,
-                         w_hr, h_prev, c_prev, saved, lengths, resets, reverse);
+    const frnn::CellFacts& cell = facts_of(cell_index);
+    frnn::cpu::BackwardArgs<T> args{};
+    auto [dh0, dc0] = prepare_backward(args, cell, h_prev.scalar_type(), dy, dc, dh_n, dc_n, w_hh,
+                                       w_hr, h_prev, c_prev, saved, lengths, resets, reverse);
+    const Check check(h_prev);
+    STD_TORCH_CHECK(x.dim() == 3, "x has ", x.dim(), " dimensions, expected 3");
+    args.i = x.size(2);
+    const int64_t gates = cell.gates * args.h;
+    check("x", x, {args.t, args.b, args.i});
+    check("w_ih", w_ih, {gates, args.i});
+    if (w_hr) check("m", m, {args.t, args.b, args.h});
+    want_w_hr = want_w_hr && w_hr;
+
+    const Allocator make{h_prev};
+    const BackwardResult result{make(want_x, {args.t, args.b, args.i}),
+                                make(want_w_ih, {gates, args.i}),
+                                make(want_w_hh, {gates, args.p}),
+                                make(want_b_ih, {gates}),
+                                make(want_b_hh, {gates}),
+                                make(want_w_hr, {args.p, args.h}),
+                                dh0,
+                                dc0};
+    prefer_huge_pages<T>(result);
+    read(args.x, x);
+    read(args.w_ih, w_ih);
+    if (w_hr) read(args.m, m);
+    write(args.dx, want_x, std::get<0>(result));
+    write(args.dw_ih, want_w_ih, std::get<1>(result));
+    write(args.dw_hh, want_w_hh, std::get<2>(result));
+    write(args.db_ih, want_b_ih, std::get<3>(result));
+    write(args.db_hh, want_b_hh, std::get<4>(result));
+    write(args.dw_hr, want_w_hr, std::get<5>(result));
     frnn::cpu::backward(static_cast<int>(cell_index), args, torch_pool());
-    return result;
-  });
-}
-
-using MatmulResult = std::tuple<Tensor, Tensor>;
-
-MatmulResult matmul(Tensor a, Tensor b, OptionalTensor other, bool transposed) {
-  return dispatch("a", a, [&]<class T>() {
-    STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && (!other || other->dim() == 2),
-                    "a, b and other have ", a.dim(), ", ", b.dim(), " and ",
-                    other ? other->dim() : 2, " dimensions, expected 2");
-    frnn::MatmulArgs<T> args{};
-    args.m = a.size(transposed ? 1 : 0);
-    args.k = a.size(transposed ? 0 : 1);
-    args.transposed = transposed;
-    auto& [first, second] = args.factors;
-    first.n = b.size(1);
-    second.n = other ? other->size(1) : 0;
-    const Check check(a);
-    check("a", a, {a.size(0), a.size(1)});
-    check("b", b, {args.k, first.n});
-    check("other", other, {args.k, second.n});
-
-    const Allocator make{a};
-    MatmulResult result{make({args.m, first.n}), make(other.has_value(), {args.m, second.n})};
-    const auto& [c, c_other] = result;
-    read(args.a, a);
-    read(first.b, b);
-    read(second.b, other);
-    write(first.c, true, c);
-    write(second.c, other.has_value(), c_other);
-    frnn::cpu::matmul(args, torch_pool());
     return result;
   });
 }
@@ -106,18 +114,17 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "bool reverse, bool training, bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n, "
       "Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m)");
   library.def(
-      "recurrence_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor w_hh, "
-      "Tensor? w_hr, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, Tensor? lengths, "
-      "Tensor? resets, int cell, bool reverse) -> (Tensor dgx, Tensor dgh, Tensor dh0, "
-      "Tensor dc0, Tensor dh)");
-  library.def(
-      "matmul(Tensor a, Tensor b, Tensor? other, bool transposed) -> (Tensor c, Tensor c_other)");
+      "recurrence_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor x, "
+      "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor h_prev, Tensor c_prev, Tensor saved, "
+      "Tensor m, Tensor? lengths, Tensor? resets, int cell, bool reverse, bool want_x, "
+      "bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) -> "
+      "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
+      "Tensor dh0, Tensor dc0)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("recurrence_forward", TORCH_BOX(&recurrence_forward));
   library.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
-  library.impl("matmul", TORCH_BOX(&matmul));
 }
 
 // For the tests, by ctypes: the facts of the cells, one line each, and the instruction sets.

@@ -201,19 +201,17 @@ ForwardResult prepare_forward(Args& args, const CellFacts& cell, ScalarType wide
   return result;
 }
 
-// dgx, dgh, dh0, dc0, dh
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
+// What backward reads, the same for all devices, and [dh0, dc0].
 template <class Args>
-BackwardResult prepare_backward(Args& args, const CellFacts& cell, ScalarType wide,
-                                const OptionalTensor& dy, const OptionalTensor& dc,
-                                const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                const Tensor& w_hh, const OptionalTensor& w_hr,
-                                const Tensor& h_prev, const Tensor& c_prev, const Tensor& saved,
-                                const OptionalTensor& lengths, const OptionalTensor& resets,
-                                bool reverse) {
+std::tuple<Tensor, Tensor> prepare_backward(Args& args, const CellFacts& cell, ScalarType wide,
+                                            const OptionalTensor& dy, const OptionalTensor& dc,
+                                            const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                                            const Tensor& w_hh, const OptionalTensor& w_hr,
+                                            const Tensor& h_prev, const Tensor& c_prev,
+                                            const Tensor& saved, const OptionalTensor& lengths,
+                                            const OptionalTensor& resets, bool reverse) {
   set_sequence(args, cell, "h_prev", h_prev, w_hh, w_hr, lengths, resets, reverse);
-  const int64_t g = cell.gates, s = cell.states, t = args.t, b = args.b, h = args.h, p = args.p;
+  const int64_t s = cell.states, t = args.t, b = args.b, h = args.h, p = args.p;
   const Check check(h_prev);
   check("dy", dy, {t, b, p});
   check("dc", dc, {t, b, h});
@@ -226,10 +224,8 @@ BackwardResult prepare_backward(Args& args, const CellFacts& cell, ScalarType wi
                   " has only one state");
 
   const Allocator make{h_prev};
-  BackwardResult result{make({t, b, g * h}), make(!cell.additive, {t, b, g * h}),
-                        make(true, {b, p}, wide), make(s > 1, {s - 1, b, h}, wide),
-                        make(w_hr.has_value(), {t, b, p})};
-  const auto& [dgx, dgh, dh0, dc0, dh] = result;
+  std::tuple result{make(true, {b, p}, wide), make(s > 1, {s - 1, b, h}, wide)};
+  const auto& [dh0, dc0] = result;
   read(args.dy, dy);
   read(args.dc, dc);
   read(args.dh_n, dh_n);
@@ -237,11 +233,8 @@ BackwardResult prepare_backward(Args& args, const CellFacts& cell, ScalarType wi
   read(args.h_prev, h_prev);
   read(args.c_prev, c_prev);
   read(args.saved, saved);
-  write(args.dgx, true, dgx);
-  write(args.dgh, true, cell.additive ? dgx : dgh);
   write(args.dh0, true, dh0);
   write(args.dc0, s > 1, dc0);
-  write(args.dh, w_hr.has_value(), dh);
   return result;
 }
 

@@ -89,6 +89,9 @@ ForwardResult cuda_forward(Tensor gx, Tensor w_hh, OptionalTensor b_hh, Optional
   return result;
 }
 
+// dgx, dgh, dh, dh0, dc0
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 BackwardResult cuda_backward(OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n,
                              OptionalTensor dc_n, Tensor w_hh, OptionalTensor w_hr, Tensor w_hh_t,
                              OptionalTensor w_hr_t, Tensor h_prev, Tensor c_prev, Tensor saved,
@@ -98,16 +101,25 @@ BackwardResult cuda_backward(OptionalTensor dy, OptionalTensor dc, OptionalTenso
   const frnn::CellFacts& cell = facts_of(cell_index);
   const OnDevice device(h_prev);
   frnn::cuda::Backward<void, void> args{};
-  BackwardResult result = prepare_backward(args, cell, wide_type(h_prev), dy, dc, dh_n, dc_n, w_hh,
-                                           w_hr, h_prev, c_prev, saved, lengths, resets, reverse);
+  auto [dh0, dc0] = prepare_backward(args, cell, wide_type(h_prev), dy, dc, dh_n, dc_n, w_hh, w_hr,
+                                     h_prev, c_prev, saved, lengths, resets, reverse);
   const Check check(h_prev);
-  check("w_hh_t", w_hh_t, {args.p, cell.gates * args.h});
+  const int64_t gates = cell.gates * args.h;
+  check("w_hh_t", w_hh_t, {args.p, gates});
   check("w_hr_t", w_hr_t, {args.h, args.p});
   STD_TORCH_CHECK(w_hr.has_value() == w_hr_t.has_value(), "only one of w_hr and w_hr_t is given");
   read(args.w_hh_t, w_hh_t);
   read(args.w_hr_t, w_hr_t);
+
+  const Allocator make{h_prev};
+  const Tensor dgx = make({args.t, args.b, gates});
+  const Tensor dgh = make(!cell.additive, {args.t, args.b, gates});
+  const Tensor dh = make(w_hr.has_value(), {args.t, args.b, args.p});
+  write(args.dgx, true, dgx);
+  write(args.dgh, true, cell.additive ? dgx : dgh);
+  write(args.dh, w_hr.has_value(), dh);
   frnn::cuda::backward(static_cast<int>(cell_index), arithmetic, args, device.stream());
-  return result;
+  return {dgx, dgh, dh, dh0, dc0};
 }
 
 // a b, or of their transposes, in float32. PyTorch's own products read their precision from a
@@ -161,7 +173,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fusedrnn, library) {
       "cuda_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor w_hh, "
       "Tensor? w_hr, Tensor w_hh_t, Tensor? w_hr_t, Tensor h_prev, Tensor c_prev, Tensor saved, "
       "Tensor? lengths, Tensor? resets, int cell, bool reverse, bool tf32) -> (Tensor dgx, "
-      "Tensor dgh, Tensor dh0, Tensor dc0, Tensor dh)");
+      "Tensor dgh, Tensor dh, Tensor dh0, Tensor dc0)");
   library.def(
       "cuda_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b, bool tf32) -> Tensor");
 }

@@ -66,25 +66,16 @@ struct BackwardArgs : SequenceArgs<S> {
   const A* c_prev;
   const S* saved;
 
-  S* dgx;  // [T, B, G*H] out, 0 at steps not computed
-  S* dgh;  // [T, B, G*H] out; the same pointer as dgx for additive cells
   A* dh0;  // [B, P] out; also holds the running gradient during the call
   A* dc0;  // [S-1, B, H] out, or null if S == 1; likewise
-  S* dh;   // [T, B, P] out, or null without projection: the whole gradient of h at each step
 };
 
-// c = a b for one or two b, the large products around the recurrence.
+// Where a step leaves the gradients that products take up.
 template <class S>
-struct MatmulArgs {
-  struct Factor {
-    int64_t n;
-    const S* b;  // [K, N] in, or null: no such factor
-    S* c;        // [M, N] out
-  };
-  int64_t m, k;
-  const S* a;  // [M, K] in, or [K, M] if transposed
-  bool transposed;
-  Factor factors[2];
+struct StepGradients {
+  S* dgx;  // [B, G*H] out, 0 at rows not computed
+  S* dgh;  // [B, G*H] out; the same pointer as dgx for additive cells
+  S* dh;   // [B, P] out, or null without projection: the whole gradient of h
 };
 
 namespace cpu {
@@ -96,12 +87,26 @@ struct Pool {
   void (*run)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 };
 
+// Backward with the products that follow it; results that are not wanted are null.
+template <class S>
+struct BackwardArgs : frnn::BackwardArgs<S> {
+  int64_t i;      // I
+  const S* x;     // [T, B, I] in, finite everywhere
+  const S* w_ih;  // [G*H, I] in
+  const S* m;     // [T, B, H] in, as forward left it, or null without projection
+
+  S* dx;     // [T, B, I] out, or null
+  S* dw_ih;  // [G*H, I] out, or null
+  S* dw_hh;  // [G*H, P] out, or null
+  S* db_ih;  // [G*H] out, or null
+  S* db_hh;  // [G*H] out, or null
+  S* dw_hr;  // [P, H] out, or null
+};
+
 void forward(int cell, const ForwardArgs<float>& args, const Pool& pool);
 void forward(int cell, const ForwardArgs<double>& args, const Pool& pool);
 void backward(int cell, const BackwardArgs<float>& args, const Pool& pool);
 void backward(int cell, const BackwardArgs<double>& args, const Pool& pool);
-void matmul(const MatmulArgs<float>& args, const Pool& pool);
-void matmul(const MatmulArgs<double>& args, const Pool& pool);
 
 // The instruction set in use ("base", "avx2", "avx512"), those this machine can use (separated by
 // spaces), and a way for tests to choose; set_isa is false and changes nothing if it cannot be.

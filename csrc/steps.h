@@ -207,23 +207,24 @@ class BackwardSteps {
   // Step s from its share of dgh @ W_hh: the gradient of its h goes through the cell, or to the
   // projection first.
   template <bool kPlain>
-  FRNN_FN void finish_gather(int64_t s, const Place& p, V product) const {
+  FRNN_FN void finish_gather(int64_t s, const Place& p, V product,
+                             const StepGradients<S>& to) const {
     const V dh = gradient_of_h<kPlain>(s, p, product);
     if (!kPlain && s < 0) return;
     if (!kPlain && a_.w_hr) {
-      store(a_.dh + timeline_.time(s) * a_.b * a_.p + p.offset, dh, p.n);
+      store(to.dh + p.offset, dh, p.n);
     } else {
-      finish_cell<kPlain>(s, p, dh);
+      finish_cell<kPlain>(s, p, dh, to);
     }
   }
 
   // The cell at step s from the gradient of its output.
   template <bool kPlain>
-  FRNN_FN void finish_cell(int64_t s, const Place& p, V dh) const {
+  FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const StepGradients<S>& to) const {
     if (kPlain || timeline_.computed(s, p.row)) {
-      step<kPlain>(s, p, dh);
+      step<kPlain>(s, p, dh, to);
     } else {
-      skip(s, p);
+      skip(p, to);
     }
   }
 
@@ -250,7 +251,7 @@ class BackwardSteps {
   }
 
   template <bool kPlain>
-  FRNN_FN void step(int64_t s, const Place& p, V dh) const {
+  FRNN_FN void step(int64_t s, const Place& p, V dh, const StepGradients<S>& to) const {
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
     V in[kStates], saved[Cell::kSaved], dout[kStates], dgx[kGates], dgh[kGates], ds[kStates];
     for (int r = 0; r < Cell::kSaved; ++r) {
@@ -268,10 +269,10 @@ class BackwardSteps {
 
     Cell::backward(in, saved, dout, dgx, dgh, ds);
 
-    const int64_t gates = (t * a_.b + p.row) * kGates * a_.h + p.unit;
+    const int64_t gates = p.row * kGates * a_.h + p.unit;
     for (int g = 0; g < kGates; ++g) {
-      store(a_.dgx + gates + g * a_.h, dgx[g], p.n);
-      if (!Cell::kAdditive) store(a_.dgh + gates + g * a_.h, dgh[g], p.n);
+      store(to.dgx + gates + g * a_.h, dgx[g], p.n);
+      if (!Cell::kAdditive) store(to.dgh + gates + g * a_.h, dgh[g], p.n);
     }
     const bool cut = !kPlain && timeline_.entry(s, p.row) == Entry::kZero;
     if (Cell::kReadsH) store(a_.dh0 + p.offset, cut ? V{} : ds[0], p.n);
@@ -280,11 +281,11 @@ class BackwardSteps {
     }
   }
 
-  FRNN_FN void skip(int64_t s, const Place& p) const {
-    const int64_t gates = (timeline_.time(s) * a_.b + p.row) * kGates * a_.h + p.unit;
+  FRNN_FN void skip(const Place& p, const StepGradients<S>& to) const {
+    const int64_t gates = p.row * kGates * a_.h + p.unit;
     for (int g = 0; g < kGates; ++g) {
-      store(a_.dgx + gates + g * a_.h, V{}, p.n);
-      if (!Cell::kAdditive) store(a_.dgh + gates + g * a_.h, V{}, p.n);
+      store(to.dgx + gates + g * a_.h, V{}, p.n);
+      if (!Cell::kAdditive) store(to.dgh + gates + g * a_.h, V{}, p.n);
     }
   }
 

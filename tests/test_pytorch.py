@@ -93,9 +93,7 @@ def test_opcheck(case: Case) -> None:
             case.reverse, case.cell_states,
         )  # fmt: skip
         run_case(case, inputs, backend)
-    names = [op.__name__.split(".")[0] for op, _ in record.calls]
-    assert names[:3] == ["recurrence_forward", "recurrence_forward", "recurrence_backward"]
-    assert set(names[3:]) == {"matmul"}
+    assert len(record.calls) == 3  # inference, training, its backward
     for op, args in record.calls:
         result = torch.library.opcheck(op, args)
         assert set(result.values()) == {"SUCCESS"}, result
@@ -110,23 +108,6 @@ def test_op_needs_an_input_size() -> None:
     op, (x, w_ih, *others) = record.calls[0]
     with pytest.raises(RuntimeError, match="input size is 0, expected at least 1"):
         op(x[..., :0], w_ih[..., :0], *others)
-
-
-@pytest.mark.skipif(not native.isas(), reason="no native library")
-@pytest.mark.parametrize(
-    ("a", "b", "other", "message"),
-    [
-        (torch.ones(2), torch.ones(2, 2), None, "a, b and other have 1, 2 and 2 dimensions"),
-        (torch.ones(2, 3), torch.ones(2, 3), None, r"b has shape \[2, 3\], expected \[3, 3\]"),
-        (torch.ones(2, 3), torch.ones(3, 1), torch.ones(2, 1), r"other has shape \[2, 1\]"),
-        (torch.ones(2, 3), torch.ones(3, 1).double(), None, "b is float64, expected float32"),
-        (torch.ones(2, 3).half(), torch.ones(3, 1), None, "expected float32 or float64"),
-        (torch.ones(3, 2).t(), torch.ones(3, 1), None, "a is not contiguous"),
-    ],
-)
-def test_matmul_refuses(a, b, other, message):
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.fusedrnn.matmul(a, b, other, False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

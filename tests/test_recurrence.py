@@ -105,27 +105,14 @@ def test_threads(cell, shape, threads, runner):
         assert torch.equal(tensor, together[name]), name
 
 
-# (M, K, N) around the pieces in which the engine packs: rows by 96, K by 256, columns by 512.
-PRODUCTS = [(1, 1, 1), (4, 0, 3), (3, 5, 0), (7, 300, 5), (97, 257, 33), (200, 70, 521)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
-def test_matmul(shape, transposed, dtype, runner):
-    if isinstance(runner, Reference):
-        pytest.skip("the reference has no product of its own")
-    (m, k, n), other = shape, 300
-    a = torch.randn(k, m, dtype=dtype).t() if transposed else torch.randn(m, k, dtype=dtype)
-    both = torch.randn(k, n, dtype=dtype), torch.randn(k, other, dtype=dtype)
-    found = native.matmul(a, *both)
-    assert len(found) == 2 and torch.equal(native.matmul(a, both[0])[0], found[0])
-    for b, c in zip(both, found, strict=True):
-        # Every order of k products and k - 1 sums is within this (Higham 2002, 3.5).
-        bound = k * torch.finfo(dtype).eps * (a.abs() @ b.abs()).double()
-        if dtype == torch.float64:  # and so is the product it is compared with
-            bound *= 2
-        assert ((c.double() - a.double() @ b.double()).abs() <= bound).all()
+# Around the pieces in which the products after backward are packed: 256 rows of time and batch,
+# 96 gates of a unit, 256 columns of x and h.
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("shape", [(70, 9, 33, 33), (3, 300, 260, 40), (2, 3, 5, 290)], ids=str)
+def test_gradients_of_weights(cell, shape, runner):
+    check(Case(cell, *shape, reverse=True), runner)
+    if cell.name == "lstm":
+        check(Case(cell, *shape, P=min(shape[3] - 1, 270), resets=True), runner)
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)

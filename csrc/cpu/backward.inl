@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The backward recurrence. Included by recurrence.inl inside an anonymous namespace.
+// The backward recurrence and the products that follow it. Included by recurrence.inl inside an
+// anonymous namespace.
+//
+// The gradients of the gates are only kept for a chunk of steps, in the cache, until the products
+// have taken them up: what is then added to the gradients of the weights, dx is complete.
 
 template <class Cell, class T>
 class Backward {
@@ -7,7 +11,7 @@ class Backward {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
 
  public:
-  static void run(const frnn::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+  static void run(const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
     const auto plan = plan_of(args, kGates, pool.threads);
     Carver measure(nullptr);
     Backward(args, plan, measure);
@@ -26,25 +30,48 @@ class Backward {
       each([&](int i) { gather(slice(i), s); });
       if (s < 0) break;
       if (plan_.by_units) meet();
-      if (a_.w_hr == nullptr) continue;
-      each([&](int i) { run_cells(slice(i), s); });
-      if (plan_.by_units) meet();
+      if (a_.w_hr) {
+        each([&](int i) { run_cells(slice(i), s); });
+        if (plan_.by_units) meet();
+      }
+      if (s % chunk_ != 0) continue;
+      if (!plan_.by_units) meet();
+      each([&](int i) { multiply(slice(i), s); });
     }
   }
 
  private:
-  Backward(const frnn::BackwardArgs<T>& args, const frnn::cpu::Plan& plan, Carver& carver)
-      : a_(args), plan_(plan), timeline_(args), steps_(args) {
-    const int64_t lanes = kLanes<T>;
-    w_hh_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * kGates * a_.h);
+  Backward(const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Plan& plan, Carver& carver)
+      : a_(args),
+        plan_(plan),
+        timeline_(args),
+        steps_(args),
+        chunk_(a_.b < Outer<T>::kDepth ? Outer<T>::kDepth / (a_.b > 0 ? a_.b : 1) : 1) {
+    const int64_t lanes = kLanes<T>, gates = kGates * a_.h;
+    const int64_t rows = min(a_.t, 2 * chunk_) * a_.b;
+    w_hh_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * gates);
     if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.h) * lanes * a_.p);
+    if (a_.dx) w_ih_ = carver.take<T>(blocks_of<T>(a_.i) * lanes * gates);
+    gradients_.dgx = carver.take<T>(rows * gates);
+    gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<T>(rows * gates);
+    gradients_.dh = a_.w_hr ? carver.take<T>(rows * a_.p) : nullptr;
+    outer_ = carver.take<T>(plan.slices * Outer<T>::kScratch);
   }
 
   Slice slice(int i) const { return make_slice(a_, plan_, i); }
 
+  // A slice's share of `units` units in the products, in which all slices meet.
+  Range share(const Slice& slice, int64_t units) const {
+    return part(units, slice.index, plan_.slices);
+  }
+
   void pack(const Slice& slice) const {
-    pack_columns(a_.w_hh, a_.p, a_.p, kGates * a_.h, slice.pack_output, w_hh_);
+    const int64_t gates = kGates * a_.h;
+    pack_columns(a_.w_hh, a_.p, a_.p, gates, slice.pack_output, w_hh_);
     if (a_.w_hr) pack_columns(a_.w_hr, a_.h, a_.h, a_.p, slice.pack_hidden, w_hr_);
+    if (a_.dx) {
+      pack_columns(a_.w_ih, a_.i, a_.i, gates, share(slice, blocks_of<T>(a_.i)), w_ih_);
+    }
   }
 
   void start(const Slice& slice) const {
@@ -56,13 +83,47 @@ class Backward {
         steps_.start_others(place<kLanes<T>>(row, block, a_.h));
       }
     }
+    clear(slice, kGates * a_.h, a_.i, a_.dw_ih);
+    clear(slice, kGates * a_.h, a_.p, a_.dw_hh);
+    clear(slice, kGates * a_.h, 1, a_.db_ih);
+    clear(slice, kGates * a_.h, 1, a_.db_hh);
+    if (a_.w_hr) clear(slice, a_.p, a_.h, a_.dw_hr);
+  }
+
+  // A slice's share of w [units, columns].
+  void clear(const Slice& slice, int64_t units, int64_t columns, T* w) const {
+    const Range mine = share(slice, units);
+    if (w) __builtin_memset(w + mine.begin * columns, 0, mine.size() * columns * sizeof(T));
+  }
+
+  // The chunk of steps that begins at step s: [steps, B, ...] in order of time.
+  struct Chunk {
+    int64_t time, steps;  // the first time
+    StepGradients<T> gradients;
+  };
+
+  Chunk chunk(int64_t s) const {
+    const int64_t steps = min(chunk_, a_.t - s);
+    const int64_t time = min(timeline_.time(s), timeline_.time(s + steps - 1));
+    return {time, steps, row(gradients_, s / chunk_ % 2 * chunk_ * a_.b)};
+  }
+
+  StepGradients<T> row(const StepGradients<T>& g, int64_t row) const {
+    const int64_t gates = row * kGates * a_.h;
+    return {g.dgx + gates, g.dgh + gates, g.dh ? g.dh + row * a_.p : nullptr};
+  }
+
+  StepGradients<T> gradients(int64_t s) const {
+    const Chunk c = chunk(s - s % chunk_);
+    return row(c.gradients, (timeline_.time(s) - c.time) * a_.b);
   }
 
   void gather(const Slice& slice, int64_t s) const {
     const auto flows_back = [&](int64_t row) { return steps_.flows_back(s, row); };
-    const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum); };
+    const StepGradients<T> to = gradients(s < 0 ? 0 : s);
+    const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum, to); };
     const int64_t k = kGates * a_.h;
-    const T* dgh = a_.dgh + timeline_.time(min(s + 1, a_.t - 1)) * a_.b * k;
+    const T* dgh = gradients(min(s + 1, a_.t - 1)).dgh;
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
     };
@@ -71,10 +132,11 @@ class Backward {
 
   void run_cells(const Slice& slice, int64_t s) const {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
-    const auto finish = [&](const Tile& tile, const V* sum) { finish_cells(s, tile, sum); };
+    const StepGradients<T> to = gradients(s);
+    const auto finish = [&](const Tile& tile, const V* sum) { finish_cells(s, tile, sum, to); };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
-    product<1, T>(a_.dh + timeline_.time(s) * a_.b * a_.p, a_.p, slice.rows, a_.p, w_hr_,
-                  slice.hidden, s % 2, computed, fetch, finish);
+    product<1, T>(to.dh, a_.p, slice.rows, a_.p, w_hr_, slice.hidden, s % 2, computed, fetch,
+                  finish);
   }
 
   // Prefetches what step() touches and no cache holds: arrays that are read or written once.
@@ -90,40 +152,97 @@ class Backward {
   }
 
   // After the product; plain tiles as in Forward::finish_cells.
-  void finish_gather(int64_t s, const Tile& tile, const V* sum) const {
+  void finish_gather(int64_t s, const Tile& tile, const V* sum, const StepGradients<T>& to) const {
     const bool whole = (tile.block + tile.blocks) * kLanes<T> <= a_.p;
     if (timeline_.full() && s >= 0 && s + 1 < a_.t && whole && !a_.w_hr) {
-      finish_gather_tile<true>(s, tile, sum);
+      finish_gather_tile<true>(s, tile, sum, to);
     } else {
-      finish_gather_tile<false>(s, tile, sum);
+      finish_gather_tile<false>(s, tile, sum, to);
     }
   }
 
   // Not inlined, like Forward::finish_tile.
   template <bool kPlain>
-  __attribute__((noinline)) void finish_gather_tile(int64_t s, const Tile& tile,
-                                                    const V* sum) const {
+  __attribute__((noinline)) void finish_gather_tile(int64_t s, const Tile& tile, const V* sum,
+                                                    const StepGradients<T>& to) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
         const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.p);
-        steps_.template finish_gather<kPlain>(s, p, *sum++);
+        steps_.template finish_gather<kPlain>(s, p, *sum++, to);
       }
     }
   }
 
-  __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* dm) const {
+  __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* dm,
+                                              const StepGradients<T>& to) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
         const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.h);
-        steps_.template finish_cell<false>(s, p, *dm++);
+        steps_.template finish_cell<false>(s, p, *dm++, to);
       }
     }
   }
 
-  const frnn::BackwardArgs<T>& a_;
+  // The products of the chunk of steps that begins at step s.
+  void multiply(const Slice& slice, int64_t s) const {
+    const Chunk c = chunk(s);
+    const int64_t first = c.time * a_.b, rows = c.steps * a_.b, gates = kGates * a_.h;
+    const StepGradients<T>& g = c.gradients;
+    const T* x = a_.x + first * a_.i;
+    const T* h_prev = a_.h_prev + first * a_.p;
+    if (a_.dx) multiply_dx(slice, g.dgx, rows, a_.dx + first * a_.i);
+    const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
+    const Range units = share(slice, gates);
+    const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih}, dw_hh{h_prev, a_.p, a_.dw_hh};
+    if (Cell::kAdditive) {
+      outer.add(g.dgx, gates, units, rows, {dw_ih, dw_hh});
+    } else {
+      outer.add(g.dgx, gates, units, rows, {dw_ih, none});
+      outer.add(g.dgh, gates, units, rows, {dw_hh, none});
+    }
+    add_rows(g.dgx, gates, units, rows, a_.db_ih);
+    add_rows(g.dgh, gates, units, rows, a_.db_hh);
+    if (a_.w_hr) {
+      const OuterProduct<T> dw_hr{a_.m + first * a_.h, a_.h, a_.dw_hr};
+      outer.add(g.dh, a_.p, share(slice, a_.p), rows, {dw_hr, none});
+    }
+  }
+
+  void multiply_dx(const Slice& slice, const T* dgx, int64_t rows, T* dx) const {
+    const auto wanted = [](int64_t) { return true; };
+    const auto fetch = [](int64_t, int64_t) {};
+    const auto finish = [&](const Tile& tile, const V* sum) {
+      for (int i = 0; i < tile.rows; ++i) {
+        for (int j = 0; j < tile.blocks; ++j) {
+          const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.i);
+          frnn::store(dx + p.offset, *sum++, p.n);
+        }
+      }
+    };
+    const int64_t gates = kGates * a_.h;
+    product<1, T>(dgx, gates, {0, rows}, gates, w_ih_, share(slice, blocks_of<T>(a_.i)), false,
+                  wanted, fetch, finish);
+  }
+
+  // sum [columns] += the sum over all rows of a [rows, columns], for some of the columns.
+  static void add_rows(const T* a, int64_t columns, Range some, int64_t rows, T* sum) {
+    if (sum == nullptr) return;
+    for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
+      const int n = static_cast<int>(min(kLanes<T>, some.end - j));
+      V total = frnn::load<V>(sum + j, n);
+      for (int64_t row = 0; row < rows; ++row) total += frnn::load<V>(a + row * columns + j, n);
+      frnn::store(sum + j, total, n);
+    }
+  }
+
+  const frnn::cpu::BackwardArgs<T>& a_;
   const frnn::cpu::Plan plan_;
   const frnn::Timeline<T> timeline_;
   const frnn::BackwardSteps<Cell, V, T, T> steps_;
-  T* w_hh_ = nullptr;  // packed
-  T* w_hr_ = nullptr;  // packed
+  const int64_t chunk_;              // steps of a chunk
+  T* w_hh_ = nullptr;                // packed
+  T* w_hr_ = nullptr;                // packed
+  T* w_ih_ = nullptr;                // packed
+  StepGradients<T> gradients_ = {};  // of two chunks, which take turns
+  T* outer_ = nullptr;               // scratch of each slice
 };

@@ -73,11 +73,5 @@ void backward(int cell, const BackwardArgs<float>& args, const Pool& pool) {
 void backward(int cell, const BackwardArgs<double>& args, const Pool& pool) {
   engine().load()->backward_f64(cell, args, pool);
 }
-void matmul(const MatmulArgs<float>& args, const Pool& pool) {
-  engine().load()->matmul_f32(args, pool);
-}
-void matmul(const MatmulArgs<double>& args, const Pool& pool) {
-  engine().load()->matmul_f64(args, pool);
-}
 
 }  // namespace frnn::cpu

@@ -12,8 +12,6 @@ struct Engine {
   void (*forward_f64)(int cell, const ForwardArgs<double>&, const Pool&);
   void (*backward_f32)(int cell, const BackwardArgs<float>&, const Pool&);
   void (*backward_f64)(int cell, const BackwardArgs<double>&, const Pool&);
-  void (*matmul_f32)(const MatmulArgs<float>&, const Pool&);
-  void (*matmul_f64)(const MatmulArgs<double>&, const Pool&);
 };
 
 extern const Engine kBaseEngine;

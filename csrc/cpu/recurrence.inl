@@ -16,12 +16,15 @@ namespace {
 
 using frnn::Place;
 using frnn::place;
+using frnn::StepGradients;
 
 #include "cpu/gemm.inl"
+#include "cpu/outer.inl"
 
 // The part of the work one slice owns: rows x blocks of units; when the units are divided, all
 // rows and its share of the blocks, else the other way round.
 struct Slice {
+  int index;
   Range rows;
   Range hidden;       // blocks of H
   Range output;       // blocks of P
@@ -33,6 +36,7 @@ template <class T>
 Slice make_slice(const frnn::SequenceArgs<T>& a, const frnn::cpu::Plan& plan, int i) {
   const int64_t hidden = blocks_of<T>(a.h), output = blocks_of<T>(a.p);
   Slice s;
+  s.index = i;
   s.pack_hidden = part(hidden, i, plan.slices);
   s.pack_output = part(output, i, plan.slices);
   s.rows = plan.by_units ? Range{0, a.b} : part(a.b, i, plan.slices);
@@ -98,7 +102,6 @@ void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Po
 
 #include "cpu/backward.inl"
 #include "cpu/forward.inl"
-#include "cpu/matmul.inl"
 
 template <class T>
 void run_forward(int cell, const frnn::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
@@ -106,18 +109,12 @@ void run_forward(int cell, const frnn::ForwardArgs<T>& args, const frnn::cpu::Po
 }
 
 template <class T>
-void run_backward(int cell, const frnn::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+void run_backward(int cell, const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
   frnn::Cells::dispatch(cell, [&]<class Cell>() { Backward<Cell, T>::run(args, pool); });
 }
 
 constexpr frnn::cpu::Engine make_engine(const char* name) {
-  return {name,
-          run_forward<float>,
-          run_forward<double>,
-          run_backward<float>,
-          run_backward<double>,
-          Matmul<float>::run,
-          Matmul<double>::run};
+  return {name, run_forward<float>, run_forward<double>, run_backward<float>, run_backward<double>};
 }
 
 }  // namespace

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/team.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <thread>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace frnn::cpu {
 namespace {
@@ -58,6 +63,15 @@ void* workspace(size_t bytes) {
     buffer.bytes = rounded;
   }
   return buffer.memory.get();
+}
+
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const auto begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace frnn::cpu

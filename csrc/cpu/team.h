@@ -28,4 +28,8 @@ class Barrier {
 // more than the products of a short call.
 void* workspace(size_t bytes);
 
+// Asks for large pages behind fresh memory of some megabytes, where the system has them: a page
+// fault costs as much as the cells of a whole page.
+void prefer_huge_pages(void* memory, size_t bytes);
+
 }  // namespace frnn::cpu

@@ -145,6 +145,12 @@ __global__ void __launch_bounds__(kThreads)
   start(steps, f);
 }
 
+template <class Cell, class S, class A>
+__device__ StepGradients<S> at_time(const Backward<S, A>& f, int64_t t) {
+  const int64_t rows = t * f.b, gates = rows * Cell::kGates * f.h;
+  return {f.dgx + gates, f.dgh + gates, f.w_hr ? f.dh + rows * f.p : nullptr};
+}
+
 // dgh W_hh of the step after, and the cell unless a projection comes first.
 template <class Cell, class M, int kTiles>
 __global__ void __launch_bounds__(kThreads)
@@ -156,7 +162,8 @@ __global__ void __launch_bounds__(kThreads)
   const Corner from = corner<kGroups, kTiles>();
   const bool plain = steps.timeline().full() && s >= 0 && s + 1 < f.t && f.w_hr == nullptr;
   const int64_t k = Cell::kGates * f.h, after = s + 1 < f.t ? s + 1 : s;
-  const S* dgh = f.dgh + steps.timeline().time(after) * f.b * k;
+  const S* dgh = at_time<Cell>(f, steps.timeline().time(after)).dgh;
+  const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));  // not used before time 0
   const auto rows = [&](int column) {
     const int64_t row = from.row + column;
     return row < f.b && steps.flows_back(s, row) ? dgh + row * k : nullptr;
@@ -165,9 +172,9 @@ __global__ void __launch_bounds__(kThreads)
     Place p;
     if (!find_place(from, result, f.b, f.p, p)) return;
     if (plain) {
-      steps.template finish_gather<true>(s, p, dh[0]);
+      steps.template finish_gather<true>(s, p, dh[0], to);
     } else {
-      steps.template finish_gather<false>(s, p, dh[0]);
+      steps.template finish_gather<false>(s, p, dh[0], to);
     }
   };
   dependency_launch();
@@ -185,15 +192,15 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kGroups = kGroupsOf<1>;
   const BackwardSteps<Cell, V, S, V> steps(f);
   const Corner from = corner<kGroups, kTiles>();
-  const S* dh = f.dh + steps.timeline().time(s) * f.b * f.p;
+  const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));
   const auto rows = [&](int column) {
     const int64_t row = from.row + column;
-    return row < f.b && steps.timeline().computed(s, row) ? dh + row * f.p : nullptr;
+    return row < f.b && steps.timeline().computed(s, row) ? to.dh + row * f.p : nullptr;
   };
   const auto done = [&](int, const Result& result, const V* dm) {
     Place p;
     if (find_place(from, result, f.b, f.h, p)) {
-      steps.template finish_cell<false>(s, p, dm[0]);
+      steps.template finish_cell<false>(s, p, dm[0], to);
     }
   };
   dependency_launch();

@@ -32,6 +32,10 @@ struct Forward : ForwardArgs<S, A> {
 
 template <class S, class A>
 struct Backward : BackwardArgs<S, A> {
+  S* dgx;  // [T, B, G*H], [T, B, G*H] and [T, B, P] out: the StepGradients of all steps
+  S* dgh;
+  S* dh;
+
   const S* w_hh_t;  // [P, G*H] in: w_hh transposed
   const S* w_hr_t;  // [H, P] in: w_hr transposed, or null
 

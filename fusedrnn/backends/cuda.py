@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn.backends.backend import Request
+from fusedrnn.backends.backend import Request, Wanted, Weights
 from fusedrnn.backends.native import Native, facts_of, native_cells
+from fusedrnn.backends.products import Recurrent, gradients
 
 LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -137,6 +138,8 @@ def _backward(
     dc: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
     w_hh: Tensor,
     w_hr: Tensor | None,
     h_prev: Tensor,
@@ -147,22 +150,28 @@ def _backward(
     resets: Tensor | None,
     cell: int,
     reverse: bool,
+    want_x: bool,
+    want_w_ih: bool,
+    want_w_hh: bool,
+    want_b_ih: bool,
+    want_b_hh: bool,
+    want_w_hr: bool,
 ) -> tuple[Tensor, ...]:
+    *_, additive = facts_of(cell)
     w_hh_t = w_hh.t().contiguous()
     w_hr_t = None if w_hr is None else w_hr.t().contiguous()
-    dgx, dgh, dh0, dc0, dh = torch.ops.fusedrnn.cuda_backward(
+    dgx, dgh, dh, dh0, dc0 = torch.ops.fusedrnn.cuda_backward(
         dy, dc, dh_n, dc_n, w_hh, w_hr, w_hh_t, w_hr_t, h_prev, c_prev, saved, lengths, resets,
         cell, reverse, uses_tf32(w_hh.dtype, precision()),
     )  # fmt: skip
-    return dgx, dgh, dh0.to(w_hh.dtype), dc0.to(w_hh.dtype), dh
-
-
-def _matmul(a: Tensor, b: Tensor, other: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor]:
-    a = a.t() if transposed else a
-    return _product(a, b), a.new_empty(0) if other is None else _product(a, other)
+    dh0, dc0 = dh0.to(w_hh.dtype), dc0.to(w_hh.dtype)
+    run = Recurrent(h_prev, m, dgx, dgx if additive else dgh, dh, dh0, dc0)
+    weights = Weights(w_ih, w_hh, None, None, w_hr)
+    wanted = Wanted(want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, True, True)
+    found = gradients(x, weights, dc0, run, wanted, _product)
+    return tuple(x.new_empty(0) if d is None else d for d in found)
 
 
 if _missing is None:
     torch.library.impl("fusedrnn::recurrence_forward", "CUDA", _forward)
     torch.library.impl("fusedrnn::recurrence_backward", "CUDA", _backward)
-    torch.library.impl("fusedrnn::matmul", "CUDA", _matmul)

@@ -22,7 +22,6 @@ from fusedrnn.backends.backend import (
     Wanted,
     Weights,
 )
-from fusedrnn.backends.products import Recurrent, gradients
 from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cells import Cell
 
@@ -144,33 +143,26 @@ class Native:
         wanted: Wanted,
     ) -> Gradients:
         dy, dh_n, dc_n, dc = (None if d is None else d.contiguous() for d in upstream)
-        h_prev, c_prev, saved, m = reserve
-        dgx, dgh, dh0, dc0, dh = torch.ops.fusedrnn.recurrence_backward(
+        found = torch.ops.fusedrnn.recurrence_backward(
             dy,
             dc,
             dh_n,
             dc_n,
+            x.contiguous(),
+            weights.w_ih.contiguous(),
             weights.w_hh.contiguous(),
             None if weights.w_hr is None else weights.w_hr.contiguous(),
-            h_prev,
-            c_prev,
-            saved,
-            m,
+            *reserve,
             None if seq.lengths is None else seq.lengths.contiguous(),
             None if seq.resets is None else seq.resets.contiguous(),
             self._index[cell.name],
             reverse,
+            *wanted[:6],
         )
-        run = Recurrent(h_prev, m, dgx, dgx if cell.additive else dgh, dh, dh0, dc0)
-        return gradients(x, weights, c0, run, wanted, matmul)
-
-
-def matmul(a: Tensor, *others: Tensor) -> list[Tensor]:
-    """``a @ b`` for each of one or two ``b``, by an op."""
-    transposed = not a.is_contiguous()
-    a = a.t().contiguous() if transposed else a
-    b, other = (*(o.contiguous() for o in others), None)[:2]
-    return list(torch.ops.fusedrnn.matmul(a, b, other, transposed))[: len(others)]
+        given = (*wanted[:6], True, c0 is not None)
+        return Gradients(
+            *(d if is_given else None for d, is_given in zip(found, given, strict=True))
+        )
 
 
 def _fake_forward(
@@ -216,6 +208,8 @@ def _fake_backward(
     dc: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    x: Tensor,
+    w_ih: Tensor,
     w_hh: Tensor,
     w_hr: Tensor | None,
     h_prev: Tensor,
@@ -226,32 +220,31 @@ def _fake_backward(
     resets: Tensor | None,
     cell: int,
     reverse: bool,
+    want_x: bool,
+    want_w_ih: bool,
+    want_w_hh: bool,
+    want_b_ih: bool,
+    want_b_hh: bool,
+    want_w_hr: bool,
 ) -> tuple[Tensor, ...]:
-    steps, batch, proj = h_prev.shape
-    _, states, _, additive = facts_of(cell)
-    hidden = saved.shape[3]
+    _, batch, proj = h_prev.shape
+    _, states, _, _ = facts_of(cell)
 
     def empty(wanted: bool, *shape: Any) -> Tensor:
-        return h_prev.new_empty(shape if wanted else (0,))
+        return x.new_empty(shape if wanted else (0,))
 
     return (
-        empty(True, steps, batch, w_hh.shape[0]),
-        empty(not additive, steps, batch, w_hh.shape[0]),
+        empty(want_x, *x.shape),
+        empty(want_w_ih, *w_ih.shape),
+        empty(want_w_hh, *w_hh.shape),
+        empty(want_b_ih, w_hh.shape[0]),
+        empty(want_b_hh, w_hh.shape[0]),
+        empty(want_w_hr and w_hr is not None, *(() if w_hr is None else w_hr.shape)),
         empty(True, batch, proj),
-        empty(states > 1, states - 1, batch, hidden),
-        empty(w_hr is not None, steps, batch, proj),
+        empty(states > 1, states - 1, batch, saved.shape[3]),
     )
-
-
-def _fake_matmul(
-    a: Tensor, b: Tensor, other: Tensor | None, transposed: bool
-) -> tuple[Tensor, Tensor]:
-    rows = a.shape[1 if transposed else 0]
-    shape = (0,) if other is None else (rows, other.shape[1])
-    return a.new_empty(rows, b.shape[1]), a.new_empty(shape)
 
 
 if _library is not None:
     torch.library.register_fake("fusedrnn::recurrence_forward", _fake_forward)
     torch.library.register_fake("fusedrnn::recurrence_backward", _fake_backward)
-    torch.library.register_fake("fusedrnn::matmul", _fake_matmul)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fusedrnn.backends.backend import Gradients, Wanted, Weights
@@ -22,40 +23,28 @@ class Recurrent(NamedTuple):
     dc0: Tensor  # [S-1,B,H]
 
 
-# a [M,K] and one or two b [K,N] -> a @ b for each
-Matmul = Callable[..., list[Tensor]]
-
-
-def matmul(a: Tensor, *others: Tensor) -> list[Tensor]:
-    return [a @ b for b in others]
-
-
 def gradients(
     x: Tensor,
     weights: Weights,
     c0: Tensor | None,
     run: Recurrent,
     wanted: Wanted,
-    matmul: Matmul = matmul,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Gradients:
     """All gradients: one GEMM or sum for each of x, weights and biases, without atomics."""
     rows_ih, rows_hh = run.dgx.flatten(0, 1), run.dgh.flatten(0, 1)
-    additive = run.dgx is run.dgh
     dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = None
     if wanted.x:
-        dx = matmul(rows_ih, weights.w_ih)[0].view_as(x)
-    if wanted.w_ih and wanted.w_hh and additive:
-        dw_ih, dw_hh = matmul(rows_ih.t(), x.flatten(0, 1), run.h_prev.flatten(0, 1))
-    else:
-        if wanted.w_ih:
-            dw_ih = matmul(rows_ih.t(), x.flatten(0, 1))[0]
-        if wanted.w_hh:
-            dw_hh = matmul(rows_hh.t(), run.h_prev.flatten(0, 1))[0]
+        dx = product(rows_ih, weights.w_ih).view_as(x)
+    if wanted.w_ih:
+        dw_ih = product(rows_ih.t(), x.flatten(0, 1))
+    if wanted.w_hh:
+        dw_hh = product(rows_hh.t(), run.h_prev.flatten(0, 1))
     if wanted.b_ih:
         db_ih = rows_ih.sum(0)
     if wanted.b_hh:
-        db_hh = db_ih.clone() if additive and db_ih is not None else rows_hh.sum(0)
+        db_hh = db_ih.clone() if run.dgx is run.dgh and db_ih is not None else rows_hh.sum(0)
     if wanted.w_hr:
-        dw_hr = matmul(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))[0]
+        dw_hr = product(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))
     dc0 = None if c0 is None else run.dc0
     return Gradients(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dh0, dc0)
