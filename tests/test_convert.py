@@ -142,7 +142,9 @@ def test_backend_context():
         assert fusedrnn.explain(layer, x).backend == "reference"
     with fusedrnn.backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu'"):
         layer.to(torch.bfloat16)(x.to(torch.bfloat16))
-    with pytest.raises(ValueError, match=r"unknown backend 'nope', expected one of \['cuda', 'cpu'"):
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'nope', expected one of \['cuda', 'cpu'"
+    ):
         fusedrnn.backend("nope").__enter__()
     with pytest.raises(ValueError, match="unknown backend"):
         fusedrnn.LSTM(3, 4, backend="nope")

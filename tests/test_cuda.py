@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fusedrnn
 from fusedrnn.backends import Request, Sequence, Weights, by_name, cuda, native
 from fusedrnn.cells import CELLS, LSTM, Cell
+from fusedrnn.testing import Case, make_inputs
 
 pytestmark = pytest.mark.skipif(not native.isas(), reason="no native library")
 CUDA = torch.device("cuda", 0)
@@ -75,34 +76,86 @@ def test_precision_follows_pytorch():
         cudnn.rnn.fp32_precision = cudnn.fp32_precision = "none"
 
 
+def library():
+    """The one that is installed, or that `make cuda` built."""
+    gate = Path(__file__).parents[1] / "build" / "cuda" / "_C_cuda.so"
+    for path in (cuda.LIBRARY, gate):
+        if path.exists():
+            return path
+    pytest.skip("the CUDA kernels are not built")
+
+
 LOADS = """
-import sys, torch
-from fusedrnn.backends import cuda
+import sys, torch, fusedrnn
 torch.ops.load_library(sys.argv[1])
 for name in ("cuda_forward", "cuda_backward", "cuda_product"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusedrnn::{name}", "CUDA"), name
 assert not torch.cuda.is_initialized()
-
-# The matrices that cuBLAS is given.
-def product(a, b, transpose_a, transpose_b, tf32):
-    assert a.is_contiguous() and b.is_contiguous()
-    return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)
-torch.library.impl("fusedrnn::cuda_product", "CPU", product)
-r = torch.randn
-for a in (r(3, 5), r(5, 3).t(), r(3, 0), r(9, 5)[::3], r(1, 5), r(3, 1).t()):
-    k = a.shape[1]
-    for b in (r(k, 4), r(4, k).t(), r(k, 1), r(1, k).t()):
-        torch.testing.assert_close(cuda._product(a, b), a @ b)
 """
 
 
 def test_library_loads_without_a_driver():
-    """The installed one, or what `make cuda` built."""
-    gate = Path(__file__).parents[1] / "build" / "cuda" / "_C_cuda.so"
-    built = [path for path in (cuda.LIBRARY, gate) if path.exists()]
-    if not built:
-        pytest.skip("the CUDA kernels are not built")
-    subprocess.run([sys.executable, "-c", LOADS, built[0]], check=True)
+    subprocess.run([sys.executable, "-c", LOADS, library()], check=True)
+
+
+@pytest.fixture
+def stand_ins():
+    """The ops of the library on CPU tensors, by the CPU engine."""
+    torch.ops.load_library(library())
+    ops = torch.ops.fusedrnn
+
+    def forward(gx, w_hh, b_hh, *rest):
+        *rest, cell, reverse, training, cell_states, _tf32 = rest
+        b_hh = None if cuda.facts_of(cell)[3] else b_hh
+        w_ih = torch.eye(gx.shape[-1], dtype=gx.dtype)
+        arguments = gx, w_ih, w_hh, None, b_hh, *rest, cell, reverse, training, cell_states
+        return ops.recurrence_forward(*arguments)
+
+    def backward(dy, dc, dh_n, dc_n, w_hh, w_hr, w_hh_t, w_hr_t, h_prev, c_prev, saved, *rest):
+        for w, w_t in ((w_hh, w_hh_t), (w_hr, w_hr_t)):
+            assert w is w_t is None or (w_t.is_contiguous() and torch.equal(w.t(), w_t))
+        *rest, _tf32 = rest
+        return ops.recurrence_backward(
+            dy, dc, dh_n, dc_n, w_hh, w_hr, h_prev, c_prev, saved, saved, *rest
+        )
+
+    def product(a, b, transpose_a, transpose_b, _tf32):
+        assert a.is_contiguous() and b.is_contiguous()
+        return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)
+
+    with torch.library._scoped_library("fusedrnn", "IMPL") as scope:
+        for name, op in (("forward", forward), ("backward", backward), ("product", product)):
+            scope.impl(f"cuda_{name}", op, "CPU")
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("proj", [0, 4])
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_library_is_given_what_the_op_is(stand_ins, cell, proj, bias, dtype):
+    """The op on CUDA tensors is the op on CPU tensors, whose engine stands in for the kernels."""
+    if proj and cell is not LSTM:
+        pytest.skip("only the LSTM has a projection")
+    case = Case(cell, 3, 2, 5, 8, P=proj, dtype=dtype, bias=bias, lengths=True, resets=True)
+    i, ops, index = make_inputs(case), torch.ops.fusedrnn, list(CELLS).index(cell.name)
+    arguments = i.x, *i.weights, i.h0, i.c0, *i.seq, index, True, True, False
+    ours, expected = cuda._forward(*arguments), ops.recurrence_forward(*arguments)
+    torch.testing.assert_close(ours, expected)
+    _, _, _, _, h_prev, c_prev, saved, m = expected
+    given = i.grads["y"], None, i.grads["h_n"], i.grads.get("c_n")
+    kept = i.weights.w_hh, i.weights.w_hr, h_prev, c_prev, saved, m
+    arguments = *given, *kept, *i.seq, index, True
+    ours, expected = cuda._backward(*arguments), ops.recurrence_backward(*arguments)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_library_is_given_dense_matrices(stand_ins):
+    r = torch.randn
+    for a in (r(3, 5), r(5, 3).t(), r(3, 0), r(9, 5)[::3], r(1, 5), r(3, 1).t()):
+        k = a.shape[1]
+        for b in (r(k, 4), r(4, k).t(), r(k, 1), r(1, k).t()):
+            torch.testing.assert_close(cuda._product(a, b), a @ b)
 
 
 # A PyTorch without CUDA neither indexes nor differentiates fake CUDA tensors, so that tracing stops
