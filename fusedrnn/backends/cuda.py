@@ -38,19 +38,13 @@ def load() -> str | None:
 _missing = load()
 
 
-_capabilities: dict[int, tuple[int, int]] = {}
-
-
 def capability(index: int) -> tuple[int, int] | None:
-    """The compute capability of a device; None if there is no GPU. Dynamo folds both questions to
-    PyTorch, but no cache of functools."""
-    if index in _capabilities:
-        return _capabilities[index]
+    """The compute capability of a device; None if there is no GPU. PyTorch keeps the properties of
+    each device, and Dynamo folds both questions, where it would trace a cache of our own."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index)
-    _capabilities[index] = properties.major, properties.minor
-    return _capabilities[index]
+    return properties.major, properties.minor
 
 
 def precision() -> str:
