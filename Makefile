@@ -112,7 +112,7 @@ sim: .venv/engine
 	@.venv/bin/pytest tests/sim $(ARGS)
 
 # A build of its own, from nothing, as only what is compiled is reported.
-cuda: .venv/ready
+cuda: .venv/engine
 	@$(configure) -DFUSEDRNN_CUDA=ON -DCMAKE_CUDA_COMPILER=$(CUDA_HOME)/bin/nvcc \
 		-DCMAKE_CUDA_FLAGS=-Xptxas=-v "-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real;100-real"
 	@$(CUDA_HOME)/bin/nvcc --version >build/$@/log

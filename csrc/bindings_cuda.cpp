@@ -163,21 +163,6 @@ Tensor cuda_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b, bool
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fusedrnn, library) {
-  library.def(
-      "cuda_forward(Tensor gx, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
-      "Tensor? lengths, Tensor? resets, int cell, bool reverse, bool training, bool cell_states, "
-      "bool tf32) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, "
-      "Tensor saved, Tensor m)");
-  library.def(
-      "cuda_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor w_hh, "
-      "Tensor? w_hr, Tensor w_hh_t, Tensor? w_hr_t, Tensor h_prev, Tensor c_prev, Tensor saved, "
-      "Tensor? lengths, Tensor? resets, int cell, bool reverse, bool tf32) -> (Tensor dgx, "
-      "Tensor dgh, Tensor dh, Tensor dh0, Tensor dc0)");
-  library.def(
-      "cuda_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b, bool tf32) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, library) {
   library.impl("cuda_forward", TORCH_BOX(&cuda_forward));
   library.impl("cuda_backward", TORCH_BOX(&cuda_backward));

@@ -29,13 +29,13 @@ ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
-# The instructions of each arithmetic's products, by GPU; None: no tensor cores.
+# The tensor core instruction of each arithmetic's products, by the names it has on some GPU.
 TENSOR = {
-    "Half<__half>": lambda gpu: r"HMMA\.16816\.F32 ",
-    "Half<__nv_bfloat16>": lambda gpu: r"HMMA\.16816\.F32\.BF16 ",
-    "Tf32": lambda gpu: r"HMMA\.1688\.F32\.TF32 ",
-    "Fp32": lambda gpu: None,
-    "Fp64": lambda gpu: r"DMMA\." if gpu in ("sm_80", "sm_90a") else None,
+    "Half<__half>": {"HMMA.16816.F32"},
+    "Half<__nv_bfloat16>": {"HMMA.16816.F32.BF16"},
+    "Tf32": {"HMMA.1688.F32.TF32"},
+    "Fp32": set(),
+    "Fp64": {"DMMA.884", "DMMA.8x8x4"},
 }
 
 
@@ -81,7 +81,7 @@ def tensor_instructions(library: Path) -> dict[tuple[str, str], set[str]]:
             name = line.split()[2]
             found[name, gpu] = set()
         elif "MMA." in line:
-            found[name, gpu].add(re.search(r"\w+MMA\.[\w.]* ", line)[0])
+            found[name, gpu].add(re.search(r"\w+MMA\.[\w.]*", line)[0])
     if listing.wait() != 0:
         sys.exit(f"{cuobjdump} failed")
     return found
@@ -103,13 +103,10 @@ def violations(kernels: Kernels, names: dict[str, str], library: Path) -> list[s
         arithmetic = next(a for a in TENSOR if f", {a}" in name)
         if numbers.split("/")[1] != "0" and arithmetic != "Fp64":
             errors.append(f"{name} spills on {gpu}: {numbers}")
-        wanted, found = TENSOR[arithmetic](gpu), instructions[mangled, gpu]
-        if "_start<" in name or wanted is None:
-            right = not found
-        else:
-            right = bool(found) and all(re.match(wanted, i) for i in found)
-        if not right:
-            errors.append(f"{name} on {gpu} has {found or 'no tensor core instruction'}")
+        wanted = set() if "_start<" in name else TENSOR[arithmetic]
+        found = instructions[mangled, gpu]
+        if not found <= wanted or (wanted and not found):
+            errors.append(f"{name} on {gpu} has {found or 'none'}, expected {wanted or 'none'}")
     return errors
 
 

@@ -75,34 +75,40 @@ def test_precision_follows_pytorch():
         cudnn.rnn.fp32_precision = cudnn.fp32_precision = "none"
 
 
+def library():
+    """The one that is installed, or that `make cuda` built."""
+    gate = Path(__file__).parents[1] / "build" / "cuda" / "_C_cuda.so"
+    for path in (cuda.LIBRARY, gate):
+        if path.exists():
+            return path
+    pytest.skip("the CUDA kernels are not built")
+
+
 LOADS = """
-import sys, torch
-from fusedrnn.backends import Request, Sequence, Upstream, Wanted, Weights, by_name, cuda, native
+import sys, torch, fusedrnn
 torch.ops.load_library(sys.argv[1])
 for name in ("cuda_forward", "cuda_backward", "cuda_product"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusedrnn::{name}", "CUDA"), name
 assert not torch.cuda.is_initialized()
-
-# The matrices that cuBLAS is given.
-def product(a, b, transpose_a, transpose_b, tf32):
-    assert a.is_contiguous() and b.is_contiguous()
-    return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)
-torch.library.impl("fusedrnn::cuda_product", "CPU", product)
-r = torch.randn
-for a in (r(3, 5), r(5, 3).t(), r(3, 0), r(9, 5)[::3], r(1, 5), r(3, 1).t()):
-    k = a.shape[1]
-    for b in (r(k, 4), r(4, k).t(), r(k, 1), r(1, k).t()):
-        torch.testing.assert_close(cuda._product(a, b), a @ b)
 """
 
 
 def test_library_loads_without_a_driver():
-    """The installed one, or what `make cuda` built."""
-    gate = Path(__file__).parents[1] / "build" / "cuda" / "_C_cuda.so"
-    built = [path for path in (cuda.LIBRARY, gate) if path.exists()]
-    if not built:
-        pytest.skip("the CUDA kernels are not built")
-    subprocess.run([sys.executable, "-c", LOADS, built[0]], check=True)
+    subprocess.run([sys.executable, "-c", LOADS, library()], check=True)
+
+
+def test_library_is_given_dense_matrices():
+    def product(a, b, transpose_a, transpose_b, _tf32):
+        assert a.is_contiguous() and b.is_contiguous()
+        return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)
+
+    r = torch.randn
+    with torch.library._scoped_library("fusedrnn", "IMPL") as scope:
+        scope.impl("cuda_product", product, "CPU")
+        for a in (r(3, 5), r(5, 3).t(), r(3, 0), r(9, 5)[::3], r(1, 5), r(3, 1).t()):
+            k = a.shape[1]
+            for b in (r(k, 4), r(4, k).t(), r(k, 1), r(1, k).t()):
+                torch.testing.assert_close(cuda._product(a, b), a @ b)
 
 
 # A PyTorch without CUDA neither indexes nor differentiates fake CUDA tensors, so that tracing stops

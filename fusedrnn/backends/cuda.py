@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedrnn.backends import products
 from fusedrnn.backends.backend import Request, Wanted, Weights
 from fusedrnn.backends.native import Native, facts_of, native_cells
-from fusedrnn.backends.products import Recurrent, gradients
 
 LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,19 +39,13 @@ def load() -> str | None:
 _missing = load()
 
 
-_capabilities: dict[int, tuple[int, int]] = {}
-
-
 def capability(index: int) -> tuple[int, int] | None:
-    """The compute capability of a device; None if there is no GPU. Dynamo folds both questions to
-    PyTorch, but no cache of functools."""
-    if index in _capabilities:
-        return _capabilities[index]
+    """The compute capability of a device; None if there is no GPU. PyTorch keeps the properties of
+    each device, and Dynamo folds both questions, where it would trace a cache of our own."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index)
-    _capabilities[index] = properties.major, properties.minor
-    return _capabilities[index]
+    return properties.major, properties.minor
 
 
 def precision() -> str:
@@ -165,10 +159,10 @@ def _backward(
         cell, reverse, uses_tf32(w_hh.dtype, precision()),
     )  # fmt: skip
     dh0, dc0 = dh0.to(w_hh.dtype), dc0.to(w_hh.dtype)
-    run = Recurrent(h_prev, m, dgx, dgx if additive else dgh, dh, dh0, dc0)
+    run = products.Recurrent(h_prev, m, dgx, dgx if additive else dgh, dh, dh0, dc0)
     weights = Weights(w_ih, w_hh, None, None, w_hr)
     wanted = Wanted(want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, True, True)
-    found = gradients(x, weights, dc0, run, wanted, _product)
+    found = products.gradients(x, weights, dc0, run, wanted, _product)
     return tuple(x.new_empty(0) if d is None else d for d in found)
 
 
