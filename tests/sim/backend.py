@@ -25,16 +25,20 @@ class Simulated:
     name = "cuda"
     algorithm = "standard"
 
-    def __init__(self, module: ModuleType, tf32: bool = False) -> None:
-        self._module, self._tf32 = module, tf32
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self.tf32 = module, False
         self._facts = native_cells()
+
+    def choose(self, arithmetic: str) -> torch.dtype:
+        """Computes float32 in tf32 or as it is; returns the dtype of storage."""
+        self.tf32 = arithmetic == "tf32"
+        return torch.float32 if self.tf32 else getattr(torch, arithmetic)
 
     def supports(self, request: Request) -> str | None:
         return None
 
     def _call(self, cell: Cell, dtype: torch.dtype) -> tuple[int, int]:
-        tf32 = self._tf32 and dtype == torch.float32
-        name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+        name = "tf32" if self.tf32 else str(dtype).removeprefix("torch.")
         return list(self._facts).index(cell.name), ARITHMETICS.index(name)
 
     def forward(

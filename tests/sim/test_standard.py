@@ -7,7 +7,7 @@ from dataclasses import replace
 import cuda_standard_sim
 import pytest
 import torch
-from backend import Simulated
+from backend import ARITHMETICS, Simulated
 
 from fusedrnn import backends
 from fusedrnn.backends import Reference
@@ -35,19 +35,22 @@ def simulated(monkeypatch, request):
     return backend
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
-def test_cells(simulated, cell, shape, feature, dtype):
-    check_case(Case(cell, *shape, dtype=dtype, **feature), simulated)
+def test_cells(simulated, cell, shape, feature, arithmetic):
+    dtype = simulated.choose(arithmetic)
+    check_case(Case(cell, *shape, dtype=dtype, **feature), simulated, tf32=simulated.tf32)
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("proj", [1, 7, 16])
-def test_projection(simulated, proj, feature):
-    case = Case(CELLS["lstm"], 3, 5, 4, 32, P=proj, cell_states=True, **feature)
-    check_case(case, simulated)
+def test_projection(simulated, proj, feature, arithmetic):
+    dtype = simulated.choose(arithmetic)
+    case = Case(CELLS["lstm"], 3, 5, 4, 32, P=proj, dtype=dtype, cell_states=True, **feature)
+    check_case(case, simulated, tf32=simulated.tf32)
 
 
 def integers(case: Case):
@@ -73,9 +76,7 @@ def integers(case: Case):
 @pytest.mark.parametrize("arithmetic", ["float16", "bfloat16", "tf32"])
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1), (2, 9, 4, 17), (2, 9, 8, 16), (2, 33, 4, 40)])
 def test_tensor_cores_are_exact_on_integers(simulated, shape, arithmetic):
-    dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
-    simulated._tf32 = arithmetic == "tf32"
-    case = Case(CELLS["rnn_relu"], *shape, dtype=dtype)
+    case = Case(CELLS["rnn_relu"], *shape, dtype=simulated.choose(arithmetic))
     inputs = integers(case)
     expected = run_case(case, inputs, Reference())
     for name, t in run_case(case, inputs, simulated).items():
