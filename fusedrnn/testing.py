@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: inputs of one layer, a run of it, and the accuracy bound."""
+"""What tests and benchmarks share: inputs of one layer, a run of it, and accuracy bounds."""
 
 from __future__ import annotations
 
@@ -107,6 +107,9 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     )
 
 
+Outputs = tuple[Tensor, ...]
+
+
 def run_case(case: Case, inputs: Inputs, backend: Backend | Reference) -> dict[str, Tensor]:
     """Every output of ``case`` by its name, and the gradient of every input by ``d`` + its name."""
 
@@ -118,12 +121,10 @@ def run_case(case: Case, inputs: Inputs, backend: Backend | Reference) -> dict[s
     return differentiate(inputs, function)
 
 
-Outputs = tuple[Tensor, ...]
-
-
 def differentiate(
     inputs: Inputs, function: Callable[[Tensor, Weights, Tensor, Tensor | None], Outputs]
 ) -> dict[str, Tensor]:
+    """What ``function`` makes of x, weights, h0 and c0, named as by :func:`run_case`."""
     leaves = {"x": inputs.x, "h0": inputs.h0, "c0": inputs.c0, **inputs.weights._asdict()}
     leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items() if v is not None}
     weights = Weights(*(leaves.get(name) for name in Weights._fields))  # type: ignore[arg-type]
@@ -186,9 +187,9 @@ def check_case(case: Case, backend: Backend | Reference, seed: int = 0, tf32: bo
     assert_as_accurate(case, run_case(case, inputs, backend), ref, ref64)
 
 
-# ---- Where values are rounded on the way, correct runs may end further apart than a wrong one: a
+# ---- Where values are rounded on the way, right runs may end further apart than a wrong one: a
 # value that falls to the other side of a tie changes all that follows. But given the stored values
-# that it is made from, a stored value is right or wrong.
+# it is made from, each stored value is right or wrong.
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -210,10 +211,10 @@ def assert_stored(
     stored: dict[str, Tensor],
     operand: Rounding = unrounded,
 ) -> None:
-    """Passes iff every output and gradient in ``out``, and every array that was ``stored`` on the
-    way, is in all places what the equations make of the stored values read there: their result in
-    float64, moved by at most twice the largest error of the compute dtype plus :func:`floor`, and
-    then rounded.
+    """Passes iff every value in ``out`` (:func:`run_case`) and ``stored`` is what the equations
+    make, in float64, of the stored values it depends on, moved by an error and then rounded. The
+    error is at most twice the largest that the reference makes there in the dtype of sums, plus
+    :func:`floor`: far below one rounding to 16 bits.
 
     ``operand`` rounds the operands of the recurrent products.
     """
@@ -272,9 +273,10 @@ def stored_arrays(case: Case, run: Run, grads: Grads) -> dict[str, Tensor]:
 
 def input_projection(case: Case, inputs: Inputs) -> Tensor:
     """``gx [T,B,G*H]`` as it is stored, with both biases if the cell is additive."""
-    w_ih, _, b_ih, b_hh, _ = inputs.weights
-    both = case.cell.additive and b_ih is not None and b_hh is not None
-    return F.linear(inputs.x, w_ih, b_ih + b_hh if both else b_ih)  # type: ignore[operator]
+    w_ih, _, bias, b_hh, _ = inputs.weights
+    if case.cell.additive and bias is not None and b_hh is not None:
+        bias = bias + b_hh
+    return F.linear(inputs.x, w_ih, bias)
 
 
 class _Product(torch.autograd.Function):
@@ -298,8 +300,8 @@ def _with_value(x: Tensor, value: Tensor) -> Tensor:
 
 
 class OnStored:
-    """The reference, but for every value and gradient that a backend has ``stored`` it notes what
-    it ``made`` of it and goes on from the stored one."""
+    """The reference, going on from what a backend ``stored``: where that has a value or gradient,
+    the one ``made`` here is noted and the stored one taken. ``gx`` is torch's and only taken."""
 
     def __init__(
         self, case: Case, inputs: Inputs, stored: dict[str, Tensor], operand: Rounding
@@ -320,17 +322,12 @@ class OnStored:
     def step(
         self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
     ) -> tuple[Tensor, ...]:
-        t, additive, (_, w_hh, _, b_hh, w_hr) = (
-            next(self.times),
-            self.case.cell.additive,
-            self.weights,
-        )
-        h, *others = state
-        h = self.value("h_prev", t, h)
-        others = [self.value(f"c_prev {j}", t, c) for j, c in enumerate(others)]
-        planes, gx, gh = gx.shape[-2:], gx.flatten(-2), self.product(h, w_hh)
+        t, planes, (_, w_hh, _, b_hh, w_hr) = next(self.times), gx.shape[-2:], self.weights
+        h = self.value("h_prev", t, state[0])
+        others = [self.value(f"c_prev {j}", t, c) for j, c in enumerate(state[1:])]
+        gx, gh = gx.flatten(-2), self.product(h, w_hh)
         if b_hh is not None:
-            gx, gh = (gx + b_hh, gh) if additive else (gx, gh + b_hh)
+            gx, gh = (gx + b_hh, gh) if self.case.cell.additive else (gx, gh + b_hh)
         gx = self.gradient("dgx", t, _with_value(gx, self.gx[t].to(gx.dtype)))
         gh = self.gradient("dgh", t, gh)
         new = self.cell(t, gx.unflatten(-1, planes), gh.unflatten(-1, planes), (h, *others))
@@ -340,9 +337,9 @@ class OnStored:
         return new
 
     def cell(self, t: int, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A step, differentiated at the saved planes. What autograd itself saves, the results of
-        activations, it finds replaced by them; ``planes`` has them by address."""
-        planes: dict[int, tuple[Tensor, Tensor]] = {}
+        """The cell's step, differentiated where it was saved: what autograd itself keeps for
+        backward, such as the results of activations, it finds exchanged for the saved planes."""
+        planes: dict[int, tuple[Tensor, Tensor]] = {}  # by the address of what was kept
 
         def keep(*saved: Tensor) -> tuple[Tensor, ...]:
             read = tuple(self.value(f"saved {r}", t, x) for r, x in enumerate(saved))
