@@ -1,15 +1,30 @@
-"""What tests and benchmarks share: inputs of one layer, a run of it, and the accuracy bound."""
+"""What tests and benchmarks share: inputs of one layer, a run of it, and accuracy bounds."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn.backends import Backend, Reference, Sequence, Weights, reference
+from fusedrnn.backends import (
+    Backend,
+    Gradients,
+    Reference,
+    Run,
+    Sequence,
+    Weights,
+    products,
+    reference,
+)
 from fusedrnn.cells import Cell
+from fusedrnn.cells.cell import Keep, keep
 from fusedrnn.recurrence import recurrence
 
 
@@ -101,15 +116,28 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     )
 
 
+Outputs = tuple[Tensor, ...]
+
+
 def run_case(case: Case, inputs: Inputs, backend: Backend | Reference) -> dict[str, Tensor]:
     """Every output of ``case`` by its name, and the gradient of every input by ``d`` + its name."""
+
+    def function(x: Tensor, weights: Weights, h0: Tensor, c0: Tensor | None) -> Outputs:
+        return recurrence(
+            case.cell, backend, x, weights, h0, c0, inputs.seq, case.reverse, case.cell_states
+        )
+
+    return differentiate(inputs, function)
+
+
+def differentiate(
+    inputs: Inputs, function: Callable[[Tensor, Weights, Tensor, Tensor | None], Outputs]
+) -> dict[str, Tensor]:
+    """What ``function`` makes of x, weights, h0 and c0, named as by :func:`run_case`."""
     leaves = {"x": inputs.x, "h0": inputs.h0, "c0": inputs.c0, **inputs.weights._asdict()}
     leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items() if v is not None}
     weights = Weights(*(leaves.get(name) for name in Weights._fields))  # type: ignore[arg-type]
-    outputs = recurrence(
-        case.cell, backend, leaves["x"], weights, leaves["h0"], leaves.get("c0"), inputs.seq,
-        case.reverse, case.cell_states,
-    )  # fmt: skip
+    outputs = function(leaves["x"], weights, leaves["h0"], leaves.get("c0"))
     named = dict(zip(inputs.grads, outputs, strict=True))
     torch.autograd.backward(outputs, list(inputs.grads.values()))
     gradients = {f"d{k}": v.grad for k, v in leaves.items()}
@@ -120,14 +148,11 @@ def assert_as_accurate(
     case: Case, out: dict[str, Tensor], ref: dict[str, Tensor], ref64: dict[str, Tensor]
 ) -> None:
     """Passes iff for every tensor the maximum and the rms error of ``out`` against ``ref64`` are
-    at most twice those of ``ref`` plus a floor from the depth of the sums.
+    at most twice those of ``ref`` plus :func:`floor`.
 
     ``ref`` is the reference in the case's own dtype and ``ref64`` in float64, both on the same
-    inputs. The floor is ``4 * eps * ceil(log2(G*H*T)) * max|ref64|``: eps of the dtype in which
-    sums are made, times the depth of a pairwise sum over the recurrence.
+    inputs.
     """
-    eps = torch.finfo(reference.compute_dtype(case.dtype)).eps
-    depth = math.ceil(math.log2(max(2, len(case.cell.gates) * case.H * case.T)))
     assert out.keys() == ref64.keys(), f"got {list(out)}, expected {list(ref64)}"
     for name, exact in ref64.items():
         assert out[name].dtype == case.dtype, f"{name} is {out[name].dtype}"
@@ -136,19 +161,216 @@ def assert_as_accurate(
             continue
         error = (out[name].double() - exact).abs()
         allowed = (ref[name].double() - exact).abs()
-        floor = 4 * eps * depth * exact.abs().max()
         for kind, e, a in (("max", error.max(), allowed.max()), ("rms", rms(error), rms(allowed))):
-            bound = 2 * a + floor
+            bound = 2 * a + floor(case, exact)
             assert e <= bound, f"{case}: {kind} error of {name} is {e:.3g}, bound {bound:.3g}"
+
+
+def floor(case: Case, exact: Tensor) -> Tensor:
+    """``4 * eps * ceil(log2(G*H*T)) * max|exact|``: eps of the dtype in which sums are made, times
+    the depth of a pairwise sum over the recurrence."""
+    eps = torch.finfo(reference.compute_dtype(case.dtype)).eps
+    depth = math.ceil(math.log2(max(2, len(case.cell.gates) * case.H * case.T)))
+    return 4 * eps * depth * exact.abs().max()
 
 
 def rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
 
 
-def check_case(case: Case, backend: Backend | Reference, seed: int = 0) -> None:
-    """Runs ``case`` on ``backend`` and asserts that it is as accurate as the reference."""
+def check_case(case: Case, backend: Backend | Reference, seed: int = 0, tf32: bool = False) -> None:
+    """Runs ``case`` on ``backend`` and asserts that it is as accurate as the reference.
+
+    Where a backend rounds on the way, to store 16 bits or for recurrent products in ``tf32``, each
+    value it stores is checked instead, see :func:`assert_stored`.
+    """
     inputs = make_inputs(case, seed)
+    if not isinstance(backend, Reference) and (tf32 or case.dtype.itemsize == 2):
+        with _recording(case, backend) as stored:
+            out = run_case(case, inputs, backend)
+        return assert_stored(case, inputs, out, stored, to_tf32 if tf32 else unrounded)
     ref = run_case(case, inputs, Reference())
     ref64 = run_case(case, inputs.to(torch.float64), Reference())
     assert_as_accurate(case, run_case(case, inputs, backend), ref, ref64)
+
+
+# ---- Where values are rounded on the way, right runs may end further apart than a wrong one: a
+# value that falls to the other side of a tie changes all that follows. But given the stored values
+# it is made from, each stored value is right or wrong.
+
+Rounding = Callable[[Tensor], Tensor]
+
+
+def unrounded(x: Tensor) -> Tensor:
+    return x
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """``x`` rounded to ten bits, ties away from zero, as cvt.rna.tf32 does."""
+    bits = x.to(torch.float32).view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+
+def assert_stored(
+    case: Case,
+    inputs: Inputs,
+    out: dict[str, Tensor],
+    stored: dict[str, Tensor],
+    operand: Rounding = unrounded,
+) -> None:
+    """Passes iff every value in ``out`` (:func:`run_case`) and ``stored`` is what the equations
+    make, in float64, of the stored values it depends on, moved by at most :func:`floor`, far below
+    one rounding to 16 bits, and then rounded.
+
+    The largest number, to which the floor is relative, is that of the array; where no rounding to
+    16 bits follows, it may also be one that flows in, since terms that cancel leave their errors.
+    ``operand`` rounds the operands of the recurrent products.
+    """
+    model = OnStored(case, inputs, stored, operand)
+    expected = differentiate(inputs.to(torch.float64), model) | model.made
+    got = out | stored
+    given = [t for t in (inputs.x, inputs.h0, inputs.c0, *inputs.weights) if t is not None]
+    assert got.keys() == expected.keys(), f"got {list(got)}, expected {list(expected)}"
+    for name, exact in expected.items():
+        value, terms = got[name], [exact]
+        assert name not in out or value.dtype == case.dtype, f"{name} is {value.dtype}"
+        assert value.shape == exact.shape, f"{name} has shape {list(value.shape)}"
+        if exact.numel() == 0:
+            continue
+        if value.dtype == reference.compute_dtype(case.dtype):
+            terms += inputs.grads.values() if name.startswith("d") else given
+        error = floor(case, torch.stack([t.double().abs().max() for t in terms]))
+        low, high = ((exact + e).to(value.dtype) for e in (-error, error))
+        wrong = ~((low <= value) & (value <= high))
+        assert not wrong.any(), (
+            f"{case}: {int(wrong.sum())} of {wrong.numel()} values of {name} are wrong, error of "
+            f"up to {(value - exact)[wrong].abs().max():.3g}, {error:.3g} before rounding allowed"
+        )
+
+
+@contextmanager
+def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
+    """What a backend whose reserve begins with ``h_prev, c_prev, saved`` of recurrence.h stores
+    between the steps of the call inside, each ``[T,B,..]``."""
+    stored: dict[str, Tensor] = {}
+
+    def forward(*args: Any) -> Run:
+        run = forward_itself(*args)
+        _, c_prev, saved, *_ = run.reserve
+        stored.update({f"c_prev {j}": t for j, t in enumerate(c_prev)})
+        stored.update({f"saved {r}": t for r, t in enumerate(saved)})
+        return run
+
+    def gradients(*args: Any) -> Gradients:
+        recurrent: products.Recurrent = args[3]
+        for name in ("h_prev", "dgx", "dgh", *(("m", "dh") if case.P else ())):
+            stored[name] = getattr(recurrent, name)
+        return gradients_themselves(*args)
+
+    forward_itself, gradients_themselves = backend.forward, products.gradients
+    with (
+        patch.object(backend, "forward", forward),
+        patch.object(products, "gradients", gradients),
+    ):
+        yield stored
+
+
+def input_projection(case: Case, inputs: Inputs) -> Tensor:
+    """``gx [T,B,G*H]`` as it is stored, with both biases if the cell is additive."""
+    w_ih, _, bias, b_hh, _ = inputs.weights
+    if case.cell.additive and bias is not None and b_hh is not None:
+        bias = bias + b_hh
+    return F.linear(inputs.x, w_ih, bias)
+
+
+class _Product(torch.autograd.Function):
+    """``a w'`` of rounded operands; the gradient of ``w`` is torch's product, not rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, w: Tensor, operand: Rounding) -> Tensor:
+        ctx.save_for_backward(a, w)
+        ctx.operand = operand
+        return operand(a) @ operand(w).t()
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Any:
+        a, w = ctx.saved_tensors
+        return ctx.operand(d) @ ctx.operand(w), d.t() @ a, None
+
+
+def _with_value(x: Tensor, value: Tensor) -> Tensor:
+    """``value``, with the gradient of ``x``."""
+    return x + (value - x).detach()
+
+
+class OnStored:
+    """The reference, going on from what a backend ``stored``: where that has a value or gradient,
+    the one ``made`` here is noted and the stored one taken. ``gx`` is torch's and only taken."""
+
+    def __init__(
+        self, case: Case, inputs: Inputs, stored: dict[str, Tensor], operand: Rounding
+    ) -> None:
+        self.case, self.seq, self.stored, self.operand = case, inputs.seq, stored, operand
+        self.gx = input_projection(case, inputs)
+
+    def __call__(self, x: Tensor, weights: Weights, h0: Tensor, c0: Tensor | None) -> Outputs:
+        self.weights = weights
+        self.made = {name: torch.zeros_like(t, dtype=x.dtype) for name, t in self.stored.items()}
+        steps = range(self.case.T)
+        self.times = reversed(steps) if self.case.reverse else iter(steps)
+        cell, weights = replace(self.case.cell, step=self.step), weights._replace(w_hr=None)
+        return reference.recurrence(
+            cell, x, weights, h0, c0, self.seq, self.case.reverse, self.case.cell_states
+        )
+
+    def step(
+        self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
+    ) -> tuple[Tensor, ...]:
+        t, planes, (_, w_hh, _, b_hh, w_hr) = next(self.times), gx.shape[-2:], self.weights
+        h = self.value("h_prev", t, state[0])
+        others = [self.value(f"c_prev {j}", t, c) for j, c in enumerate(state[1:])]
+        gx, gh = gx.flatten(-2), self.product(h, w_hh)
+        if b_hh is not None:
+            gx, gh = (gx + b_hh, gh) if self.case.cell.additive else (gx, gh + b_hh)
+        gx = self.gradient("dgx", t, _with_value(gx, self.gx[t].to(gx.dtype)))
+        gh = self.gradient("dgh", t, gh)
+        new = self.cell(t, gx.unflatten(-1, planes), gh.unflatten(-1, planes), (h, *others))
+        if w_hr is not None:
+            h = self.product(self.value("m", t, new[0]), w_hr)
+            new = (self.gradient("dh", t, h), *new[1:])
+        return new
+
+    def cell(self, t: int, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The cell's step, differentiated where it was saved: what autograd itself keeps for
+        backward, such as the results of activations, it finds exchanged for the saved planes."""
+        planes: dict[int, tuple[Tensor, Tensor]] = {}  # by the address of what was kept
+
+        def keep(*saved: Tensor) -> tuple[Tensor, ...]:
+            read = tuple(self.value(f"saved {r}", t, x) for r, x in enumerate(saved))
+            planes.update({x.data_ptr(): (x, r.detach()) for x, r in zip(saved, read, strict=True)})
+            return read
+
+        def unpack(x: Tensor) -> Tensor:
+            return planes[x.data_ptr()][1] if x.data_ptr() in planes else x
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+            new = self.case.cell.step(gx, gh, state, keep)
+        return tuple(map(_with_value, new, self.case.cell.step(gx, gh, state)))
+
+    def product(self, a: Tensor, w: Tensor) -> Tensor:
+        out: Tensor = _Product.apply(a, w, self.operand)  # type: ignore[no-untyped-call]
+        return out
+
+    def value(self, name: str, t: int, x: Tensor) -> Tensor:
+        return _with_value(x, self.exchange(name, t, x.detach()))
+
+    def gradient(self, name: str, t: int, x: Tensor) -> Tensor:
+        x.register_hook(lambda d: self.exchange(name, t, d))
+        return x
+
+    def exchange(self, name: str, t: int, made: Tensor) -> Tensor:
+        """The stored value for the one made of it; where step t is not computed, both are 0."""
+        if self.seq.lengths is not None:
+            made = made * (t < self.seq.lengths).unsqueeze(-1)
+        self.made[name][t] = made
+        return self.stored[name][t].to(made.dtype)

@@ -69,6 +69,19 @@ def test_native_library_agrees_about_the_cells():
     assert list(native.native_cells()) == list(facts)
 
 
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_cells_keep_what_they_save(cell):
+    kept = []
+
+    def keep(*saved):
+        kept.extend(saved)
+        return saved
+
+    gx = torch.zeros(2, len(cell.gates), 3)
+    cell.step(gx, gx, (torch.zeros(2, 3),) * len(cell.states), keep)
+    assert [t.shape for t in kept] == [(2, 3)] * cell.saved
+
+
 def test_torch_stays_in_the_bindings():
     for path in (ROOT / "csrc").rglob("*"):
         if path.is_file() and not path.name.startswith("bindings"):

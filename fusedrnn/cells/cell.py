@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-# step(gx [B,G,H], gh [B,G,H], state: S tensors [B,H]) -> S tensors [B,H], h first.
-Step = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+Keep = Callable[..., tuple[Tensor, ...]]
+
+
+def keep(*saved: Tensor) -> tuple[Tensor, ...]:
+    """Marks what a fused backend saves in a step; a check may read the saved planes instead."""
+    return saved
+
+
+class Step(Protocol):
+    """step(gx [B,G,H], gh [B,G,H], state: S tensors [B,H]) -> S tensors [B,H], h first."""
+
+    def __call__(
+        self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
+    ) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,7 @@ class Cell:
             both biases can be added to ``gx``.
         step: the equations in PyTorch, the oracle of every backend. ``gx = W_ih x + b_ih`` and
             ``gh = W_hh h + b_hh``, both ``[B,G,H]``; returns the new states, h before projection.
+            What is ``saved`` passes through ``keep``, in the order of its planes.
     """
 
     name: str

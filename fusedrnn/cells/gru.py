@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedrnn.cells.cell import Cell
+from fusedrnn.cells.cell import Cell, Keep, keep
 
 
-def step(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def step(
+    gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
+) -> tuple[Tensor, ...]:
     xr, xz, xn = gx.unbind(-2)
     hr, hz, hn = gh.unbind(-2)
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
     n = (xn + r * hn).tanh()
+    r, z, n, hn = keep(r, z, n, hn)
     return (n + z * (state[0] - n),)
 
 

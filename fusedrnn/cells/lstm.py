@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedrnn.cells.cell import Cell
+from fusedrnn.cells.cell import Cell, Keep, keep
 
 
-def step(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def step(
+    gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
+) -> tuple[Tensor, ...]:
     i, f, g, o = (gx + gh).unbind(-2)
-    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    i, f, g, o = keep(i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid())
+    c = f * state[1] + i * g
+    return o * c.tanh(), c
 
 
 LSTM = Cell("lstm", gates="ifgo", states="hc", saved=4, additive=True, step=step)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedrnn.cells.cell import Cell
+from fusedrnn.cells.cell import Cell, Keep, keep
 
 
-def step_tanh(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return ((gx + gh).squeeze(-2).tanh(),)
+def step_tanh(
+    gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
+) -> tuple[Tensor, ...]:
+    return keep((gx + gh).squeeze(-2).tanh())
 
 
-def step_relu(gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return ((gx + gh).squeeze(-2).relu(),)
+def step_relu(
+    gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
+) -> tuple[Tensor, ...]:
+    return keep((gx + gh).squeeze(-2).relu())
 
 
 RNN_TANH = Cell("rnn_tanh", gates="h", states="h", saved=1, additive=True, step=step_tanh)

@@ -1,17 +1,17 @@
-"""The CUDA kernels as a backend on CPU tensors, run by the simulator."""
+"""The CUDA backend on CPU tensors: the simulator runs its kernels, PyTorch its other products."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn.backends import Gradients, Request, Run, Sequence, Upstream, Wanted, Weights
-from fusedrnn.backends.native import native_cells
-from fusedrnn.backends.products import Recurrent, gradients
-from fusedrnn.cells import Cell
+from fusedrnn.backends import Gradients, Request, Run, cuda
+from fusedrnn.backends.native import facts_of
 
 # In the order of frnn::cuda::Arithmetic.
 ARITHMETICS = ["float16", "bfloat16", "tf32", "float32", "float64"]
@@ -21,107 +21,110 @@ def _addresses(**tensors: Tensor | None) -> dict[str, int]:
     return {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
 
 
-class Simulated:
-    name = "cuda"
-    algorithm = "standard"
+def _arithmetic(dtype: torch.dtype, tf32: bool) -> int:
+    return ARITHMETICS.index("tf32" if tf32 else str(dtype).removeprefix("torch."))
 
-    def __init__(self, module: ModuleType, tf32: bool = False) -> None:
-        self._module, self._tf32 = module, tf32
-        self._facts = native_cells()
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Simulated(cuda.Cuda):
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__()
+        self._module, self.tf32 = module, False
+
+    def choose(self, arithmetic: str) -> torch.dtype:
+        """Computes float32 in tf32 or as it is; returns the dtype of storage."""
+        self.tf32 = arithmetic == "tf32"
+        return torch.float32 if self.tf32 else getattr(torch, arithmetic)
 
     def supports(self, request: Request) -> str | None:
         return None
 
-    def _call(self, cell: Cell, dtype: torch.dtype) -> tuple[int, int]:
-        tf32 = self._tf32 and dtype == torch.float32
-        name = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-        return list(self._facts).index(cell.name), ARITHMETICS.index(name)
+    def forward(self, *args: object) -> Run:
+        with self._in_place_of_the_library():
+            return super().forward(*args)
 
-    def forward(
-        self,
-        cell: Cell,
-        x: Tensor,
-        weights: Weights,
-        h0: Tensor,
-        c0: Tensor | None,
-        seq: Sequence,
-        reverse: bool,
-        training: bool,
-        cell_states: bool,
-    ) -> Run:
-        w_ih, w_hh, b_ih, b_hh, w_hr = (None if w is None else w.contiguous() for w in weights)
-        steps, batch = x.shape[:2]
-        gates, states, planes, additive = self._facts[cell.name]
+    def backward(self, *args: object) -> Gradients:
+        with self._in_place_of_the_library():
+            return super().backward(*args)
+
+    @contextmanager
+    def _in_place_of_the_library(self) -> Iterator[None]:
+        precision = "tf32" if self.tf32 else "ieee"
+        ops = {
+            "recurrence_forward": cuda._forward,
+            "recurrence_backward": cuda._backward,
+            "cuda_forward": self._cuda_forward,
+            "cuda_backward": self._cuda_backward,
+            "cuda_product": self._cuda_product,
+        }
+        with (
+            torch.library._scoped_library("fusedrnn", "IMPL") as scope,
+            patch.object(cuda, "precision", lambda: precision),
+        ):
+            for name, op in ops.items():
+                scope.impl(name, op, "CPU", allow_override=True)
+            yield
+
+    def _cuda_forward(
+        self, gx, w_hh, b_hh, w_hr, h0, c0, lengths, resets, cell, reverse, training, cell_states,
+        tf32,
+    ):  # fmt: skip
+        steps, batch = gx.shape[:2]
+        gates, states, planes, _ = facts_of(cell)
         hidden, out = w_hh.shape[0] // gates, w_hh.shape[1]
-        bias = b_ih + b_hh if additive and b_ih is not None else b_ih
-        state_dtype = torch.float32 if x.dtype.itemsize == 2 else x.dtype
+        others, inference, wide = states - 1, not training, _wide(gx.dtype)
 
-        def empty(needed: bool, *shape: int, dtype: torch.dtype = x.dtype) -> Tensor | None:
+        def empty(needed: bool, *shape: int, dtype: torch.dtype = gx.dtype) -> Tensor | None:
             return torch.empty(shape, dtype=dtype) if needed else None
 
-        others, inference = states - 1, not training
         kept = {
             "y": empty(True, steps, batch, out),
             "h_n": empty(True, batch, out),
             "c_n": empty(others > 0, others, batch, hidden),
             "c": empty(cell_states, steps, batch, hidden),
             "h_prev": empty(training, steps, batch, out),
-            "c_prev": empty(training, others, steps, batch, hidden, dtype=state_dtype),
+            "c_prev": empty(training, others, steps, batch, hidden, dtype=wide),
             "saved": empty(training, planes, steps, batch, hidden),
             "m": empty(training and w_hr is not None, steps, batch, hidden),
         }
         between = {
             "h_step": empty(inference, 2, batch, out),
-            "states_step": empty(inference, others, batch, hidden, dtype=state_dtype),
+            "states_step": empty(inference, others, batch, hidden, dtype=wide),
             "m_step": empty(inference and w_hr is not None, batch, hidden),
         }
-        gx = F.linear(x, w_ih, bias).contiguous()
-        h0, c0 = h0.contiguous(), None if c0 is None else c0.contiguous()
-        lengths, resets = (None if t is None else t.contiguous() for t in seq)
         arrays = _addresses(
             gx=gx, w_hh=w_hh, b_hh=b_hh, w_hr=w_hr, h0=h0, c0=c0, lengths=lengths, resets=resets,
             **kept, **between,
         )  # fmt: skip
-        self._module.forward(*self._call(cell, x.dtype), steps, batch, hidden, out, reverse, arrays)
-        none = x.new_empty(0)
-        y, h_n, c_n, c, h_prev, c_prev, saved, m = (none if t is None else t for t in kept.values())
-        return Run(y, h_n, c_n, c, (h_prev, c_prev, saved, m))
+        arithmetic = _arithmetic(gx.dtype, tf32)
+        self._module.forward(cell, arithmetic, steps, batch, hidden, out, reverse, arrays)
+        return tuple(gx.new_empty(0) if t is None else t for t in kept.values())
 
-    def backward(
-        self,
-        cell: Cell,
-        upstream: Upstream,
-        x: Tensor,
-        weights: Weights,
-        h0: Tensor,
-        c0: Tensor | None,
-        seq: Sequence,
-        reverse: bool,
-        reserve: tuple[Tensor, ...],
-        wanted: Wanted,
-    ) -> Gradients:
-        w_hh, w_hr = weights.w_hh, weights.w_hr
-        h_prev, c_prev, saved, m = reserve
+    def _cuda_backward(
+        self, dy, dc, dh_n, dc_n, w_hh, w_hr, w_hh_t, w_hr_t, h_prev, c_prev, saved, lengths,
+        resets, cell, reverse, tf32,
+    ):  # fmt: skip
         steps, batch, out = h_prev.shape
-        gates, states, _, additive = self._facts[cell.name]
-        hidden, dtype = w_hh.shape[0] // gates, w_hh.dtype
-        wide = torch.float32 if dtype.itemsize == 2 else dtype
+        gates, states, _, additive = facts_of(cell)
+        hidden, dtype, wide = saved.shape[-1], h_prev.dtype, _wide(h_prev.dtype)
         dgx = torch.empty(steps, batch, gates * hidden, dtype=dtype)
         dgh = dgx if additive else torch.empty_like(dgx)
+        dh = None if w_hr is None else torch.empty_like(h_prev)
         dh0 = torch.empty(batch, out, dtype=wide)
         dc0 = torch.empty(states - 1, batch, hidden, dtype=wide)
-        dh = None if w_hr is None else torch.empty(steps, batch, out, dtype=dtype)
-        w_hh_t = w_hh.t().contiguous()
-        w_hr_t = None if w_hr is None else w_hr.t().contiguous()
-        lengths, resets = (None if t is None else t.contiguous() for t in seq)
-        dy, dh_n, dc_n, dc = (None if d is None else d.contiguous() for d in upstream)
         arrays = _addresses(
             w_hh=w_hh, w_hr=w_hr, lengths=lengths, resets=resets, dy=dy, dc=dc, dh_n=dh_n,
             dc_n=dc_n, h_prev=h_prev, c_prev=c_prev, saved=saved, dgx=dgx, dgh=dgh, dh0=dh0,
             dc0=dc0, dh=dh, w_hh_t=w_hh_t, w_hr_t=w_hr_t,
         )  # fmt: skip
-        self._module.backward(*self._call(cell, dtype), steps, batch, hidden, out, reverse, arrays)
+        arithmetic = _arithmetic(dtype, tf32)
+        self._module.backward(cell, arithmetic, steps, batch, hidden, out, reverse, arrays)
         none = dgx.new_empty(0)
-        dh0, dc0 = dh0.to(dtype), dc0.to(dtype)
-        run = Recurrent(h_prev, m, dgx, dgh, none if dh is None else dh, dh0, dc0)
-        return gradients(x, weights, c0, run, wanted)
+        return dgx, none if additive else dgh, none if dh is None else dh, dh0, dc0
+
+    def _cuda_product(self, a, b, transpose_a, transpose_b, tf32):
+        assert tf32 == self.tf32
+        return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)

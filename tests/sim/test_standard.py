@@ -7,13 +7,15 @@ from dataclasses import replace
 import cuda_standard_sim
 import pytest
 import torch
-from backend import Simulated
+from backend import ARITHMETICS, Simulated
 
 from fusedrnn import backends
 from fusedrnn.backends import Reference
 from fusedrnn.cells import CELLS
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, check_case, make_inputs, run_case
+
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
 FEATURES = {
     "plain": {},
@@ -35,19 +37,22 @@ def simulated(monkeypatch, request):
     return backend
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
-def test_cells(simulated, cell, shape, feature, dtype):
-    check_case(Case(cell, *shape, dtype=dtype, **feature), simulated)
+def test_cells(simulated, cell, shape, feature, arithmetic):
+    dtype = simulated.choose(arithmetic)
+    check_case(Case(cell, *shape, dtype=dtype, **feature), simulated, tf32=simulated.tf32)
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("proj", [1, 7, 16])
-def test_projection(simulated, proj, feature):
-    case = Case(CELLS["lstm"], 3, 5, 4, 32, P=proj, cell_states=True, **feature)
-    check_case(case, simulated)
+def test_projection(simulated, proj, feature, arithmetic):
+    dtype = simulated.choose(arithmetic)
+    case = Case(CELLS["lstm"], 3, 5, 4, 32, P=proj, dtype=dtype, cell_states=True, **feature)
+    check_case(case, simulated, tf32=simulated.tf32)
 
 
 def integers(case: Case):
@@ -73,13 +78,28 @@ def integers(case: Case):
 @pytest.mark.parametrize("arithmetic", ["float16", "bfloat16", "tf32"])
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1), (2, 9, 4, 17), (2, 9, 8, 16), (2, 33, 4, 40)])
 def test_tensor_cores_are_exact_on_integers(simulated, shape, arithmetic):
-    dtype = torch.float32 if arithmetic == "tf32" else getattr(torch, arithmetic)
-    simulated._tf32 = arithmetic == "tf32"
-    case = Case(CELLS["rnn_relu"], *shape, dtype=dtype)
+    case = Case(CELLS["rnn_relu"], *shape, dtype=simulated.choose(arithmetic))
     inputs = integers(case)
     expected = run_case(case, inputs, Reference())
     for name, t in run_case(case, inputs, simulated).items():
         assert torch.equal(t, expected[name]), name
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("proj", [0, 7])
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_inference_gives_the_same(simulated, cell, proj, arithmetic):
+    """Which keeps its states between steps, and only those of two steps."""
+    if proj and cell.name != "lstm":
+        pytest.skip("only the LSTM has a projection")
+    case = Case(cell, 4, 9, 4, 17, P=proj, dtype=simulated.choose(arithmetic), lengths=True)
+    inputs = make_inputs(case)
+    training = run_case(case, inputs, simulated)
+    outputs = recurrence(
+        cell, simulated, inputs.x, inputs.weights, inputs.h0, inputs.c0, inputs.seq, False, False
+    )
+    for name, t in zip(inputs.grads, outputs, strict=True):
+        assert torch.equal(t, training[name]), name
 
 
 def test_a_second_backward_is_the_same(simulated):
