@@ -16,6 +16,7 @@ class DeviceArray {
  public:
   explicit DeviceArray(const std::vector<T>& values) : values_(values) {}
   T* get() { return values_.data(); }
+  void write(const std::vector<T>& values) { values_ = values; }
   std::vector<T> read() const { return values_; }
 
  private:
@@ -34,12 +35,15 @@ class DeviceArray {
  public:
   explicit DeviceArray(const std::vector<T>& values) : size_(values.size()) {
     check(cudaMalloc(reinterpret_cast<void**>(&p_), size_ * sizeof(T)));
-    check(cudaMemcpy(p_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+    write(values);
   }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
   ~DeviceArray() { cudaFree(p_); }
   T* get() { return p_; }
+  void write(const std::vector<T>& values) {  // of the same size
+    check(cudaMemcpy(p_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+  }
   // Waits for the kernels launched so far, and throws if one of them failed.
   std::vector<T> read() const {
     std::vector<T> values(size_);
