@@ -13,7 +13,7 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
-.PHONY: setup demo test bench lint ctest asan tsan sim gate wheel clean
+.PHONY: setup demo test bench lint ctest asan tsan simulator sim gate wheel clean
 
 USABLE := -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))'
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -62,7 +62,7 @@ bench: .venv/engine
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.c' \
+	.venv/bin/clang-format --dry-run -Werror $$(find csrc tests bench -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.c' \
 		-o -name '*.cu' -o -name '*.cuh')
 	.venv/bin/mypy
 
@@ -100,14 +100,14 @@ asan tsan: .venv/ready
 		.venv/bin/pytest --capture=sys tests/test_recurrence.py -k cpu $(ARGS)
 
 CUDA_HOME ?= /usr/local/cuda
-build/sim/build.ninja: .venv/ready tests/sim/CMakeLists.txt
+simulator: .venv/ready
 	@test -e $(CUDA_HOME)/include/cuda_runtime.h || { \
 		echo "the simulator needs CUDA's headers; name their folder with make CUDA_HOME=..."; exit 1; }
 	@.venv/bin/cmake -S tests/sim -B build/sim -G Ninja --log-level=WARNING \
 		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DPython3_EXECUTABLE=$(CURDIR)/.venv/bin/python \
 		-DFUSEDRNN_CUDA_INCLUDE=$(CUDA_HOME)/include
 
-sim: .venv/engine build/sim/build.ninja
+sim: .venv/engine simulator
 	@.venv/bin/cmake --build build/sim
 	@.venv/bin/pytest tests/sim $(ARGS)
 
@@ -115,7 +115,7 @@ sim: .venv/engine build/sim/build.ninja
 # wheel and the test tools that a machine without a network may lack.
 nvcc = $(CUDA_HOME)/bin/nvcc -std=c++20 -O3 -Werror all-warnings -Xcompiler=-Wall,-Wextra \
 	-Icsrc -Itests/sim $(foreach arch,$(1),-gencode=arch=compute_$(arch),code=sm_$(arch))
-gate: .venv/ready build/sim/build.ninja
+gate: simulator
 	@test -x $(CUDA_HOME)/bin/nvcc || { \
 		echo "make gate needs nvcc; name CUDA's folder with make CUDA_HOME=..."; exit 1; }
 	@rm -rf build/gate && mkdir -p build/gate

@@ -67,7 +67,7 @@ correctness() {
   done
   # A run that skips every test is no pass.
   step pytest 240 bash -o pipefail -c \
-    '"$0" -P -m pytest -m gpu -rs tests | awk "{print} / passed/ {ok = 1} END {exit !ok}"' "$python"
+    '"$0" -P -m pytest -m gpu -rs tests | awk "{print} /[0-9] passed/ {ok = 1} END {exit !ok}"' "$python"
   for tool in memcheck racecheck synccheck initcheck; do
     step "$tool-checks" 60 bench/gpu/sanitize.sh "$tool" build/gate/answers "$simulated"
     step "$tool-layers" 90 bench/gpu/sanitize.sh "$tool" "$python" bench/gpu/layers.py

@@ -56,7 +56,7 @@ class Workload:
         eps: float = 0.0,
     ) -> None:
         self.shape, self.dtype, self.eps = shape, dtype, eps
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         arguments = {"num_layers": shape.layers, "bidirectional": shape.dirs == 2}
         arguments |= {"proj_size": shape.proj} if shape.proj else {}
         torch.manual_seed(0)
@@ -73,13 +73,15 @@ class Workload:
         self.precise.load_state_dict(self.theirs.state_dict())
 
         def normal(*sizes: int) -> torch.Tensor:
-            return torch.randn(*sizes, generator=generator).to(device, dtype)
+            return torch.randn(*sizes, generator=generator, device=device).to(dtype)
 
         out, stack = shape.proj or shape.H, shape.layers * shape.dirs
         self.lengths = None
         self.rows = shape.T * shape.B
         if shape.packed:
-            self.lengths = torch.randint(shape.T // 4, shape.T + 1, (shape.B,), generator=generator)
+            self.lengths = torch.randint(
+                shape.T // 4, shape.T + 1, (shape.B,), generator=generator, device=device
+            ).cpu()
             self.lengths[0] = shape.T
             self.rows = int(self.lengths.sum())
         self.x = normal(shape.T, shape.B, shape.I)
