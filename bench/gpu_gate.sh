@@ -83,7 +83,9 @@ micro() {
 }
 
 table() {
-  step table 440 "$python" bench/gpu/table.py "$results/table.csv" "$results/facts.txt" 400
+  local facts=$results/facts.txt
+  step times 330 "$python" bench/gpu/table.py times "$results/table.csv" "$facts" 300
+  step kernels 120 "$python" bench/gpu/table.py kernels "$results/table.kernels.csv" "$facts" 90
 }
 
 "$1"

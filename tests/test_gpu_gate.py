@@ -146,9 +146,12 @@ from pathlib import Path
 table.DTYPES = {{"fp32": table.DTYPES["fp32"]}}
 table.SECONDS_A_ROW = 0.05
 shapes = tuple(table.Shape(cell, 3, 2, 5, 8) for cell in ("lstm", "gru"))
+def times(shape, dtype, mode, backend=None):
+    return table.times(shape, dtype, mode, backend, "cpu", table.measure.sample)
 for seconds in (-1, 60, 60):
-    print("exit code", table.main(Path("rows.csv"), {{"device": "none"}}, seconds, shapes, "cpu"))
-row = table.figures(shapes[0], "fp32", "train", "cpu", "cpu", table.measure.sample)
+    arguments = table.COLUMNS["times"], times, {{"device": "none"}}, seconds, shapes
+    print("exit code", table.fill(Path("rows.csv"), *arguments))
+row = times(shapes[0], "fp32", "train", "cpu")
 assert {{"ours_p50_ms", "ratio_p50"}} < set(row) and row["error_ours"] > 0
 """
 
