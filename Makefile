@@ -9,12 +9,13 @@
 #   make sim      the CUDA kernels on a simulator, which needs no GPU but CUDA's headers
 #   make cuda     compile the CUDA kernels for three GPUs; what nvcc made of each against a baseline,
 #                 which make cuda ARGS=--write makes anew
+#   make gate     what bench/gpu_gate.sh needs on a machine with a GPU, in build/gate; takes nvcc
 #   make wheel    dist/: source archive and wheel, the wheel tried in a fresh environment
 #   make clean    remove all of it
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
-.PHONY: setup demo test bench lint ctest asan tsan sim cuda wheel clean
+.PHONY: setup demo test bench lint ctest asan tsan simulator sim cuda gate wheel clean
 
 USABLE := -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))'
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -64,7 +65,7 @@ bench: .venv/engine
 lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.c' \
+	.venv/bin/clang-format --dry-run -Werror $$(find csrc tests bench -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.c' \
 		-o -name '*.cu' -o -name '*.cuh')
 	.venv/bin/mypy
 
@@ -102,12 +103,14 @@ asan tsan: .venv/ready
 		.venv/bin/pytest --capture=sys tests/test_recurrence.py -k cpu $(ARGS)
 
 CUDA_HOME ?= /usr/local/cuda
-sim: .venv/engine
+simulator: .venv/ready
 	@test -e $(CUDA_HOME)/include/cuda_runtime.h || { \
 		echo "the simulator needs CUDA's headers; name their folder with make CUDA_HOME=..."; exit 1; }
 	@.venv/bin/cmake -S tests/sim -B build/sim -G Ninja --log-level=WARNING \
 		-DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DPython3_EXECUTABLE=$(CURDIR)/.venv/bin/python \
 		-DFUSEDRNN_CUDA_INCLUDE=$(CUDA_HOME)/include
+
+sim: .venv/engine simulator
 	@.venv/bin/cmake --build build/sim
 	@.venv/bin/pytest tests/sim $(ARGS)
 
@@ -120,6 +123,27 @@ cuda: .venv/engine
 		grep -v ptxas build/$@/log; exit 1; }
 	@.venv/bin/python tests/cuda_gate.py build/$@/_C_cuda.so build/$@/log $(ARGS)
 	@.venv/bin/pytest -q tests/test_cuda.py -k library
+
+# The checks and toys for every architecture they can be compiled for, the simulator's answers, the
+# wheel and the test tools that a machine without a network may lack.
+nvcc = $(CUDA_HOME)/bin/nvcc -std=c++20 -O3 -Werror all-warnings -Xcompiler=-Wall,-Wextra \
+	-Icsrc -Itests/sim $(foreach arch,$(1),-gencode=arch=compute_$(arch),code=sm_$(arch))
+gate: simulator
+	@test -x $(CUDA_HOME)/bin/nvcc || { \
+		echo "make gate needs nvcc; name CUDA's folder with make CUDA_HOME=..."; exit 1; }
+	@rm -rf build/gate && mkdir -p build/gate
+	@.venv/bin/cmake --build build/sim --target answers
+	build/sim/answers >build/gate/simulated.txt
+	$(call nvcc,80 90a 100) -o build/gate/answers \
+		$(addprefix tests/sim/,checks.cu exchange_checks.cu toys.cu answers.cpp)
+	$(call nvcc,90a 100) -o build/gate/micro bench/gpu/micro.cu
+	@FUSEDRNN_CUDA=1 .venv/bin/python -m build --wheel --no-isolation -o build/gate >build/gate.log 2>&1 || { \
+		cat build/gate.log; exit 1; }
+	@.venv/bin/pip download -qq --no-deps --only-binary=:all: -d build/gate \
+		$$(sed -n '/^pytest==/p; /^expecttest==/p' requirements.txt)
+	@{ echo "commit: $$(git describe --always --dirty --exclude='*')"; \
+		echo "nvcc: $$($(CUDA_HOME)/bin/nvcc --version | sed -n 's/.*, V//p')"; } >build/gate/built
+	@ls -s build/gate
 
 wheel: .venv/ready
 	@rm -rf dist build/$@ && mkdir -p build

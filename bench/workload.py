@@ -42,11 +42,21 @@ class Gate:
 
 
 class Workload:
-    """The tensors of one shape (fixed seed, float32) and both modules with one state dict."""
+    """The tensors of one shape (fixed seed) and both modules with one state dict.
 
-    def __init__(self, shape: Shape, backend: str | None) -> None:
-        self.shape = shape
-        generator = torch.Generator().manual_seed(0)
+    `eps` is the relative rounding of the arithmetic's operands, 0 where sums round as much.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        backend: str | None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        eps: float = 0.0,
+    ) -> None:
+        self.shape, self.dtype, self.eps = shape, dtype, eps
+        generator = torch.Generator(device).manual_seed(0)
         arguments = {"num_layers": shape.layers, "bidirectional": shape.dirs == 2}
         arguments |= {"proj_size": shape.proj} if shape.proj else {}
         torch.manual_seed(0)
@@ -55,19 +65,23 @@ class Workload:
             shape.I, shape.H, **arguments, backend=backend
         )
         self.ours.load_state_dict(self.theirs.state_dict())
-        self.precise = getattr(torch.nn, CLASSES[shape.cell])(
-            shape.I, shape.H, **arguments
-        ).double()
+        for module in (self.theirs, self.ours):
+            module.to(device, dtype)
+        self.precise = getattr(torch.nn, CLASSES[shape.cell])(shape.I, shape.H, **arguments).to(
+            device, torch.float64
+        )
         self.precise.load_state_dict(self.theirs.state_dict())
 
         def normal(*sizes: int) -> torch.Tensor:
-            return torch.randn(*sizes, generator=generator)
+            return torch.randn(*sizes, generator=generator, device=device).to(dtype)
 
         out, stack = shape.proj or shape.H, shape.layers * shape.dirs
         self.lengths = None
         self.rows = shape.T * shape.B
         if shape.packed:
-            self.lengths = torch.randint(shape.T // 4, shape.T + 1, (shape.B,), generator=generator)
+            self.lengths = torch.randint(
+                shape.T // 4, shape.T + 1, (shape.B,), generator=generator, device=device
+            ).cpu()
             self.lengths[0] = shape.T
             self.rows = int(self.lengths.sum())
         self.x = normal(shape.T, shape.B, shape.I)
@@ -130,18 +144,19 @@ class Workload:
     def gate(self) -> Gate:
         """Compares outputs and every gradient of both with torch.nn in float64 on the same numbers.
 
-        Bound of a tensor: twice torch.nn's own error plus 4 eps ceil(log2(G H T)) max|exact|, the
-        rounding of a sum of G*H*T terms added in pairs (torch.nn's error may be small by luck; the
-        4 leaves room for the few such sums in a row). It holds for the largest and the
-        root-mean-square error.
+        Bound of a tensor: twice torch.nn's own error plus 4 e max|exact|, where e is float32's eps
+        times ceil(log2(G H T)), the rounding of a sum of G*H*T terms added in pairs, plus that of
+        operands (torch.nn's error may be small by luck; the 4 leaves room for the few such sums in
+        a row). It holds for the largest and the root-mean-square error.
         """
         exact = self.values(self.precise, torch.float64)
         ours, theirs = (
-            self.values(self.ours, torch.float32),
-            self.values(self.theirs, torch.float32),
+            self.values(self.ours, self.dtype),
+            self.values(self.theirs, self.dtype),
         )
         terms = GATES[self.shape.cell] * self.shape.H * self.shape.T
-        relative = 4 * torch.finfo(torch.float32).eps * math.ceil(math.log2(terms))
+        sums = torch.finfo(torch.float32).eps * math.ceil(math.log2(terms))
+        relative = 4 * (sums + self.eps)
         shares: list[tuple[float, str]] = []
         errors: dict[str, list[float]] = {"ours": [], "theirs": []}
         for name, value in exact.items():

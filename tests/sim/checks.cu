@@ -2,10 +2,11 @@
 #include "checks.h"
 
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/primitives.h"
+#include "device_array.h"
 
 namespace frnn::checks {
 namespace {
@@ -67,24 +68,58 @@ void compare_product(const std::vector<T>& a, const std::vector<T>& b, const std
 }
 
 template <Type kType>
-void check_multiply() {
+std::vector<float> product(const std::vector<float>& a, const std::vector<float>& b) {
+  DeviceArray in_a(a), in_b(b);
+  auto d = poison<float>(16 * 8);
+  launch("multiply", multiply<kType>, Launch{dim3(1), dim3(32)}, in_a.get(), in_b.get(), d.get());
+  return d.read();
+}
+
+template <Type kType>
+Answer check_multiply() {
   constexpr int kK = kType == Type::kTf32 ? 8 : 16;
-  std::vector<float> a(16 * kK), b(kK * 8), d(16 * 8);
+  std::vector<float> a(16 * kK), b(kK * 8);
   for (int i = 0; i < 16 * kK; ++i) a[i] = static_cast<float>(i * 37 % 31 - 15);
   for (int i = 0; i < kK * 8; ++i) b[i] = static_cast<float>(i * 53 % 29 - 14);
-  launch("multiply", multiply<kType>, Launch{dim3(1), dim3(32)}, a.data(), b.data(), d.data());
+  const auto d = product<kType>(a, b);
   compare_product(a, b, d, kK, [](int i, int j) { return 1.0f + 2 * (i / 8) + j % 2; });
+  return answer(d);
 }
 
-void check_multiply_f64() {
-  std::vector<double> a(32), b(32), d(64);
+// Positive values of many magnitudes: a sum of 16 products and the accumulator, each cut to 24 bits
+// of the largest, is at most 17 units off.
+template <Type kType>
+Answer check_sums() {
+  constexpr int kK = kType == Type::kTf32 ? 8 : 16, kUlp = 17;
+  auto value = [](int i) { return std::ldexp(static_cast<float>(128 + i * 37 % 128), -7 - i % 9); };
+  std::vector<float> a(16 * kK), b(kK * 8);
+  for (int i = 0; i < 16 * kK; ++i) a[i] = value(i);
+  for (int i = 0; i < kK * 8; ++i) b[i] = value(7 * i + 3);
+  const auto d = product<kType>(a, b);
+  for (int i = 0; i < 16 * 8; ++i) {
+    double sum = 1.0 + 2 * (i / 64) + i % 2;
+    for (int j = 0; j < kK; ++j) sum += double{a[i / 8 * kK + j]} * b[j * 8 + i % 8];
+    if (!(std::abs(d[i] - sum) <= kUlp * 0x1p-23 * sum)) {
+      throw std::runtime_error("a sum of products is too far from the loop's");
+    }
+  }
+  return answer(d, 2 * kUlp);
+}
+
+Answer check_multiply_f64() {
+  std::vector<double> a(32), b(32);
   for (int i = 0; i < 32; ++i) a[i] = i * 37 % 31 - 15, b[i] = i * 53 % 29 - 14;
-  launch("multiply_f64", multiply_f64, Launch{dim3(1), dim3(32)}, a.data(), b.data(), d.data());
+  DeviceArray in_a(a), in_b(b);
+  auto out = poison<double>(64);
+  launch("multiply_f64", multiply_f64, Launch{dim3(1), dim3(32)}, in_a.get(), in_b.get(),
+         out.get());
+  const auto d = out.read();
   compare_product(a, b, d, 4, [](int, int j) { return 1.0 + j % 2; });
+  return answer(d);
 }
 
-// ---- ldmatrix and movmatrix. out: [5][32] registers of four matrices and a transposed one, then
-// the same with ldmatrix_trans.
+// ---- ldmatrix and movmatrix. out: [13][32] registers of four matrices and a transposed one, of
+// four with ldmatrix_trans, and of two with either.
 __global__ void matrices(uint32_t* out) {
   FRNN_SHARED(uint16_t, tile, 4 * 64);
   const int lane = static_cast<int>(threadIdx.x);
@@ -96,15 +131,22 @@ __global__ void matrices(uint32_t* out) {
   out[4 * 32 + lane] = movmatrix_trans(r[0]);
   ldmatrix_trans(r, tile + 8 * lane);
   for (int i = 0; i < 4; ++i) out[(5 + i) * 32 + lane] = r[i];
+  uint32_t two[2];
+  ldmatrix(two, tile + 8 * (lane % 16));
+  for (int i = 0; i < 2; ++i) out[(9 + i) * 32 + lane] = two[i];
+  ldmatrix_trans(two, tile + 8 * (lane % 16));
+  for (int i = 0; i < 2; ++i) out[(11 + i) * 32 + lane] = two[i];
 }
 
-void check_matrices() {
-  std::vector<uint32_t> out(9 * 32);
-  launch("matrices", matrices, Launch{dim3(1), dim3(32)}, out.data());
-  for (int i = 0; i < 9 * 32; ++i) {
+Answer check_matrices() {
+  auto array = poison<uint32_t>(13 * 32);
+  launch("matrices", matrices, Launch{dim3(1), dim3(32)}, array.get());
+  const auto out = array.read();
+  constexpr int kMatrix[] = {0, 1, 2, 3, 0, 0, 1, 2, 3, 0, 1, 0, 1};
+  for (int i = 0; i < 13 * 32; ++i) {
     const int lane = i % 32, row = lane / 4, column = lane % 4 * 2, part = i / 32;
-    const bool transposed = part >= 4;
-    const int matrix = part < 4 ? part : part == 4 ? 0 : part - 5;
+    const bool transposed = (part >= 4 && part < 9) || part >= 11;
+    const int matrix = kMatrix[part];
     auto value = [&](int c) {
       return static_cast<uint32_t>(64 * matrix + (transposed ? 8 * c + row : 8 * row + c));
     };
@@ -112,6 +154,96 @@ void check_matrices() {
       throw std::runtime_error("a matrix differs from the loop");
     }
   }
+  return answer(out);
+}
+
+// ---- Conversions. out: [3][n], of the tf32 the bits that mma reads.
+__global__ void convert(const float* in, uint32_t* out, int n) {
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += 32) {
+    out[i] = pack_bf16(in[i], in[n - 1 - i]);
+    out[n + i] = pack_f16(in[i], in[n - 1 - i]);
+    out[2 * n + i] = to_tf32(in[i]) & 0xffffe000u;
+  }
+}
+
+// x as a float of so many mantissa bits and its bias, to nearest, ties to even.
+uint32_t rounded(float x, int mantissa, int bias) {
+  if (std::isnan(x)) return 0x7fff;
+  const uint32_t sign = std::signbit(x) ? 0x8000 : 0, infinity = (2u * bias + 1) << mantissa;
+  if (x == 0) return sign;
+  if (std::isinf(x)) return sign | infinity;
+  const int exponent = max(std::ilogb(x), 1 - bias);
+  const double units = std::nearbyint(std::ldexp(std::abs(double{x}), mantissa - exponent));
+  // A subnormal has no leading one, which the exponent's field 1 stands for.
+  const auto bits = static_cast<uint32_t>(((exponent + bias - 1) << mantissa) + units);
+  return sign | min(bits, infinity);
+}
+
+Answer check_conversions() {
+  std::vector<float> in = {0, -0.0f, 1, 65519, 65520, 3.4e38f, 1e-45f, -INFINITY, INFINITY, NAN};
+  for (uint32_t i = 0; i < 243; ++i) {
+    uint32_t bits = i * 2654435761u;  // some halfway between two of a format
+    if (i % 3 == 1) bits = (bits & 0xffff0000u) | 0x8000u;
+    if (i % 3 == 2) bits = (bits & 0xffffe000u) | 0x1000u;
+    if (i % 2 == 0) bits = (bits & 0x807fffffu) | (100 + i % 45) << 23;  // near half's range
+    float x;
+    std::memcpy(&x, &bits, 4);
+    if (!std::isnan(x)) in.push_back(x);
+  }
+  const int n = static_cast<int>(in.size());
+  DeviceArray values(in);
+  auto array = poison<uint32_t>(3 * in.size());
+  launch("convert", convert, Launch{dim3(1), dim3(32)}, values.get(), array.get(), n);
+  auto out = array.read();
+  for (int i = 0; i < n; ++i) {
+    const float low = in[i], high = in[n - 1 - i];
+    uint32_t bits;
+    std::memcpy(&bits, &low, 4);
+    if (std::isnan(low)) out[2 * n + i] = 0;  // which NaN is open
+    const uint32_t tf32 = std::isnan(low)   ? 0
+                          : std::isinf(low) ? bits
+                                            : (bits + 0x1000u) & 0xffffe000u;
+    if (out[i] != (rounded(low, 7, 127) | rounded(high, 7, 127) << 16) ||
+        out[n + i] != (rounded(low, 10, 15) | rounded(high, 10, 15) << 16) ||
+        out[2 * n + i] != tf32) {
+      throw std::runtime_error("a conversion differs from the loop");
+    }
+  }
+  return answer(out);
+}
+
+// ---- Functions, with the error that primitives.h promises.
+enum class Function { kTanh, kExp2 };
+
+template <Function kFunction>
+__global__ void apply(const float* in, float* out, int n) {
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += 32) {
+    out[i] = kFunction == Function::kTanh ? tanh_approx(in[i]) : exp2_approx(in[i]);
+  }
+}
+
+template <Function kFunction>
+Answer check_function() {
+  constexpr bool kTanh = kFunction == Function::kTanh;
+  std::vector<float> in = {0, INFINITY, -INFINITY};
+  for (int i = 0; i < 250; ++i) {
+    in.push_back(kTanh ? std::ldexp(1 + i / 250.0f, i % 20 - 15) * (i % 2 ? 1 : -1) : i - 125.3f);
+  }
+  if (!kTanh) in.push_back(-130);  // a subnormal result becomes 0
+  DeviceArray values(in);
+  auto array = poison<float>(in.size());
+  launch("apply", apply<kFunction>, Launch{dim3(1), dim3(32)}, values.get(), array.get(),
+         static_cast<int>(in.size()));
+  const auto out = array.read();
+  for (size_t i = 0; i < in.size(); ++i) {
+    const double x = in[i], exact = kTanh ? std::tanh(x) : x == -130 ? 0 : std::exp2(x);
+    const double bound = (kTanh ? 0x1p-11 : 0x1p-22) * std::abs(exact);
+    if (out[i] != exact && !(std::abs(out[i] - exact) <= bound)) {
+      throw std::runtime_error("a function is less exact than promised");
+    }
+  }
+  // The simulator's tanh is wrong by 2^-12; its exp2 is the library's, within one unit.
+  return answer(out, kTanh ? (0x1p-11 + 0x1p-12) * 0x1p24 + 1 : 3);
 }
 
 // ---- Shuffles and votes. out: [5][32].
@@ -124,9 +256,10 @@ __global__ void shuffles(int* out) {
   out[128 + lane] = static_cast<int>(__ballot_sync(0xffffffffu, lane % 3 == 0));
 }
 
-void check_shuffles() {
-  std::vector<int> out(5 * 32);
-  launch("shuffles", shuffles, Launch{dim3(1), dim3(32)}, out.data());
+Answer check_shuffles() {
+  auto array = poison<int>(5 * 32);
+  launch("shuffles", shuffles, Launch{dim3(1), dim3(32)}, array.get());
+  const auto out = array.read();
   uint32_t votes = 0;
   for (int lane = 0; lane < 32; lane += 3) votes |= 1u << lane;
   for (int lane = 0; lane < 32; ++lane) {
@@ -136,71 +269,26 @@ void check_shuffles() {
       if (out[32 * i + lane] != expected[i]) throw std::runtime_error("a shuffle is wrong");
     }
   }
-}
-
-// ---- cp.async of each size and with zero fill, in dynamic shared memory. out: [128] bytes.
-__global__ void copies(const unsigned char* in, unsigned char* out) {
-  FRNN_DYN_SMEM(smem);
-  const int lane = static_cast<int>(threadIdx.x);
-  if (lane < 4) {
-    cp_async<16>(smem + 16 * lane, in + 16 * lane);
-  } else if (lane < 8) {
-    cp_async<8>(smem + 64 + 8 * (lane - 4), in + 64 + 8 * (lane - 4));
-  } else if (lane < 16) {
-    cp_async<4>(smem + 96 + 4 * (lane - 8), in + 96 + 4 * (lane - 8), lane - 12 > 0 ? 4 : 2);
-  }
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncthreads();
-  for (int i = lane; i < 128; i += 32) out[i] = smem[i];
-}
-
-void check_copies() {
-  std::vector<unsigned char> in(128), out(128);
-  for (int i = 0; i < 128; ++i) in[i] = static_cast<unsigned char>(i + 1);
-  Launch how{dim3(1), dim3(32)};
-  how.smem = 128;
-  launch("copies", copies, how, in.data(), out.data());
-  for (int i = 0; i < 128; ++i) {
-    const bool filled = i >= 96 && i < 96 + 4 * 5 && i % 4 >= 2;
-    if (out[i] != (filled ? 0 : in[i])) throw std::runtime_error("a copy is wrong");
-  }
-}
-
-// ---- One warp hands on to another by bar.arrive and bar.sync.
-__global__ void named_barriers(int* out) {
-  FRNN_SHARED(int, value, 32);
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  if (threadIdx.x < 32) {
-    value[lane] = 3 * lane;
-    bar_arrive(1, 64);
-  } else {
-    bar_sync(1, 64);
-    out[lane] = value[31 - lane];
-  }
-}
-
-void check_named_barriers() {
-  std::vector<int> out(32);
-  launch("named_barriers", named_barriers, Launch{dim3(1), dim3(64)}, out.data());
-  for (int i = 0; i < 32; ++i) {
-    if (out[i] != 3 * (31 - i)) throw std::runtime_error("a named barrier let a thread pass");
-  }
+  return answer(out);
 }
 
 }  // namespace
 
-void run(int check) {
-  constexpr void (*kChecks[])() = {check_multiply<Type::kBf16>,
-                                   check_multiply<Type::kF16>,
-                                   check_multiply<Type::kTf32>,
-                                   check_multiply_f64,
-                                   check_matrices,
-                                   check_shuffles,
-                                   check_copies,
-                                   check_named_barriers};
-  static_assert(sizeof(kChecks) / sizeof(*kChecks) == sizeof(kNames) / sizeof(*kNames));
-  kChecks[check]();
+Answer run(int check) {
+  constexpr Answer (*kChecks[])() = {check_multiply<Type::kBf16>,
+                                     check_multiply<Type::kF16>,
+                                     check_multiply<Type::kTf32>,
+                                     check_multiply_f64,
+                                     check_sums<Type::kBf16>,
+                                     check_sums<Type::kF16>,
+                                     check_sums<Type::kTf32>,
+                                     check_matrices,
+                                     check_conversions,
+                                     check_function<Function::kTanh>,
+                                     check_function<Function::kExp2>,
+                                     check_shuffles};
+  constexpr int kMine = sizeof(kChecks) / sizeof(*kChecks);
+  return check < kMine ? kChecks[check]() : run_exchange(check - kMine);
 }
 
 }  // namespace frnn::checks

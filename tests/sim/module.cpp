@@ -12,7 +12,9 @@ PYBIND11_MODULE(cuda_sim, m) {
   pybind11::list names;
   for (const char* name : checks::kNames) names.append(name);
   m.attr("CHECKS") = names;
-  m.def("run_check", &checks::run, "Raises RuntimeError if a primitive is wrong.");
+  m.def(
+      "run_check", [](int check) { checks::run(check); },
+      "Raises RuntimeError if a primitive is wrong.");
   m.def(
       "run_toy",
       [](int toy, int bug) {

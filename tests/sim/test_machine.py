@@ -93,7 +93,9 @@ def test_planted(sim, toy, bug, sentence):
 
 @pytest.mark.parametrize(
     "check",
-    "mma_bf16 mma_f16 mma_tf32 mma_f64 matrices shuffles copies named_barriers".split(),
+    "mma_bf16 mma_f16 mma_tf32 mma_f64 sums_bf16 sums_f16 sums_tf32 matrices conversions tanh exp2 "
+    "shuffles copies named_barriers words messages clocks dependency bulk cluster "
+    "store_async".split(),
 )
 def test_primitive(sim, check):
     for seed in range(20):
@@ -122,3 +124,34 @@ def test_races(build, toy, bug):
 def test_out_of_bounds_under_asan(build):
     result = sanitized(build, "asan", "grid_flag", "out of bounds", 1)
     assert result.returncode != 0 and "toys.cu" in result.stderr
+
+
+def test_answers_differ_if_a_word_does(build, tmp_path):
+    """The program that compares a device with the simulator, here the simulator with itself."""
+    answers = tmp_path / "answers"
+    right = subprocess.run([build / "answers"], capture_output=True, text=True).stdout
+    for name, old, new, verdict in [
+        ("matrices", " 00010000 ", " 00010000 ", "as in the simulator"),
+        ("matrices", " 00010000 ", " 00010001 ", "word 0 is 0x00010000, in the simulator"),
+        ("exp2", " 00cfefa9 ", " 00cfefac ", "as in the simulator"),
+        ("exp2", " 00cfefa9 ", " 00cfefad ", "word 3 is 0x00cfefa9, in the simulator"),
+    ]:
+        lines = [line for line in right.splitlines(True) if line.split()[0] == name]
+        assert len(lines) == 1 and old in lines[0]
+        answers.write_text(right.replace(lines[0], lines[0].replace(old, new, 1)))
+        done = subprocess.run([build / "answers", answers, name], capture_output=True, text=True)
+        assert done.stdout.startswith(f"{name}: {verdict}"), done.stdout
+        assert done.returncode == (verdict != "as in the simulator")
+    done = subprocess.run([build / "answers", answers, "no such check"], capture_output=True)
+    assert done.returncode == 1
+
+
+MICRO = "max_clusters cluster_barrier st_async_hop st_async_step flag_hop data_hop mma".split()
+
+
+@pytest.mark.parametrize("group", MICRO)
+def test_microbenchmark_moves_the_right_data(build, tmp_path, group):
+    path = tmp_path / "rows.csv"
+    done = subprocess.run([build / "micro", group, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert all(line.endswith(",simulated") for line in path.read_text().splitlines())

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/primitives.h"
+#include "device_array.h"
 
 namespace frnn::toys {
 namespace {
@@ -255,13 +255,15 @@ void choose(Toy toy, Bug bug, const Arguments& a) {
 
 }  // namespace
 
-void run_toy(Toy toy, Bug bug) {
-  // 16-byte aligned for the copies, as operator new's memory is.
-  std::vector<uint32_t> h(4 * kH, kEmpty), x(kSteps * kH), y(kSteps * kH, kEmpty), counter(1);
+std::vector<uint32_t> run_toy(Toy toy, Bug bug) {
+  std::vector<uint32_t> h(4 * kH, kEmpty), x(kSteps * kH);
   for (int i = 0; i < kH; ++i) h[i] = static_cast<uint32_t>(i * i + 7);
   for (int i = 0; i < kSteps * kH; ++i) x[i] = static_cast<uint32_t>(i * 2246822519u);
   std::vector<uint32_t> state(h.begin(), h.begin() + kH);
-  choose(toy, bug, {h.data(), x.data(), y.data(), counter.data()});
+  DeviceArray slots(h), inputs(x), counter(std::vector<uint32_t>(1));
+  auto outputs = poison<uint32_t>(kSteps * kH);
+  choose(toy, bug, {slots.get(), inputs.get(), outputs.get(), counter.get()});
+  const auto y = outputs.read();
   for (int t = 0; t < kSteps; ++t) {
     std::vector<uint32_t> next(kH);
     for (int u = 0; u < kH; ++u) {
@@ -272,6 +274,7 @@ void run_toy(Toy toy, Bug bug) {
     }
     state = next;
   }
+  return y;
 }
 
 }  // namespace frnn::toys

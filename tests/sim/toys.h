@@ -4,10 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace frnn::toys {
 
 enum class Toy { kGridFlag, kGridSentinel, kClusterBarrier, kClusterAsync };
+constexpr const char* kNames[] = {"grid_flag", "grid_sentinel", "cluster_barrier", "cluster_async"};
 
 enum class Bug {
   kNone,
@@ -31,6 +33,7 @@ enum class Bug {
 };
 
 // Runs a toy and compares with a plain loop; throws, with a sentence, if it fails in any way.
-void run_toy(Toy toy, Bug bug);
+// Returns the states [T, H].
+std::vector<uint32_t> run_toy(Toy toy, Bug bug);
 
 }  // namespace frnn::toys

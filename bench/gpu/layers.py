@@ -1,0 +1,21 @@
+"""Small forward and backward passes on the backend "cuda", for compute-sanitizer."""
+
+import itertools
+import sys
+
+import torch
+
+import fusedrnn
+
+if "cuda" not in fusedrnn.list_backends():
+    sys.exit('this fusedrnn has no backend "cuda"')
+LAYERS = (fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+for layer, dtype in itertools.product(LAYERS, DTYPES):
+    module = layer(5, 20, backend="cuda").to("cuda", dtype)
+    x = torch.randn(3, 3, 5, device="cuda", dtype=dtype, requires_grad=True)
+    y, _ = module(x)
+    gradients = torch.autograd.grad(y.sum(), [x, *module.parameters()])
+    if not all(value.isfinite().all() for value in (y, *gradients)):
+        sys.exit(f"{layer.__name__} in {dtype}: a value is not finite")
+print("all values are finite")
