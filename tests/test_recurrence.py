@@ -116,6 +116,15 @@ def test_gradients_of_weights(cell, shape, runner):
 
 
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("shape", [(1, 3, 5, 33), (3, 1, 70, 19), (1, 4, 70, 19)], ids=str)
+def test_few_rows(cell, shape, runner):
+    """Below four rows in all, the engine takes weights as they are."""
+    check(Case(cell, *shape, lengths=True), runner)
+    if cell.name == "lstm":
+        check(Case(cell, *shape, P=9, cell_states=True, dtype=torch.float64), runner)
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_empty_batch(cell, runner):
     check(Case(cell, T=3, B=0, I=4, H=5), runner)
 

@@ -10,6 +10,8 @@ class Forward {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
   // Rows of a chunk of the input projection: enough for W_ih to be read seldom.
   static constexpr int64_t kInputRows = 192;
+  // Rows of all steps from which on packed weights pay.
+  static constexpr int64_t kPackedRows = 4;
 
  public:
   static void run(const frnn::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
@@ -45,17 +47,20 @@ class Forward {
         steps_(args, carver.take<T>(a_.h_prev ? 0 : 2 * a_.b * a_.p),
                carver.take<T>(a_.h_prev ? 0 : (kStates - 1) * a_.b * a_.h),
                carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0)),
-        chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1) {
+        chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
+        packed_(a_.t * a_.b >= kPackedRows) {
     const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;
+    gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
+    if (!packed_) return;
     w_ih_ = carver.take<T>(units * kGates * a_.i);
     w_hh_ = carver.take<T>(units * kGates * a_.p);
-    gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
     if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * a_.h);
   }
 
   Slice slice(int i) const { return make_slice(a_, plan_, i); }
 
   void pack(const Slice& slice) const {
+    if (!packed_) return;
     pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
     pack_rows(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
     if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
@@ -110,8 +115,12 @@ class Forward {
           }
         }
       };
-      product<kGates, T>(a_.x + begin * a_.b * a_.i, a_.i, rows, a_.i, w_ih_, slice.hidden, false,
-                         wanted, fetch, finish);
+      const T* x = a_.x + begin * a_.b * a_.i;
+      if (packed_) {
+        product<kGates, T>(x, a_.i, rows, a_.i, w_ih_, slice.hidden, false, wanted, fetch, finish);
+      } else {
+        product_unpacked<kGates>(x, a_.i, rows, a_.i, a_.w_ih, a_.h, slice.hidden, wanted, finish);
+      }
     };
     if (slice.rows.size() == a_.b) {
       project(to.first, {0, steps * a_.b});
@@ -133,8 +142,14 @@ class Forward {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
     const auto finish = [&](const Tile& tile, const V* gh) { finish_cells(s, tile, gx, gh); };
-    product<kGates, T>(steps_.h_in(s), a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2, computed,
-                       fetch, finish);
+    const T* h = steps_.h_in(s);
+    if (packed_) {
+      product<kGates, T>(h, a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2, computed, fetch,
+                         finish);
+    } else {
+      product_unpacked<kGates>(h, a_.p, slice.rows, a_.p, a_.w_hh, a_.h, slice.hidden, computed,
+                               finish);
+    }
   }
 
   void project(const Slice& slice, int64_t s) const {
@@ -148,8 +163,12 @@ class Forward {
         }
       }
     };
-    product<1, T>(steps_.m_at(s), a_.h, slice.rows, a_.h, w_hr_, slice.output, s % 2, computed,
-                  fetch, finish);
+    const T* m = steps_.m_at(s);
+    if (packed_) {
+      product<1, T>(m, a_.h, slice.rows, a_.h, w_hr_, slice.output, s % 2, computed, fetch, finish);
+    } else {
+      product_unpacked<1>(m, a_.h, slice.rows, a_.h, a_.w_hr, a_.p, slice.output, computed, finish);
+    }
   }
 
   // Prefetches what step() touches and no cache holds: arrays that are read or written once.
@@ -193,6 +212,7 @@ class Forward {
   const frnn::Timeline<T> timeline_;
   const frnn::ForwardSteps<Cell, V, T, T> steps_;
   const int64_t chunk_;  // steps of a chunk of the input projection
+  const bool packed_;    // whether the weights are packed
   T* w_ih_ = nullptr;    // packed
   T* gx_ = nullptr;      // one chunk
   T* w_hh_ = nullptr;    // packed

@@ -164,6 +164,31 @@ void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k
   }
 }
 
+// a . w[lane] for the first n rows of w [.., K], 0 in the other lanes.
+template <class T>
+Vec<T> dot_products(const T* __restrict__ a, const T* __restrict__ w, int64_t k, int n) {
+  constexpr int kLane = kLanes<T>;
+  Vec<T> partial[kLane] = {};
+  for (int64_t i = 0; i < k; i += kLane) {
+    const int some = static_cast<int>(min(kLane, k - i));
+    const Vec<T> values = frnn::load<Vec<T>>(a + i, some);
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLane; ++lane) {
+      const T* row = w + (lane < n ? lane : 0) * k;
+      partial[lane] += values * frnn::load<Vec<T>>(row + i, some);
+    }
+  }
+  Vec<T> sum;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLane; ++lane) {
+    T total = 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLane; ++i) total += partial[lane][i];
+    sum[lane] = lane < n ? total : T(0);
+  }
+  return sum;
+}
+
 // Some rows and blocks of a product.
 struct Tile {
   int64_t row, block;  // the first ones
@@ -208,5 +233,25 @@ void product(const T* a, int64_t lda, Range rows, int64_t k, const T* packed, Ra
   }
   for (int64_t block = blocks.begin + step * groups; block < blocks.end; ++block) {
     some_blocks.template operator()<1>(block);
+  }
+}
+
+// The same with weights as they are, w [G*N, K]: for so few rows that packing would cost more than
+// the product. The lanes of a sum run along K here.
+template <int kGates, class T, class Wanted, class Finish>
+void product_unpacked(const T* a, int64_t lda, Range rows, int64_t k, const T* w, int64_t units,
+                      Range blocks, const Wanted& wanted, const Finish& finish) {
+  constexpr int kLane = kLanes<T>;
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int gates = wanted(row) ? kGates : 0;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      Vec<T> sum[kGates] = {};
+      for (int gate = 0; gate < gates; ++gate) {
+        const int64_t n = min(kLane, units - block * kLane);
+        const T* first = w + (gate * units + block * kLane) * k;
+        sum[gate] = dot_products(a + row * lda, first, k, static_cast<int>(n));
+      }
+      finish(Tile{row, block, 1, 1}, sum);
+    }
   }
 }

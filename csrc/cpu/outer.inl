@@ -21,6 +21,7 @@ class Outer {
   static constexpr int kBlocks = Shape<1>::kBlocks, kRows = kRowsOf<kBlocks>;
   static constexpr int64_t kHeight = 96;  // of M: a piece of a is a part of L2
   static constexpr int64_t kWidth = 256;  // of N: a piece of each b is packed for all of M
+  static_assert(kHeight % kRows == 0);
 
  public:
   static constexpr int64_t kDepth = 256;  // of K: more, and four blocks of b leave the L1 cache
