@@ -46,9 +46,10 @@ class Cudnn:
         if request.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             return f"computes in {names}, got {request.dtype}"
-        version = torch.backends.cudnn.version() or 0
-        if request.dtype == torch.bfloat16 and version < BFLOAT16_SINCE:
-            return f"computes in bfloat16 from cuDNN {BFLOAT16_SINCE} on, this one is {version}"
+        if request.dtype == torch.bfloat16:
+            version = torch.backends.cudnn.version() or 0
+            if version < BFLOAT16_SINCE:
+                return f"computes in bfloat16 from cuDNN {BFLOAT16_SINCE} on, this one is {version}"
         if request.cell.name not in MODES:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
