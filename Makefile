@@ -76,7 +76,7 @@ configure = .venv/bin/cmake -S . -B build/$@ -G Ninja --log-level=WARNING \
 
 ctest: .venv/ready
 	@$(configure) -DFUSEDRNN_BUILD_TESTS=ON
-	@.venv/bin/cmake --build build/$@ --target test_cells
+	@.venv/bin/cmake --build build/$@ --target test_cells test_plan
 	@.venv/bin/ctest --test-dir build/$@ --output-on-failure
 
 runtime = $(shell $(CXX) -print-file-name=$(1))
