@@ -4,7 +4,7 @@
 #   make test     the whole test suite and the examples in docstrings
 #   make bench    fusedrnn against torch.nn; options go through: make bench ARGS=--full
 #   make lint     ruff, clang-format, mypy
-#   make ctest    the cells' derivatives in C++ against finite differences
+#   make ctest    in C++: the cells' derivatives against finite differences, the CUDA kernels' plans
 #   make asan     the CPU engine's tests under AddressSanitizer and UBSan; make tsan: ThreadSanitizer
 #   make sim      the CUDA kernels on a simulator, which needs no GPU but CUDA's headers
 #   make cuda     compile the CUDA kernels for three GPUs; what nvcc made of each against a baseline,
@@ -76,7 +76,7 @@ configure = .venv/bin/cmake -S . -B build/$@ -G Ninja --log-level=WARNING \
 
 ctest: .venv/ready
 	@$(configure) -DFUSEDRNN_BUILD_TESTS=ON
-	@.venv/bin/cmake --build build/$@ --target test_cells
+	@.venv/bin/cmake --build build/$@ --target test_cells test_plan
 	@.venv/bin/ctest --test-dir build/$@ --output-on-failure
 
 runtime = $(shell $(CXX) -print-file-name=$(1))

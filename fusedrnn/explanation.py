@@ -29,9 +29,12 @@ class Explanation:
 def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
     """Which backend would run ``module(x)`` here and now, and why the others would not.
 
+    Another may run where more is asked for than that: lengths, resets, cell states, a trace.
+
     Args:
         module: a layer or cell of fusedrnn or torch.nn (which runs on fusedrnn under ``patch``).
-        x: the input the module would get; only its dtype and device are read.
+        x: the input the module would get; only its dtype, its device and whether it is
+            packed or empty are read.
 
     Returns:
         An :class:`Explanation`; its ``str`` is made for people.
@@ -56,7 +59,10 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if autocast and next(module.parameters()).dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    request = Request(cell, dtype, data.device, module.hidden_size, proj_size)
+    request = Request(
+        cell, dtype, data.device, module.hidden_size, proj_size,
+        lengths=isinstance(x, PackedSequence), empty=data.numel() == 0,
+    )  # fmt: skip
     reasons: dict[str, str] = {}
     for name, reason in weigh(request, check_names(getattr(module, "backend", None))).items():
         if reason is None:

@@ -20,10 +20,16 @@ class Stack(NamedTuple):
     c: Tensor | None  # [T,B,D*H] of the last layer
 
 
-def request_of(cell: Cell, x: Tensor, weights: Weights) -> Request:
+def request_of(
+    cell: Cell, x: Tensor, weights: Weights, seq: Sequence, cell_states: bool
+) -> Request:
     hidden = weights.w_hh.shape[0] // len(cell.gates)
     proj = 0 if weights.w_hr is None else weights.w_hr.shape[0]
-    return Request(cell, x.dtype, x.device, hidden, proj)
+    empty = not torch.compiler.is_compiling() and x.numel() == 0
+    return Request(
+        cell, x.dtype, x.device, hidden, proj, seq.lengths is not None, seq.resets is not None,
+        cell_states, empty,
+    )  # fmt: skip
 
 
 def run_layers(
@@ -45,7 +51,7 @@ def run_layers(
         between: what happens to the output of every layer but the last (dropout).
         wish: the backends to try, in order; empty: the context's or the default.
     """
-    backend = select(request_of(cell, x, weights[0]), wish)
+    backend = select(request_of(cell, x, weights[0], seq, cell_states), wish)
     if seq.lengths is not None:
         steps = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
         x = x.masked_fill((steps >= seq.lengths).unsqueeze(-1), 0)  # padding may hold NaN
@@ -82,9 +88,10 @@ def run_step(
     cell: Cell, x: Tensor, weights: Weights, hx: tuple[Tensor, ...], wish: tuple[str, ...]
 ) -> tuple[Tensor, ...]:
     """One step of one layer over ``x [B,I]``: the new states from hx, ``h [B,H]`` first."""
-    backend = select(request_of(cell, x, weights), wish)
+    seq = Sequence()
+    backend = select(request_of(cell, x, weights, seq, False), wish)
     h_n, *others = recurrence(
-        cell, backend, x.unsqueeze(0), weights, hx[0], _beside_h(hx), Sequence(), False, False
+        cell, backend, x.unsqueeze(0), weights, hx[0], _beside_h(hx), seq, False, False
     )[1:]
     return (h_n, *(c_n.clone() for c in others for c_n in c.unbind(0)))
 

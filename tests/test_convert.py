@@ -143,7 +143,7 @@ def test_backend_context():
     with fusedrnn.backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu'"):
         layer.to(torch.bfloat16)(x.to(torch.bfloat16))
     with pytest.raises(
-        ValueError, match=r"unknown backend 'nope', expected one of \['cuda', 'cpu'"
+        ValueError, match=r"unknown backend 'nope', expected one of \['cudnn', 'cuda', 'cpu'"
     ):
         fusedrnn.backend("nope").__enter__()
     with pytest.raises(ValueError, match="unknown backend"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn.backends import Request, by_name, cuda, native
+from fusedrnn.backends import Request, by_name, cuda, cudnn, native
 from fusedrnn.cells import CELLS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -116,12 +116,14 @@ def test_readme_table_of_cells(monkeypatch):
     def dtypes(backend, cell):
         if backend.supports(Request(cell, torch.complex64, torch.device("mps"), 8, 0)) is None:
             return "every dtype and device"
-        device = torch.device(backend.name)
+        device = torch.device({"cudnn": "cuda"}.get(backend.name, backend.name))
         request = [Request(cell, d, device, 8, 0) for d in DTYPES]
         return ", ".join(str(r.dtype)[6:] for r in request if backend.supports(r) is None)
 
     monkeypatch.setattr(cuda, "_missing", None)
     monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(cudnn, "_missing", None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn.BFLOAT16_SINCE)
     if not native.isas():
         pytest.skip("no native library")
     names = fusedrnn.list_backends()[::-1]

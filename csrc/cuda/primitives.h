@@ -56,6 +56,20 @@ namespace frnn::cuda {
 
 // ---- Launch.
 
+// How many multiprocessors the current device has.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    throw std::runtime_error(std::string("CUDA device: ") + cudaGetErrorString(error));
+  }
+  return count;
+}
+
 // Launches kernel(args...) as described; a failure throws and names the kernel.
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Launch& how, A&&... args) {

@@ -15,13 +15,13 @@
 
 #include <type_traits>
 
+#include "cuda/plan.h"
 #include "cuda/primitives.h"
 
 namespace frnn::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = 4;  // of a block; each takes every fourth piece of k
-constexpr int kSlotRows = 8, kTileColumns = 8;
 
 // 16 bytes of a row.
 template <class S>

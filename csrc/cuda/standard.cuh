@@ -14,9 +14,8 @@ namespace frnn::cuda {
 
 constexpr int kThreads = kWarps * kWarpSize;
 
-// Groups of eight units a block owns: an even number of slots, about four.
 template <int kGates>
-constexpr int kGroupsOf = kGates >= 4 && kGates % 2 == 0 ? 1 : (kGates > 1 ? 2 : 4);
+constexpr int kGroupsOf = groups_of(kGates);  // which device code may read, not call
 
 // The first unit and row of this block.
 struct Corner {

@@ -8,8 +8,6 @@
 namespace frnn::cuda {
 namespace {
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class Kernel, class Args, class... Rest>
 void run(const char* name, Kernel kernel, dim3 grid, bool programmatic, void* stream,
          const Args& args, Rest... rest) {
@@ -19,10 +17,9 @@ void run(const char* name, Kernel kernel, dim3 grid, bool programmatic, void* st
   launch(name, kernel, how, args, rest...);
 }
 
-// Blocks of kGroups groups of units and kTiles tiles of rows.
-dim3 grid(int64_t rows, int64_t units, int tiles, int groups) {
-  return dim3(static_cast<unsigned>(divide_up(rows, tiles * kTileColumns)),
-              static_cast<unsigned>(divide_up(units, groups * kSlotRows)));
+dim3 grid(int64_t rows, int64_t units, int gates, int tiles) {
+  const Blocks blocks = blocks_of(rows, units, gates, tiles);
+  return dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y));
 }
 
 dim3 elementwise_grid(int64_t rows, int64_t units) {
@@ -41,18 +38,17 @@ bool rows_aligned(int64_t size) {
 template <class Cell, class M, int kTiles>
 void run_forward(Forward<typename M::S, typename M::V> f, void* stream) {
   using S = typename M::S;
-  constexpr int kGroups = kGroupsOf<Cell::kGates>;
   f.aligned = rows_aligned<S>(f.p) && rows_aligned<S>(f.h) && aligned(f.w_hh) && aligned(f.w_hr) &&
               aligned(f.h_prev) && aligned(f.h_step) && aligned(f.m) && aligned(f.m_step);
   run("forward_start", forward_start<Cell, M>, elementwise_grid(f.b, f.p > f.h ? f.p : f.h), false,
       stream, f);
   for (int64_t s = 0; s < f.t; ++s) {
-    run("forward_cells", forward_cells<Cell, M, kTiles>, grid(f.b, f.h, kTiles, kGroups), s > 0,
-        stream, f, s);
+    run("forward_cells", forward_cells<Cell, M, kTiles>, grid(f.b, f.h, Cell::kGates, kTiles),
+        s > 0, stream, f, s);
     if constexpr (!Cell::kReadsH) {
       if (f.w_hr == nullptr) continue;
-      run("forward_project", forward_project<Cell, M, kTiles>, grid(f.b, f.p, kTiles, kGroupsOf<1>),
-          true, stream, f, s);
+      run("forward_project", forward_project<Cell, M, kTiles>, grid(f.b, f.p, 1, kTiles), true,
+          stream, f, s);
     }
   }
 }
@@ -60,26 +56,24 @@ void run_forward(Forward<typename M::S, typename M::V> f, void* stream) {
 template <class Cell, class M, int kTiles>
 void run_backward(Backward<typename M::S, typename M::V> f, void* stream) {
   using S = typename M::S;
-  constexpr int kGroups = kGroupsOf<1>;
   f.aligned = rows_aligned<S>(f.p) && rows_aligned<S>(f.h) && aligned(f.w_hh_t) &&
               aligned(f.w_hr_t) && aligned(f.dgh) && aligned(f.dh);
   run("backward_start", backward_start<Cell, M>, elementwise_grid(f.b, f.p > f.h ? f.p : f.h),
       false, stream, f);
   for (int64_t s = f.t - 1; f.t > 0 && s >= -1; --s) {
-    run("backward_gather", backward_gather<Cell, M, kTiles>, grid(f.b, f.p, kTiles, kGroups),
-        s + 1 < f.t, stream, f, s);
+    run("backward_gather", backward_gather<Cell, M, kTiles>, grid(f.b, f.p, 1, kTiles), s + 1 < f.t,
+        stream, f, s);
     if constexpr (!Cell::kReadsH) {
       if (s < 0 || f.w_hr == nullptr) continue;
-      run("backward_cells", backward_cells<Cell, M, kTiles>, grid(f.b, f.h, kTiles, kGroups), true,
+      run("backward_cells", backward_cells<Cell, M, kTiles>, grid(f.b, f.h, 1, kTiles), true,
           stream, f, s);
     }
   }
 }
 
-// A few rows are best given to few columns, the others share the weights they read.
 template <class M, class F>
-void dispatch_tiles(int64_t rows, F f) {
-  if (rows <= kTileColumns) {
+void dispatch_tiles(int64_t rows, int64_t units, int gates, F f) {
+  if (tiles_of(rows, units, gates, M::kMostTiles, multiprocessors()) == 1) {
     f.template operator()<1>();
   } else {
     f.template operator()<M::kMostTiles>();
@@ -90,7 +84,8 @@ template <class M>
 void forward_in(int cell, const Forward<void, void>& args, void* stream) {
   const auto typed = __builtin_bit_cast(Forward<typename M::S, typename M::V>, args);
   Cells::dispatch(cell, [&]<class Cell>() {
-    dispatch_tiles<M>(args.b, [&]<int kTiles>() { run_forward<Cell, M, kTiles>(typed, stream); });
+    dispatch_tiles<M>(args.b, args.h, Cell::kGates,
+                      [&]<int kTiles>() { run_forward<Cell, M, kTiles>(typed, stream); });
   });
 }
 
@@ -98,7 +93,8 @@ template <class M>
 void backward_in(int cell, const Backward<void, void>& args, void* stream) {
   const auto typed = __builtin_bit_cast(Backward<typename M::S, typename M::V>, args);
   Cells::dispatch(cell, [&]<class Cell>() {
-    dispatch_tiles<M>(args.b, [&]<int kTiles>() { run_backward<Cell, M, kTiles>(typed, stream); });
+    dispatch_tiles<M>(args.b, args.p, 1,
+                      [&]<int kTiles>() { run_backward<Cell, M, kTiles>(typed, stream); });
   });
 }
 

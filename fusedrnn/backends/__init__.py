@@ -18,6 +18,7 @@ from fusedrnn.backends.backend import (
     Weights,
 )
 from fusedrnn.backends.cuda import Cuda
+from fusedrnn.backends.cudnn import Cudnn
 from fusedrnn.backends.native import Native
 from fusedrnn.backends.reference import Reference
 
@@ -42,7 +43,8 @@ __all__ = [
 ]
 
 REFERENCE = Reference()
-_ALL: dict[str, Backend | Reference] = {b.name: b for b in (Cuda(), Native(), REFERENCE)}
+# cuDNN comes before our own CUDA kernels, because those have not run on a device.
+_ALL: dict[str, Backend | Reference] = {b.name: b for b in (Cudnn(), Cuda(), Native(), REFERENCE)}
 
 Names = str | list[str] | tuple[str, ...] | None
 
@@ -53,7 +55,7 @@ def list_backends() -> list[str]:
     Example:
         >>> import fusedrnn
         >>> fusedrnn.list_backends()
-        ['cuda', 'cpu', 'reference']
+        ['cudnn', 'cuda', 'cpu', 'reference']
     """
     return list(_ALL)
 

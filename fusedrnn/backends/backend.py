@@ -12,13 +12,17 @@ from fusedrnn.cells import Cell
 
 class Request(NamedTuple):
     """What a backend must be able to run. T and B are not in it, so that a choice made while
-    tracing holds for every sequence length and batch size."""
+    tracing holds for every sequence length and batch size; ``empty`` is false while tracing."""
 
     cell: Cell
     dtype: torch.dtype
     device: torch.device
     hidden_size: int
     proj_size: int  # 0: none
+    lengths: bool = False
+    resets: bool = False
+    cell_states: bool = False
+    empty: bool = False  # x has no elements
 
 
 class Weights(NamedTuple):
