@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedrnn.backends import Gradients, Request, Run, cuda
 from fusedrnn.backends.native import facts_of
+from fusedrnn.testing import to_tf32
 
 # In the order of frnn::cuda::Arithmetic.
 ARITHMETICS = ["float16", "bfloat16", "tf32", "float32", "float64"]
@@ -127,4 +128,5 @@ class Simulated(cuda.Cuda):
 
     def _cuda_product(self, a, b, transpose_a, transpose_b, tf32):
         assert tf32 == self.tf32
+        a, b = (to_tf32(a), to_tf32(b)) if tf32 else (a, b)
         return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)
