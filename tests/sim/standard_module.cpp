@@ -47,7 +47,8 @@ void run_forward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int6
   set_sequence(args, t, b, h, p, reverse, from);
   SET(gx), SET(b_hh), SET(h0), SET(c0), SET(y), SET(h_n), SET(c_n), SET(c);
   SET(h_prev), SET(c_prev), SET(saved), SET(m), SET(h_step), SET(states_step), SET(m_step);
-  forward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr);
+  frnn::sim::overlapping(
+      [&] { forward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr); });
 }
 
 void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int64_t p,
@@ -57,7 +58,8 @@ void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int
   set_sequence(args, t, b, h, p, reverse, from);
   SET(dy), SET(dc), SET(dh_n), SET(dc_n), SET(h_prev), SET(c_prev), SET(saved);
   SET(dgx), SET(dgh), SET(dh0), SET(dc0), SET(dh), SET(w_hh_t), SET(w_hr_t);
-  backward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr);
+  frnn::sim::overlapping(
+      [&] { backward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr); });
 }
 
 #undef SET
