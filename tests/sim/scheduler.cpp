@@ -320,6 +320,7 @@ void advance() {
   run_one();
 }
 
+// In their order, but for programmatic ones: each starts when all blocks of the one before let it.
 void run_all(Launches& launches) {
   size_t oldest = 0, next = 0, seen = 0;  // not ended, not started, not known to the host
   Grid* failed = nullptr;
@@ -427,13 +428,13 @@ void dependency_launch() {
 }
 
 void dependency_wait() {
-  const Grid* ahead = grid->ahead;
+  Grid* ahead = grid->ahead;
   if (ahead == nullptr) return;
   if (!ahead->done()) {
     grid->dependents.push_back(grid->running);
     wait(Wait::kDependency, "dependency_wait");
   }
-  grid->ahead->end.acquire();
+  ahead->end.acquire();
 }
 
 void run(const char* kernel, const cuda::Launch& how, const std::function<void()>& body) {
