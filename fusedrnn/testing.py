@@ -10,7 +10,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.backends import (
@@ -20,6 +19,7 @@ from fusedrnn.backends import (
     Run,
     Sequence,
     Weights,
+    cuda,
     products,
     reference,
 )
@@ -62,13 +62,19 @@ class Inputs:
     grads: dict[str, Tensor]  # the upstream gradient of each output
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        return replace(
-            self,
-            x=self.x.to(dtype),
-            weights=Weights(*(None if w is None else w.to(dtype) for w in self.weights)),  # type: ignore[arg-type]
-            h0=self.h0.to(dtype),
-            c0=None if self.c0 is None else self.c0.to(dtype),
-            grads={name: g.to(dtype) for name, g in self.grads.items()},
+        return self._map(lambda t: t.to(dtype), lambda t: t)
+
+    def on(self, device: str) -> Inputs:
+        return self._map(lambda t: t.to(device), lambda t: t.to(device))
+
+    def _map(self, f: Callable[[Tensor], Tensor], of_seq: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(
+            f(self.x),
+            Weights(*(None if w is None else f(w) for w in self.weights)),  # type: ignore[arg-type]
+            f(self.h0),
+            None if self.c0 is None else f(self.c0),
+            Sequence(*(None if t is None else of_seq(t) for t in self.seq)),
+            {name: f(g) for name, g in self.grads.items()},
         )
 
 
@@ -178,20 +184,32 @@ def rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
 
 
-def check_case(case: Case, backend: Backend | Reference, seed: int = 0, tf32: bool = False) -> None:
-    """Runs ``case`` on ``backend`` and asserts that it is as accurate as the reference.
+def check_case(
+    case: Case,
+    backend: Backend | Reference,
+    seed: int = 0,
+    tf32: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Runs ``case`` on ``backend`` and asserts that it is as accurate as the reference on the CPU.
 
-    Where a backend rounds on the way, to store 16 bits or for recurrent products in ``tf32``, each
-    value it stores is checked instead, see :func:`assert_stored`.
+    Where a backend rounds on the way, to store 16 bits or for products in ``tf32``, each value it
+    stores is checked instead, see :func:`assert_stored`.
     """
+
+    def here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.cpu() for name, t in tensors.items()}
+
     inputs = make_inputs(case, seed)
     if not isinstance(backend, Reference) and (tf32 or case.dtype.itemsize == 2):
         with _recording(case, backend) as stored:
-            out = run_case(case, inputs, backend)
-        return assert_stored(case, inputs, out, stored, to_tf32 if tf32 else unrounded)
+            out = run_case(case, inputs.on(device), backend)
+        operand = to_tf32 if tf32 else unrounded
+        return assert_stored(case, inputs, here(out), here(stored), operand)
     ref = run_case(case, inputs, Reference())
     ref64 = run_case(case, inputs.to(torch.float64), Reference())
-    assert_as_accurate(case, run_case(case, inputs, backend), ref, ref64)
+    out = run_case(case, inputs.on(device), backend)
+    assert_as_accurate(case, here(out), ref, ref64)
 
 
 # ---- Where values are rounded on the way, right runs may end further apart than a wrong one: a
@@ -224,7 +242,7 @@ def assert_stored(
 
     The largest number, to which the floor is relative, is that of the array; where no rounding to
     16 bits follows, it may also be one that flows in, since terms that cancel leave their errors.
-    ``operand`` rounds the operands of the recurrent products.
+    ``operand`` rounds the operands of all products.
     """
     model = OnStored(case, inputs, stored, operand)
     expected = differentiate(inputs.to(torch.float64), model) | model.made
@@ -239,7 +257,7 @@ def assert_stored(
             continue
         if value.dtype == reference.compute_dtype(case.dtype):
             terms += inputs.grads.values() if name.startswith("d") else given
-        error = floor(case, torch.stack([t.double().abs().max() for t in terms]))
+        error = floor(case, torch.stack([t.double().abs().max() for t in terms if t.numel()]))
         low, high = ((exact + e).to(value.dtype) for e in (-error, error))
         wrong = ~((low <= value) & (value <= high))
         assert not wrong.any(), (
@@ -250,9 +268,12 @@ def assert_stored(
 
 @contextmanager
 def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
-    """What a backend whose reserve begins with ``h_prev, c_prev, saved`` of recurrence.h stores
-    between the steps of the call inside, each ``[T,B,..]``."""
+    """What the backend "cuda" stores in the call inside, each ``[T,B,..]``."""
     stored: dict[str, Tensor] = {}
+
+    def linear(*args: Any) -> Tensor:
+        stored["gx"] = linear_itself(*args)
+        return stored["gx"]
 
     def forward(*args: Any) -> Run:
         run = forward_itself(*args)
@@ -267,24 +288,18 @@ def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
             stored[name] = getattr(recurrent, name)
         return gradients_themselves(*args)
 
-    forward_itself, gradients_themselves = backend.forward, products.gradients
+    linear_itself, forward_itself = cuda._linear, backend.forward
+    gradients_themselves = products.gradients
     with (
+        patch.object(cuda, "_linear", linear),
         patch.object(backend, "forward", forward),
         patch.object(products, "gradients", gradients),
     ):
         yield stored
 
 
-def input_projection(case: Case, inputs: Inputs) -> Tensor:
-    """``gx [T,B,G*H]`` as it is stored, with both biases if the cell is additive."""
-    w_ih, _, bias, b_hh, _ = inputs.weights
-    if case.cell.additive and bias is not None and b_hh is not None:
-        bias = bias + b_hh
-    return F.linear(inputs.x, w_ih, bias)
-
-
 class _Product(torch.autograd.Function):
-    """``a w'`` of rounded operands; the gradient of ``w`` is torch's product, not rounded."""
+    """``a w'`` of rounded operands, as are those of its gradients."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, w: Tensor, operand: Rounding) -> Tensor:
@@ -295,7 +310,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> Any:
         a, w = ctx.saved_tensors
-        return ctx.operand(d) @ ctx.operand(w), d.t() @ a, None
+        a, w, d = map(ctx.operand, (a, w, d))
+        return d @ w, d.t() @ a, None
 
 
 def _with_value(x: Tensor, value: Tensor) -> Tensor:
@@ -305,16 +321,15 @@ def _with_value(x: Tensor, value: Tensor) -> Tensor:
 
 class OnStored:
     """The reference, going on from what a backend ``stored``: where that has a value or gradient,
-    the one ``made`` here is noted and the stored one taken. ``gx`` is torch's and only taken."""
+    the one ``made`` here is noted and the stored one taken."""
 
     def __init__(
         self, case: Case, inputs: Inputs, stored: dict[str, Tensor], operand: Rounding
     ) -> None:
         self.case, self.seq, self.stored, self.operand = case, inputs.seq, stored, operand
-        self.gx = input_projection(case, inputs)
 
     def __call__(self, x: Tensor, weights: Weights, h0: Tensor, c0: Tensor | None) -> Outputs:
-        self.weights = weights
+        self.x, self.weights = x, weights
         self.made = {name: torch.zeros_like(t, dtype=x.dtype) for name, t in self.stored.items()}
         steps = range(self.case.T)
         self.times = reversed(steps) if self.case.reverse else iter(steps)
@@ -326,13 +341,19 @@ class OnStored:
     def step(
         self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
     ) -> tuple[Tensor, ...]:
-        t, planes, (_, w_hh, _, b_hh, w_hr) = next(self.times), gx.shape[-2:], self.weights
+        t, planes, (w_ih, w_hh, bias, b_hh, w_hr) = next(self.times), gx.shape[-2:], self.weights
         h = self.value("h_prev", t, state[0])
         others = [self.value(f"c_prev {j}", t, c) for j, c in enumerate(state[1:])]
-        gx, gh = gx.flatten(-2), self.product(h, w_hh)
-        if b_hh is not None:
-            gx, gh = (gx + b_hh, gh) if self.case.cell.additive else (gx, gh + b_hh)
-        gx = self.gradient("dgx", t, _with_value(gx, self.gx[t].to(gx.dtype)))
+        gx, gh = self.product(self.x[t], w_ih), self.product(h, w_hh)
+        if bias is not None and b_hh is not None:
+            if self.case.cell.additive:  # their sum is stored
+                both = bias + b_hh
+                bias = _with_value(both, both.to(self.case.dtype).to(both.dtype))
+            else:
+                gh = gh + b_hh
+            gx = gx + bias
+        gx = _with_value(gx, self.take("gx", t, gx.detach()))
+        gx = self.gradient("dgx", t, gx)
         gh = self.gradient("dgh", t, gh)
         new = self.cell(t, gx.unflatten(-1, planes), gh.unflatten(-1, planes), (h, *others))
         if w_hr is not None:
@@ -372,5 +393,8 @@ class OnStored:
         """The stored value for the one made of it; where step t is not computed, both are 0."""
         if self.seq.lengths is not None:
             made = made * (t < self.seq.lengths).unsqueeze(-1)
+        return self.take(name, t, made)
+
+    def take(self, name: str, t: int, made: Tensor) -> Tensor:
         self.made[name][t] = made
         return self.stored[name][t].to(made.dtype)

@@ -77,8 +77,7 @@ def upstream(outputs: dict[str, Tensor], seed: int = 1) -> list[Tensor]:
     random = torch.Generator().manual_seed(seed)
     dtype = torch.complex128 if next(iter(outputs.values())).is_complex() else torch.float64
     return [
-        torch.randn(out.shape, generator=random, dtype=dtype).to(out.dtype)
-        for out in outputs.values()
+        torch.randn(out.shape, generator=random, dtype=dtype).to(out) for out in outputs.values()
     ]
 
 

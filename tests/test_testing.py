@@ -100,6 +100,7 @@ class Storing(OnStored):
         gates, out = len(case.cell.gates) * case.H, case.P or case.H
         wide = reference.compute_dtype(case.dtype)
         stored = {
+            "gx": zeros(gates),
             "h_prev": zeros(out),
             **{f"c_prev {j}": zeros(case.H, wide) for j in range(len(case.cell.states) - 1)},
             **{f"saved {r}": zeros(case.H) for r in range(case.cell.saved)},
@@ -109,8 +110,8 @@ class Storing(OnStored):
         }
         super().__init__(case, inputs, stored, operand)
 
-    def exchange(self, name, t, made):
-        super().exchange(name, t, made)
+    def take(self, name, t, made):
+        super().take(name, t, made)
         self.stored[name][t] = self.made[name][t]
         return self.stored[name][t].to(made.dtype)
 
@@ -183,3 +184,15 @@ def test_operands_not_in_tf32_fail():
     stored_outcome(case, operands=(to_tf32, to_tf32))
     with pytest.raises(AssertionError, match=r"values of .* are wrong"):
         stored_outcome(case, operands=(unrounded, to_tf32))
+
+
+class UnroundedGradients(Storing):
+    def product(self, a, w):
+        full = a @ w.t()
+        return full + (super().product(a, w) - full).detach()
+
+
+def test_operands_of_gradients_not_in_tf32_fail():
+    case = Case(GRU, T=3, B=2, I=3, H=19)
+    with pytest.raises(AssertionError, match=r"values of .* are wrong"):
+        stored_outcome(case, UnroundedGradients, operands=(to_tf32, to_tf32))

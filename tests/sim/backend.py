@@ -12,13 +12,15 @@ from torch import Tensor
 
 from fusedrnn.backends import Gradients, Request, Run, cuda
 from fusedrnn.backends.native import facts_of
+from fusedrnn.testing import to_tf32
 
 # In the order of frnn::cuda::Arithmetic.
 ARITHMETICS = ["float16", "bfloat16", "tf32", "float32", "float64"]
 
 
-def _addresses(**tensors: Tensor | None) -> dict[str, int]:
-    return {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
+def _arrays(**tensors: Tensor | None) -> dict[str, tuple[int, int]]:
+    """Address and bytes of each."""
+    return {n: (0, 0) if t is None else (t.data_ptr(), t.nbytes) for n, t in tensors.items()}
 
 
 def _arithmetic(dtype: torch.dtype, tf32: bool) -> int:
@@ -95,7 +97,7 @@ class Simulated(cuda.Cuda):
             "states_step": empty(inference, others, batch, hidden, dtype=wide),
             "m_step": empty(inference and w_hr is not None, batch, hidden),
         }
-        arrays = _addresses(
+        arrays = _arrays(
             gx=gx, w_hh=w_hh, b_hh=b_hh, w_hr=w_hr, h0=h0, c0=c0, lengths=lengths, resets=resets,
             **kept, **between,
         )  # fmt: skip
@@ -115,7 +117,7 @@ class Simulated(cuda.Cuda):
         dh = None if w_hr is None else torch.empty_like(h_prev)
         dh0 = torch.empty(batch, out, dtype=wide)
         dc0 = torch.empty(states - 1, batch, hidden, dtype=wide)
-        arrays = _addresses(
+        arrays = _arrays(
             w_hh=w_hh, w_hr=w_hr, lengths=lengths, resets=resets, dy=dy, dc=dc, dh_n=dh_n,
             dc_n=dc_n, h_prev=h_prev, c_prev=c_prev, saved=saved, dgx=dgx, dgh=dgh, dh0=dh0,
             dc0=dc0, dh=dh, w_hh_t=w_hh_t, w_hr_t=w_hr_t,
@@ -127,4 +129,5 @@ class Simulated(cuda.Cuda):
 
     def _cuda_product(self, a, b, transpose_a, transpose_b, tf32):
         assert tf32 == self.tf32
+        a, b = (to_tf32(a), to_tf32(b)) if tf32 else (a, b)
         return (a.t() if transpose_a else a) @ (b.t() if transpose_b else b)

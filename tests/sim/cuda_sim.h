@@ -140,7 +140,7 @@ inline int multiprocessors() { return 3; }
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Launch& how, A&&... args) {
   const std::tuple<P...> values(static_cast<A&&>(args)...);
-  sim::run(name, how, [&] { std::apply(kernel, values); });
+  sim::run(name, how, [kernel, values] { std::apply(kernel, values); });
 }
 
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -257,9 +257,8 @@ inline void bar_arrive(int id, int threads) {
 inline uint64_t global_timer() { return sim::ticks(); }
 inline uint64_t cycles() { return sim::ticks(); }
 
-// Launches run one after another.
-inline void dependency_wait() {}
-inline void dependency_launch() {}
+inline void dependency_wait() { sim::dependency_wait(); }
+inline void dependency_launch() { sim::dependency_launch(); }
 
 inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   sim::mbarrier_init(barrier, arrivals);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that kernels see, so that the same host code runs them on a device and in the simulator.
+// Memory that kernels see, and launches that overlap, so that the same host code runs kernels on a
+// device and in the simulator.
 #pragma once
 
 #include <cstring>
@@ -10,6 +11,8 @@
 namespace frnn::cuda {
 
 #if defined(FRNN_SIM)
+
+using sim::overlapping;
 
 template <class T>
 class DeviceArray {
@@ -24,6 +27,11 @@ class DeviceArray {
 };
 
 #else
+
+template <class F>
+void overlapping(F host) {
+  host();
+}
 
 // An error of CUDA as an exception.
 inline void check(cudaError_t error) {

@@ -180,9 +180,11 @@ Answer check_dependency() {
   DeviceArray source(in);
   auto middle = poison<uint32_t>(kCount), array = poison<uint32_t>(kCount);
   Launch how{dim3(64), dim3(128)};
-  launch("dependent", dependent, how, source.get(), middle.get());
-  how.programmatic = true;
-  launch("dependent", dependent, how, middle.get(), array.get());
+  overlapping([&] {
+    launch("dependent", dependent, how, source.get(), middle.get());
+    how.programmatic = true;
+    launch("dependent", dependent, how, middle.get(), array.get());
+  });
   const auto out = array.read();
   for (uint32_t i = 0; i < kCount; ++i) require(out[i] == 9 * i + 4, "a dependency was not kept");
   return answer(std::vector(out.begin(), out.begin() + 128));

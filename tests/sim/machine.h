@@ -45,7 +45,7 @@ class Random {
 struct Block;
 struct Warp;
 
-enum class Wait { kNone, kMeeting, kCollective, kMbarrier, kDone };
+enum class Wait { kNone, kMeeting, kCollective, kMbarrier, kDependency, kDone };
 
 struct Thread {
   Fiber fiber;
@@ -130,6 +130,7 @@ struct Block {
   Cluster* cluster;
   int rank;
   int live = 0;
+  bool lets_next_start = false;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<unsigned char> memory;
@@ -164,9 +165,15 @@ struct Mode {
 struct Grid {
   const char* kernel;
   cuda::Launch how;
-  const std::function<void()>* body;
+  std::function<void()> body;
   Random random;
   Mode mode;
+  std::vector<unsigned> order;   // the first block of each cluster, as they start
+  size_t started = 0, resident;  // clusters
+  Grid* ahead = nullptr;         // the launch before, if this one may start before that ends
+  double eager = 0;              // chance per tick to run rather than a grid ahead
+  size_t held_back;              // blocks that do not let the next grid start yet
+  std::vector<Thread*> dependents;
   Fiber scheduler;
   Thread* running = nullptr;
   std::vector<Thread*> ready;
@@ -180,7 +187,8 @@ struct Grid {
   std::unordered_map<const void*, void*> released;  // ThreadSanitizer: what to acquire, by word
 
   Grid(const char* name, const cuda::Launch& launch, const std::function<void()>& f, uint64_t seed)
-      : kernel(name), how(launch), body(&f), random(seed) {}
+      : kernel(name), how(launch), body(f), random(seed) {}
+  bool done() const { return started == order.size() && clusters.empty(); }
   int block_threads() const { return static_cast<int>(how.block.x * how.block.y * how.block.z); }
 };
 

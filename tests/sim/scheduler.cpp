@@ -17,6 +17,9 @@ namespace {
 
 uint64_t next_seed = 0;
 
+using Launches = std::vector<std::unique_ptr<Grid>>;
+Launches* queue = nullptr;  // of `overlapping`, while it runs its host code
+
 #if defined(FRNN_SIM_TSAN) || defined(__SANITIZE_ADDRESS__)
 constexpr size_t kStackBytes = 256 * 1024;
 #else
@@ -77,7 +80,7 @@ Mode choose_mode(Random& random) {
 void thread_main() {
   fiber_entered();
   Thread& t = *grid->running;
-  (*grid->body)();
+  grid->body();
   if (!fiber_intact(t.fiber)) fail("the stack overflowed");
   end_thread_flights(t);
   end_warp(t);
@@ -228,6 +231,11 @@ std::string who_waits() {
   return text + "; " + number(done) + " of " + number(all) + " resident threads have exited";
 }
 
+void let_next_start(Block& block) {
+  if (!block.lets_next_start) --grid->held_back;
+  block.lets_next_start = true;
+}
+
 void run_one() {
   if (grid->ready.empty()) {
     if (!advance_memory(true)) grid->error = "deadlock: " + who_waits();
@@ -253,7 +261,10 @@ void run_one() {
   grid->ready.pop_back();
   Block& block = *t->block;
   Cluster& cluster = *block.cluster;
-  if (--block.live == 0) end_shared(block);
+  if (--block.live == 0) {
+    end_shared(block);
+    let_next_start(block);
+  }
   end_cluster_thread(*t);
   grid->running = nullptr;
   if (cluster.live == 0 && grid->error.empty()) end_cluster(cluster);
@@ -275,6 +286,81 @@ void check_launch(const cuda::Launch& how) {
   }
   if (how.cluster < 1 || how.cluster > 16 || how.grid.x % static_cast<unsigned>(how.cluster) != 0) {
     refuse("grid.x must be a multiple of the cluster size, which is 1 to 16");
+  }
+}
+
+std::unique_ptr<Grid> make_grid(const char* kernel, const cuda::Launch& how,
+                                const std::function<void()>& body) {
+  auto made = std::make_unique<Grid>(kernel, how, body, next_seed);
+  grid = made.get();
+  Random& random = made->random;
+  next_seed = random.next();
+  made->mode = choose_mode(random);
+  check_launch(how);
+  const unsigned blocks = how.grid.x * how.grid.y * how.grid.z;
+  const auto step = static_cast<unsigned>(how.cluster);
+  auto& order = made->order;
+  for (unsigned i = 0; i < blocks; i += step) order.push_back(i);
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.below(i)]);
+  made->resident = how.cooperative ? order.size() : made->mode.resident;
+  made->held_back = blocks;
+  if (made->resident * step * static_cast<size_t>(made->block_threads()) > kMostThreads) {
+    throw std::runtime_error(std::string("CUDA kernel ") + kernel +
+                             ": too many resident threads for the simulator");
+  }
+  return made;
+}
+
+// Starts the clusters there is room for and runs one thread.
+void advance() {
+  if (grid->started == 0) fiber_adopt(grid->scheduler);
+  while (grid->started < grid->order.size() && grid->clusters.size() < grid->resident) {
+    start_cluster(grid->order[grid->started++]);
+  }
+  run_one();
+}
+
+// In their order, but for programmatic ones: each starts when all blocks of the one before let it.
+void run_all(Launches& launches) {
+  size_t oldest = 0, next = 0, seen = 0;  // not ended, not started, not known to the host
+  Grid* failed = nullptr;
+  while (failed == nullptr && oldest < launches.size()) {
+    while (next < launches.size()) {
+      Grid& later = *launches[next];
+      if (oldest < next) {
+        if (!later.how.programmatic || launches[next - 1]->held_back > 0) break;
+        constexpr double kEager[] = {0.1, 0.5, 0.99};
+        later.ahead = launches[next - 1].get();
+        later.eager = kEager[later.random.below(3)];
+      }
+      ++next;
+    }
+    size_t i = next - 1;
+    auto runs = [&](Grid& later) {
+      return !later.done() && (!later.ready.empty() || later.started == 0) &&
+             later.random.chance(later.eager);
+    };
+    while (i > oldest && !runs(*launches[i])) --i;
+    grid = launches[i].get();
+    advance();
+    if (!grid->error.empty()) failed = grid;
+    if (grid->done() && i + 1 < next) {
+      grid = launches[i + 1].get();
+      wake_all(grid->dependents);
+    }
+    while (oldest < next && launches[oldest]->done()) ++oldest;
+    if (oldest == next) {
+      for (; seen < next; ++seen) launches[seen]->end.acquire();
+    }
+  }
+  for (auto& launched : launches) {
+    grid = launched.get();
+    while (!grid->clusters.empty()) end_cluster(*grid->clusters.back());
+  }
+  stacks.launch_ended();
+  for (; seen < next; ++seen) launches[seen]->end.acquire();
+  if (failed != nullptr) {
+    throw std::runtime_error(std::string("CUDA kernel ") + failed->kernel + ": " + failed->error);
   }
 }
 
@@ -335,36 +421,40 @@ uint64_t ticks() {
   return grid->tick;
 }
 
-void run(const char* kernel, const cuda::Launch& how, const std::function<void()>& body) {
-  Grid here(kernel, how, body, next_seed);
-  next_seed = here.random.next();
-  here.mode = choose_mode(here.random);
-  grid = &here;
-  check_launch(how);
-  fiber_adopt(here.scheduler);
+void dependency_launch() {
+  let_next_start(*grid->running->block);
+  happened();
+  yield();
+}
 
-  const unsigned blocks = how.grid.x * how.grid.y * how.grid.z;
-  const auto step = static_cast<unsigned>(how.cluster);
-  std::vector<unsigned> first;
-  for (unsigned i = 0; i < blocks; i += step) first.push_back(i);
-  for (size_t i = first.size(); i > 1; --i) std::swap(first[i - 1], first[here.random.below(i)]);
-  size_t resident = how.cooperative ? first.size() : here.mode.resident;
-  if (resident * step * static_cast<size_t>(here.block_threads()) > kMostThreads) {
-    throw std::runtime_error(std::string("CUDA kernel ") + kernel +
-                             ": too many resident threads for the simulator");
+void dependency_wait() {
+  Grid* ahead = grid->ahead;
+  if (ahead == nullptr) return;
+  if (!ahead->done()) {
+    grid->dependents.push_back(grid->running);
+    wait(Wait::kDependency, "dependency_wait");
   }
-  size_t started = 0;
-  while (here.error.empty() && (started < first.size() || !here.clusters.empty())) {
-    while (started < first.size() && here.clusters.size() < resident)
-      start_cluster(first[started++]);
-    run_one();
+  ahead->end.acquire();
+}
+
+void run(const char* kernel, const cuda::Launch& how, const std::function<void()>& body) {
+  Launches alone;
+  Launches& launches = queue != nullptr ? *queue : alone;
+  launches.push_back(make_grid(kernel, how, body));
+  if (queue == nullptr) run_all(launches);
+}
+
+void overlapping(const std::function<void()>& host) {
+  Launches launches;
+  queue = &launches;
+  try {
+    host();
+  } catch (...) {
+    queue = nullptr;
+    throw;
   }
-  while (!here.clusters.empty()) end_cluster(*here.clusters.back());
-  stacks.launch_ended();
-  here.end.acquire();
-  if (!here.error.empty()) {
-    throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + here.error);
-  }
+  queue = nullptr;
+  run_all(launches);
 }
 
 }  // namespace frnn::sim

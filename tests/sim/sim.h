@@ -22,13 +22,19 @@ void set_seed(uint64_t seed);
 // and thread.
 void run(const char* kernel, const cuda::Launch& how, const std::function<void()>& body);
 
+// Runs what `host` launches once it has returned, a programmatic launch beside those ahead of it
+// as soon as they allow it.
+void overlapping(const std::function<void()>& host);
+
 // ---- The running thread.
 uint3 thread_index();
 uint3 block_index();
 dim3 block_size();
 dim3 grid_size();
 uint64_t ticks();  // how often a thread was chosen to run
-void yield();      // another thread may run
+void dependency_wait();
+void dependency_launch();
+void yield();  // another thread may run
 
 // ---- Shared memory.
 void* shared_array(const void* tag, const char* name, size_t bytes);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The standard algorithm of csrc/cuda on the simulator, for pytest. Arrays come as addresses by the
-// names of the C++ interface, 0 for null.
+// The standard algorithm of csrc/cuda on the simulator, for pytest. Arrays come as address and
+// bytes by the names of the C++ interface, address 0 for null.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,19 +8,23 @@
 #include <string>
 
 #include "cuda/standard.h"
+#include "guards.h"
 #include "sim.h"
 
 namespace {
 
 using namespace frnn::cuda;
-using Arrays = std::map<std::string, uintptr_t>;
+using Arrays = std::map<std::string, std::pair<uintptr_t, size_t>>;
 
 struct Pointers {
   const Arrays& arrays;
+  frnn::sim::Guards& guards;
 
   template <class T>
   void set(const char* name, T*& p) const {
-    p = reinterpret_cast<T*>(arrays.at(name));
+    const auto [address, bytes] = arrays.at(name);
+    void* array = reinterpret_cast<void*>(address);
+    p = static_cast<T*>(array == nullptr ? nullptr : guards.add(name, array, bytes));
   }
 };
 
@@ -42,22 +46,28 @@ void set_sequence(Args& args, int64_t t, int64_t b, int64_t h, int64_t p, bool r
 
 void run_forward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int64_t p, bool reverse,
                  const Arrays& arrays) {
-  const Pointers from{arrays};
+  frnn::sim::Guards guards;
+  const Pointers from{arrays, guards};
   Forward<void, void> args{};
   set_sequence(args, t, b, h, p, reverse, from);
   SET(gx), SET(b_hh), SET(h0), SET(c0), SET(y), SET(h_n), SET(c_n), SET(c);
   SET(h_prev), SET(c_prev), SET(saved), SET(m), SET(h_step), SET(states_step), SET(m_step);
-  forward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr);
+  frnn::sim::overlapping(
+      [&] { forward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr); });
+  guards.copy_back();
 }
 
 void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int64_t p,
                   bool reverse, const Arrays& arrays) {
-  const Pointers from{arrays};
+  frnn::sim::Guards guards;
+  const Pointers from{arrays, guards};
   Backward<void, void> args{};
   set_sequence(args, t, b, h, p, reverse, from);
   SET(dy), SET(dc), SET(dh_n), SET(dc_n), SET(h_prev), SET(c_prev), SET(saved);
   SET(dgx), SET(dgh), SET(dh0), SET(dc0), SET(dh), SET(w_hh_t), SET(w_hr_t);
-  backward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr);
+  frnn::sim::overlapping(
+      [&] { backward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr); });
+  guards.copy_back();
 }
 
 #undef SET

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-TOYS = ["grid_flag", "grid_sentinel", "cluster_barrier", "cluster_async"]
+TOYS = ["grid_flag", "grid_sentinel", "cluster_barrier", "cluster_async", "dependent"]
 BUGS = [
     "none",
     "no barrier",
@@ -24,6 +24,7 @@ BUGS = [
     "no fence",
     "no pair barrier",
     "divergence",
+    "no dependency wait",
 ]
 # What to plant where, and a part of the sentence.
 PLANTED = [
@@ -47,6 +48,7 @@ PLANTED = [
     ("cluster_async", "single buffer", "wrong values"),
     ("cluster_async", "no fence", "fence_mbarrier_init is missing"),
     ("cluster_async", "no pair barrier", "wrong values"),
+    ("dependent", "no dependency wait", "wrong values"),
 ]
 RACES = [
     ("grid_flag", "no barrier"),
@@ -59,6 +61,7 @@ RACES = [
     ("cluster_barrier", "single buffer"),
     ("cluster_async", "no pair barrier"),
     ("cluster_async", "single buffer"),
+    ("dependent", "no dependency wait"),
 ]
 
 

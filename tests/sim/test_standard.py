@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cuda_standard_sim
 import pytest
@@ -126,3 +127,37 @@ def test_the_schedule_changes_no_bit(simulated):
         cuda_standard_sim.set_seed(seed)
         runs.append(run_case(case, inputs, simulated))
     assert all(torch.equal(t, runs[1][name]) for name, t in runs[0].items())
+
+
+ARRAYS = {
+    "forward": "gx w_hh w_hr b_hh h0 c0 lengths resets y h_n c_n c h_prev c_prev saved m".split(),
+    "between": "h_step states_step m_step".split(),
+    "backward": "w_hh_t w_hr_t lengths resets dy dc dh_n dc_n h_prev c_prev saved dgx dgh dh0 dc0 "
+    "dh".split(),
+}
+
+
+@pytest.mark.parametrize("call, name", [(c, name) for c in ARRAYS for name in ARRAYS[c]])
+def test_bounds_of_arrays(simulated, monkeypatch, call, name):
+    """Each array is 8 bytes short of what the kernels take it for."""
+
+    def cut(function):
+        def run(*args):
+            address, size = args[-1][name]
+            return function(*args[:-1], {**args[-1], name: (address, size - 8)})
+
+        return run
+
+    kernels = {"forward": cuda_standard_sim.forward, "backward": cuda_standard_sim.backward}
+    cut_one = "backward" if call == "backward" else "forward"
+    kernels[cut_one] = cut(kernels[cut_one])
+    monkeypatch.setattr(simulated, "_module", SimpleNamespace(**kernels))
+    gru = name in ("b_hh", "dgh", "h_prev")
+    options = {} if gru else {"P": 7, "cell_states": True}
+    case = Case(CELLS["gru" if gru else "lstm"], 3, 9, 4, 17, lengths=True, resets=True, **options)
+    inputs = make_inputs(case)
+    with pytest.raises(RuntimeError, match=f"CUDA kernel .* an access beyond the end of {name}$"):
+        if call == "between":  # the steps of an inference
+            recurrence(case.cell, simulated, *list(vars(inputs).values())[:5], False, False)
+        else:
+            run_case(case, inputs, simulated)

@@ -212,6 +212,19 @@ __global__ void cluster_async(const __grid_constant__ Arguments a) {
 #endif
 }
 
+// A kernel per step, which starts before the one ahead ends and first reads what that leaves alone.
+template <Bug kBug>
+__global__ void dependent(const __grid_constant__ Arguments a, int t) {
+  dependency_launch();
+  const int unit = static_cast<int>(blockIdx.x * kUnits + threadIdx.x / 4);
+  const uint32_t x = a.x[t * kH + unit];
+  if (kBug != Bug::kNoDependencyWait) dependency_wait();
+  const uint32_t v = finish(quarter_sums(a.h + t % 2 * kH, unit), x);
+  if (threadIdx.x % 4 != 0) return;
+  a.h[(t + 1) % 2 * kH + unit] = v;
+  a.y[t * kH + unit] = v;
+}
+
 template <Bug kBug, Bug... kMine>
 constexpr bool is_one_of() {
   return ((kBug == kMine) || ...);
@@ -223,7 +236,7 @@ void start(Toy toy, const Arguments& a) {
   using enum Bug;
   Launch how{dim3(kBlocks), dim3(kThreads)};
   how.cooperative = toy == Toy::kGridFlag || toy == Toy::kGridSentinel;
-  how.cluster = how.cooperative ? 1 : kBlocks;
+  how.cluster = toy == Toy::kClusterBarrier || toy == Toy::kClusterAsync ? kBlocks : 1;
   if constexpr (is_one_of<kBug, kNone, kNoBarrier, kNoSyncAfterCopy, kLateCopyWait,
                           kNoSyncBeforeRelease, kRelaxedFlag, kOutOfBounds, kSingleBuffer,
                           kDivergence>()) {
@@ -241,6 +254,16 @@ void start(Toy toy, const Arguments& a) {
   if constexpr (is_one_of<kBug, kNone, kNoMbarrierWait, kWrongBytes, kWrongParity, kSingleBuffer,
                           kNoFence, kNoPairBarrier>()) {
     if (toy == Toy::kClusterAsync) return launch("cluster_async", cluster_async<kBug>, how, a);
+  }
+  if constexpr (is_one_of<kBug, kNone, kNoDependencyWait>()) {
+    if (toy == Toy::kDependent) {
+      return overlapping([&] {
+        for (int t = 0; t < kSteps; ++t) {
+          how.programmatic = t > 0;
+          launch("dependent", dependent<kBug>, how, a, t);
+        }
+      });
+    }
   }
   throw std::invalid_argument("this toy cannot make this mistake");
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small persistent kernels that exchange a state every step in the ways the real ones do, with
+// Small kernels that exchange a state every step in the ways the real ones do, with
 // mistakes to plant. The simulator is right if it catches every mistake and nothing else.
 #pragma once
 
@@ -8,8 +8,9 @@
 
 namespace frnn::toys {
 
-enum class Toy { kGridFlag, kGridSentinel, kClusterBarrier, kClusterAsync };
-constexpr const char* kNames[] = {"grid_flag", "grid_sentinel", "cluster_barrier", "cluster_async"};
+enum class Toy { kGridFlag, kGridSentinel, kClusterBarrier, kClusterAsync, kDependent };
+constexpr const char* kNames[] = {"grid_flag", "grid_sentinel", "cluster_barrier", "cluster_async",
+                                  "dependent"};
 
 enum class Bug {
   kNone,
@@ -29,6 +30,7 @@ enum class Bug {
   kNoFence,          // of the slots; of the mbarrier's initialisation
   kNoPairBarrier,    // the named barrier of two warps missing
   kDivergence,       // a lane leaves a collective out
+  kNoDependencyWait,
   kCount
 };
 

@@ -1,0 +1,246 @@
+"""The CUDA backend on a device: every call as accurate as the reference on the CPU, and what only a
+device has: streams, graphs, 64-bit addresses, other devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from against_torch import LAYERS, assert_equals_torch, make_hx, twins
+
+import fusedrnn
+from fusedrnn.backends import by_name
+from fusedrnn.cells import CELLS, LSTM
+from fusedrnn.recurrence import recurrence
+from fusedrnn.testing import Case, check_case, make_inputs, run_case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Warning only once for all operators"),
+]
+
+DEVICE = "cuda"
+ARITHMETICS = ["float16", "bfloat16", "tf32", "float32", "float64"]
+FEATURES = {
+    "plain": {},
+    "reverse": {"reverse": True},
+    "nobias": {"bias": False},
+    "lengths": {"lengths": True},
+    "resets": {"resets": True},
+    "lengths-resets-reverse": {"lengths": True, "resets": True, "reverse": True},
+}
+# (T, B, I, H): one of each, few rows, off the tiles, in pieces of 16 bytes, blocks, no rows.
+SHAPES = [(1, 1, 1, 1), (3, 2, 5, 3), (2, 9, 4, 17), (5, 33, 8, 40), (4, 70, 16, 96), (3, 0, 4, 5)]
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """PyTorch's products and cuDNN round nothing that they are not told to."""
+    cudnn, matmul = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    cudnn.fp32_precision = "ieee"
+    matmul.allow_fp16_reduced_precision_reduction = False
+    matmul.allow_bf16_reduced_precision_reduction = False
+    yield
+    cudnn.fp32_precision = "none"
+    matmul.allow_fp16_reduced_precision_reduction = True
+    matmul.allow_bf16_reduced_precision_reduction = True
+
+
+def check(cell, *shape, arithmetic, device=DEVICE, **options):
+    tf32 = arithmetic == "tf32"
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
+    dtype = torch.float32 if tf32 else getattr(torch, arithmetic)
+    case = Case(cell, *shape, dtype=dtype, **options)
+    check_case(case, by_name("cuda"), tf32=tf32, device=device)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_cells(cell, shape, feature, arithmetic):
+    check(cell, *shape, arithmetic=arithmetic, **feature)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("proj", [1, 7, 16])
+def test_projection(proj, feature, arithmetic):
+    check(LSTM, 3, 9, 4, 32, arithmetic=arithmetic, P=proj, cell_states=True, **feature)
+
+
+@pytest.mark.parametrize("shape", [(65_600, 1, 1, 2), (2, 70_000, 1, 3)], ids=str)
+def test_more_than_16_bits_count(shape):
+    """Steps, or rows; the last ones as the reference makes them."""
+    case = Case(CELLS["gru"], *shape)
+    inputs = make_inputs(case).on(DEVICE)
+    out = run_case(case, inputs, by_name("cuda"))
+    rows, steps = slice(-8, None), slice(-600, None)
+    x, dy = inputs.x[steps, rows], inputs.grads["y"][steps, rows]
+    h0 = out["y"][-601, rows] if case.T > 600 else inputs.h0[rows]
+    x, reference = x.clone().requires_grad_(), by_name("reference")
+    y, h_n = recurrence(case.cell, reference, x, inputs.weights, h0, None, inputs.seq, False, False)
+    torch.autograd.backward((y, h_n), (dy, inputs.grads["h_n"][rows]))
+    torch.testing.assert_close(out["y"][steps, rows], y)
+    torch.testing.assert_close(out["dx"][steps, rows], x.grad)
+
+
+def test_addresses_of_64_bits():
+    """The last rows of arrays of more than 2^31 elements, beside a call of these rows alone."""
+    steps, batch, hidden = 9, 2**20, 64
+    free = torch.cuda.mem_get_info()[0]
+    if free < 40 * 2**30:
+        pytest.skip(f"{free / 2**30:.0f} GiB of memory are free, 40 are needed")
+    module = fusedrnn.LSTM(1, hidden, device=DEVICE, dtype=torch.float16, backend="cuda")
+    x = torch.randn(steps, batch, 1, device=DEVICE, dtype=torch.float16)
+    found = []
+    for rows in (x, x[:, -64:]):
+        rows = rows.clone().requires_grad_()
+        y, _ = module(rows)
+        y.sum().backward()
+        found.append((y[:, -64:].detach(), rows.grad[:, -64:]))
+    for all_rows, alone in zip(*found, strict=True):
+        torch.testing.assert_close(all_rows, alone)
+
+
+def layer(dtype=torch.float32):
+    """A module of the backend, and inputs."""
+    module = fusedrnn.LSTM(8, 40, 2, bidirectional=True, proj_size=16, backend="cuda")
+    return module.to(DEVICE, dtype), torch.randn(5, 9, 8).to(DEVICE, dtype)
+
+
+def outputs_and_gradients(module, x):
+    x = x.detach().requires_grad_()
+    y, (h_n, c_n) = module(x)
+    total = y.square().sum() + h_n.sum() + c_n.sum()
+    return y, h_n, c_n, *torch.autograd.grad(total, [x, *module.parameters()])
+
+
+def assert_equal(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_same_twice(dtype):
+    module, x = layer(dtype)
+    assert_equal(outputs_and_gradients(module, x), outputs_and_gradients(module, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_second_backward_is_the_same(dtype):
+    module, x = layer(dtype)
+    y, _ = module(x.requires_grad_())
+    inputs = [x, *module.parameters()]
+    first, second = (torch.autograd.grad(y.sum(), inputs, retain_graph=True) for _ in range(2))
+    assert_equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_inference_gives_the_same(dtype):
+    module, x = layer(dtype)
+    training = module(x.requires_grad_())
+    with torch.no_grad():
+        inference = module(x)
+    assert_equal((training[0], *training[1]), (inference[0], *inference[1]))
+
+
+def test_capture_in_a_graph():
+    module, x = layer()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        outputs_and_gradients(module, x)  # what is set up once
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = outputs_and_gradients(module, x)
+    for _ in range(2):
+        x.copy_(torch.randn(x.shape))
+        graph.replay()
+        assert_equal(captured, outputs_and_gradients(module, x))
+
+
+def test_runs_on_the_stream_of_the_caller():
+    """Between what is queued there before, its input, and after, its input again."""
+    module, x = layer()
+    expected = outputs_and_gradients(module, x)
+    late, stream = torch.full_like(x, float("nan")), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(x)
+        got = outputs_and_gradients(module, late)
+        late.fill_(float("nan"))
+    stream.synchronize()
+    assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_a_device_that_is_not_current(arithmetic):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one device")
+    check(LSTM, 3, 9, 4, 32, arithmetic=arithmetic, P=7, device="cuda:1", lengths=True)
+    assert torch.cuda.current_device() == 0
+
+
+def test_the_host_never_waits():
+    case = Case(LSTM, 5, 9, 8, 40, P=16, lengths=True, resets=True)
+    inputs, (module, x) = make_inputs(case).on(DEVICE), layer()
+    run_case(case, inputs, by_name("cuda"))
+    outputs_and_gradients(module, x)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_case(case, inputs, by_name("cuda"))
+        outputs_and_gradients(module, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("sizes", [(8, 40), (3, 129)], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_beside_torch_nn(kind, sizes):
+    ours, theirs = twins(kind, *sizes, 2, bidirectional=True)
+    input, hx = torch.randn(7, 5, sizes[0]), make_hx(theirs, 5)
+    hx = tuple(h.to(DEVICE) for h in hx) if isinstance(hx, tuple) else hx.to(DEVICE)
+    with fusedrnn.backend("cuda"):
+        assert_equals_torch(ours.to(DEVICE), theirs.to(DEVICE), input.to(DEVICE), hx)
+
+
+# What is on the CPU, and the sentence.
+MISPLACED = {
+    "x": "Input and parameter tensors are not at the same device, found input tensor at cpu and "
+    "parameter tensor at cuda:0",
+    "hx": "Input and hidden tensors are not at the same device, found input tensor at cuda:0 and "
+    "hidden tensor at cpu",
+    "parameter": "Input and parameter tensors are not at the same device, found input tensor at "
+    "cuda:0 and parameter tensor at cpu",
+    "resets": "resets should be on cuda:0 as x is, got cpu",
+}
+
+
+@pytest.mark.parametrize("what", MISPLACED)
+def test_a_tensor_on_the_cpu(what):
+    module = fusedrnn.GRU(3, 4, backend="cuda").to(DEVICE)
+    x, hx = torch.randn(5, 2, 3, device=DEVICE), torch.zeros(1, 2, 4, device=DEVICE)
+    resets = torch.zeros(5, 2, dtype=torch.bool, device=DEVICE)
+    if what == "x":
+        x, hx = x.cpu(), None
+    elif what == "hx":
+        hx = hx.cpu()
+    elif what == "resets":
+        resets = resets.cpu()
+    else:
+        module.bias_hh_l0 = torch.nn.Parameter(module.bias_hh_l0.cpu())
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        module(x, hx, resets=resets)
+    assert str(error.value) == MISPLACED[what]
+
+
+def test_a_tensor_on_the_cpu_within_an_op():
+    case = Case(CELLS["gru"], 3, 2, 3, 4)
+    x, weights, h0, _, seq, _ = vars(make_inputs(case).on(DEVICE)).values()
+    weights = weights._replace(w_hh=weights.w_hh.cpu())
+    with pytest.raises(RuntimeError, match="w_hh is on the CPU, expected CUDA device 0"):
+        recurrence(case.cell, by_name("cuda"), x, weights, h0, None, seq, False, False)
