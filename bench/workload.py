@@ -67,6 +67,7 @@ class Workload:
         self.ours.load_state_dict(self.theirs.state_dict())
         for module in (self.theirs, self.ours):
             module.to(device, dtype)
+        self.theirs.flatten_parameters()  # for cuDNN
         self.precise = getattr(torch.nn, CLASSES[shape.cell])(shape.I, shape.H, **arguments).to(
             device, torch.float64
         )

@@ -242,12 +242,13 @@ def assert_stored(
 
     The largest number, to which the floor is relative, is that of the array; where no rounding to
     16 bits follows, it may also be one that flows in, since terms that cancel leave their errors.
-    ``operand`` rounds the operands of all products.
+    ``operand`` rounds the operands of all products; of those that a library makes, it only may.
     """
     model = OnStored(case, inputs, stored, operand)
     expected = differentiate(inputs.to(torch.float64), model) | model.made
     got = out | stored
     given = [t for t in (inputs.x, inputs.h0, inputs.c0, *inputs.weights) if t is not None]
+    loose = {} if operand is unrounded else rounding_of_products(inputs, stored)
     assert got.keys() == expected.keys(), f"got {list(got)}, expected {list(expected)}"
     for name, exact in expected.items():
         value, terms = got[name], [exact]
@@ -258,12 +259,36 @@ def assert_stored(
         if value.dtype == reference.compute_dtype(case.dtype):
             terms += inputs.grads.values() if name.startswith("d") else given
         error = floor(case, torch.stack([t.double().abs().max() for t in terms if t.numel()]))
+        error = error + loose.get(name, 0)
         low, high = ((exact + e).to(value.dtype) for e in (-error, error))
         wrong = ~((low <= value) & (value <= high))
         assert not wrong.any(), (
             f"{case}: {int(wrong.sum())} of {wrong.numel()} values of {name} are wrong, error of "
-            f"up to {(value - exact)[wrong].abs().max():.3g}, {error:.3g} before rounding allowed"
+            f"up to {(value - exact)[wrong].abs().max():.3g}, {error.max():.3g} before rounding "
+            "allowed"
         )
+
+
+def rounding_of_products(inputs: Inputs, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How far products that a library makes may be from those of operands in tf32: cuBLAS leaves
+    them as they are where a shape does not suit its tensor core kernels."""
+
+    def both(a: Tensor, b: Tensor) -> Tensor:
+        return 2**-10 * (a.double().abs() @ b.double().abs())  # two operands, half a bit of ten
+
+    def rows(name: str) -> Tensor:
+        return stored[name].flatten(0, 1)
+
+    x, (w_ih, *_) = inputs.x, inputs.weights
+    bounds = {
+        "gx": both(x, w_ih.t()),
+        "dx": both(stored["dgx"], w_ih),
+        "dw_ih": both(rows("dgx").t(), x.flatten(0, 1)),
+        "dw_hh": both(rows("dgh").t(), rows("h_prev")),
+    }
+    if "dh" in stored:
+        bounds["dw_hr"] = both(rows("dh").t(), rows("m"))
+    return bounds
 
 
 @contextmanager

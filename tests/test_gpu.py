@@ -226,7 +226,7 @@ def test_a_tensor_on_the_cpu(what):
     x, hx = torch.randn(5, 2, 3, device=DEVICE), torch.zeros(1, 2, 4, device=DEVICE)
     resets = torch.zeros(5, 2, dtype=torch.bool, device=DEVICE)
     if what == "x":
-        x, hx = x.cpu(), None
+        x, hx, resets = x.cpu(), None, None
     elif what == "hx":
         hx = hx.cpu()
     elif what == "resets":
