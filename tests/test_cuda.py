@@ -63,16 +63,17 @@ def test_tf32_only_where_it_is_asked_for(dtype, value):
 
 
 def test_precision_follows_pytorch():
-    """Its own setting of recurrent layers, or that of cuDNN; by default cuDNN uses tf32."""
+    """Its own setting of recurrent layers, or that of cuDNN."""
     cudnn = torch.backends.cudnn
-    assert cuda.precision() == "tf32"
+    before = cudnn.fp32_precision, cudnn.rnn.fp32_precision
     try:
-        cudnn.fp32_precision = "ieee"
-        assert cuda.precision() == "ieee"
-        cudnn.rnn.fp32_precision = "tf32"
-        assert cuda.precision() == "tf32"
+        for setting in ("tf32", "ieee"):
+            cudnn.fp32_precision, cudnn.rnn.fp32_precision = setting, "none"
+            assert cuda.precision() == setting
+            cudnn.rnn.fp32_precision = "tf32"
+            assert cuda.precision() == "tf32"
     finally:
-        cudnn.rnn.fp32_precision = cudnn.fp32_precision = "none"
+        cudnn.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 def library():

@@ -337,7 +337,10 @@ def test_on_a_device(cell, proj, bias):
         if cell.name.startswith("rnn"):
             options["nonlinearity"] = cell.name.removeprefix("rnn_")
         kind = getattr(fusedrnn, cell.name.split("_")[0].upper())
-        module = kind(4, 6, 2, bias, bidirectional=True, device=CUDA, dtype=torch.double, **options)
+        module = kind(
+            4, 6, num_layers=2, bias=bias, bidirectional=True, device=CUDA, dtype=torch.double,
+            **options,
+        )  # fmt: skip
         where = [p.data_ptr() for p in module.parameters()]
         x = torch.randn(5, 3, 4, device=CUDA, dtype=torch.double, requires_grad=True)
         found = []

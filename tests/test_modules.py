@@ -152,7 +152,7 @@ def test_constructor_errors(kind, args, kwargs):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unknown_backend(kind):
-    with pytest.raises(ValueError, match=r"unknown backend 'x', expected one of \['cpu', 'ref"):
+    with pytest.raises(ValueError, match=r"unknown backend 'x', expected one of \['cudnn', 'c"):
         getattr(fusedrnn, kind)(3, 4, backend="x")
     assert "backend='reference'" in repr(getattr(fusedrnn, kind)(3, 4, backend="reference"))
 

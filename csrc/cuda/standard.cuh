@@ -162,7 +162,6 @@ __global__ void __launch_bounds__(kThreads)
   const bool plain = steps.timeline().full() && s >= 0 && s + 1 < f.t && f.w_hr == nullptr;
   const int64_t k = Cell::kGates * f.h, after = s + 1 < f.t ? s + 1 : s;
   const S* dgh = at_time<Cell>(f, steps.timeline().time(after)).dgh;
-  const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));  // not used before time 0
   const auto rows = [&](int column) {
     const int64_t row = from.row + column;
     return row < f.b && steps.flows_back(s, row) ? dgh + row * k : nullptr;
@@ -170,6 +169,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto done = [&](int, const Result& result, const V* dh) {
     Place p;
     if (!find_place(from, result, f.b, f.p, p)) return;
+    const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));  // not used if s is -1
     if (plain) {
       steps.template finish_gather<true>(s, p, dh[0], to);
     } else {
@@ -191,15 +191,15 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kGroups = kGroupsOf<1>;
   const BackwardSteps<Cell, V, S, V> steps(f);
   const Corner from = corner<kGroups, kTiles>();
-  const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));
+  const S* dh = f.dh + steps.timeline().time(s) * f.b * f.p;
   const auto rows = [&](int column) {
     const int64_t row = from.row + column;
-    return row < f.b && steps.timeline().computed(s, row) ? to.dh + row * f.p : nullptr;
+    return row < f.b && steps.timeline().computed(s, row) ? dh + row * f.p : nullptr;
   };
   const auto done = [&](int, const Result& result, const V* dm) {
     Place p;
     if (find_place(from, result, f.b, f.h, p)) {
-      steps.template finish_cell<false>(s, p, dm[0], to);
+      steps.template finish_cell<false>(s, p, dm[0], at_time<Cell>(f, steps.timeline().time(s)));
     }
   };
   dependency_launch();
