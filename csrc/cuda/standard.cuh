@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool plain = steps.timeline().full() && s >= 0 && s + 1 < f.t && f.w_hr == nullptr;
   const int64_t k = Cell::kGates * f.h, after = s + 1 < f.t ? s + 1 : s;
   const S* dgh = at_time<Cell>(f, steps.timeline().time(after)).dgh;
+  const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));  // not used if s is -1
   const auto rows = [&](int column) {
     const int64_t row = from.row + column;
     return row < f.b && steps.flows_back(s, row) ? dgh + row * k : nullptr;
@@ -169,7 +170,6 @@ __global__ void __launch_bounds__(kThreads)
   const auto done = [&](int, const Result& result, const V* dh) {
     Place p;
     if (!find_place(from, result, f.b, f.p, p)) return;
-    const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));  // not used if s is -1
     if (plain) {
       steps.template finish_gather<true>(s, p, dh[0], to);
     } else {
