@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fusedrnn.backends.backend import Gradients, Wanted, Weights
@@ -29,7 +28,7 @@ def gradients(
     c0: Tensor | None,
     run: Recurrent,
     wanted: Wanted,
-    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+    product: Callable[[Tensor, Tensor], Tensor],
 ) -> Gradients:
     """All gradients: one GEMM or sum for each of x, weights and biases, without atomics."""
     rows_ih, rows_hh = run.dgx.flatten(0, 1), run.dgh.flatten(0, 1)
