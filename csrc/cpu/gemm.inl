@@ -66,34 +66,44 @@ void pack_columns(const T* w, int64_t ldw, int64_t units, int64_t k, Range block
 }
 
 // sum[row][block][gate] (+)= a[row][0..k) . w[block][0..k)[gate], where a[row][i] is at
-// a[row * lda + i * step].
+// a[row * lda + i * step]. Meanwhile k lines of weights at `ahead` are fetched into the L2 cache.
 template <class T>
 using Multiply = void (*)(const T* a, int64_t lda, int64_t step, int64_t k, const T* w,
-                          int64_t block_stride, bool accumulate, Vec<T>* sum);
+                          int64_t block_stride, const T* ahead, bool accumulate, Vec<T>* sum);
 
-// The microkernel. All sums stay in registers; each weight vector is loaded once per kRows rows.
+// What a block holds per k is this many cache lines, begun ones included, of kAheadStep numbers.
+template <int kGates, class T>
+constexpr int kAheadLines = (kGates * kVectorBytes + 63) / 64;
+template <int kGates, class T>
+constexpr int kAheadStep = kGates * kLanes<T> / kAheadLines<kGates, T>;
+
+// The microkernel. All sums stay in registers, and of the rows and the weights the fewer, which
+// leaves one register for the others in turn. Two k at a time: fewer other instructions lie among
+// the multiplications.
 template <int kRows, int kBlocks, int kGates, class T>
 void multiply(const T* __restrict__ a, int64_t lda, int64_t step, int64_t k,
-              const T* __restrict__ w, int64_t block_stride, bool accumulate,
+              const T* __restrict__ w, int64_t block_stride, const T* ahead, bool accumulate,
               Vec<T>* __restrict__ sum) {
-  Vec<T> acc[kRows][kBlocks][kGates] = {};
+  constexpr int kVectors = kBlocks * kGates;
+  constexpr bool kByRows = kRows > kVectors;
+  constexpr int kOuter = kByRows ? kRows : kVectors, kInner = kByRows ? kVectors : kRows;
+  Vec<T> acc[kRows][kVectors] = {};
+#pragma GCC unroll 2
   for (int64_t i = 0; i < k; ++i) {
+    if (kRows > 1) __builtin_prefetch(ahead + i * kAheadStep<kGates, T>, 0, 2);
 #pragma GCC unroll 16
-    for (int block = 0; block < kBlocks; ++block) {
+    for (int outer = 0; outer < kOuter; ++outer) {
 #pragma GCC unroll 16
-      for (int gate = 0; gate < kGates; ++gate) {
-        const T* p = w + block * block_stride + (i * kGates + gate) * kLanes<T>;
-        const Vec<T> weight = frnn::load<Vec<T>>(p);
-#pragma GCC unroll 16
-        for (int row = 0; row < kRows; ++row) {
-          acc[row][block][gate] += a[row * lda + i * step] * weight;
-        }
+      for (int inner = 0; inner < kInner; ++inner) {
+        const int row = kByRows ? outer : inner, v = kByRows ? inner : outer;
+        const T* p = w + v / kGates * block_stride + (i * kGates + v % kGates) * kLanes<T>;
+        acc[row][v] += a[row * lda + i * step] * frnn::load<Vec<T>>(p);
       }
     }
   }
 #pragma GCC unroll 32
-  for (int i = 0; i < kRows * kBlocks * kGates; ++i) {
-    const Vec<T> value = acc[i / (kBlocks * kGates)][i / kGates % kBlocks][i % kGates];
+  for (int i = 0; i < kRows * kVectors; ++i) {
+    const Vec<T> value = acc[i / kVectors][i % kVectors];
     sum[i] = accumulate ? sum[i] + value : value;
   }
 }
@@ -126,21 +136,10 @@ constexpr int64_t kChunk = 128;
 // Rows whose sums are kept at a time, at most the bits of a mask.
 constexpr int kRowBlock = 48;
 
-// Fetches part i of n of a chunk of weights into the L2 cache.
-template <int kBlocks, int kGates, class T>
-void fetch_weights(const T* w, int64_t block_stride, int64_t k, int i, int n) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const Range lines = part(k * kGates * kLanes<T> / kLine, i, n);
-  for (int block = 0; block < kBlocks; ++block) {
-    for (int64_t line = lines.begin; line < lines.end; ++line) {
-      __builtin_prefetch(w + block * block_stride + line * kLine, 0, 2);
-    }
-  }
-}
-
 // sum[row][block][gate] over all of K, for kBlocks blocks at w; only tiles with a row in `wanted`.
-// The weights at `next` are wanted next: what does not fit the L2 cache is fetched ahead of its use
-// (a single row leaves no time for that).
+// The weights at `next` are wanted next: while the tiles of a chunk are worked off they fetch the
+// chunk after it, as many lines each as they have k, so that what does not fit the L2 cache is
+// there when it is used (a single row leaves no time for that).
 template <int kBlocks, int kGates, class T>
 void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k, const T* w,
                    const T* next, Vec<T>* sum) {
@@ -150,16 +149,17 @@ void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k
   const int64_t stride = k * kGates * kLanes<T>;  // from block to block
   const int tiles = (rows + kRows - 1) / kRows;
   for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
-    const int64_t k1 = min(k, k0 + kChunk), k2 = min(k, k1 + kChunk);
+    const int64_t k1 = min(k, k0 + kChunk);
     const T* ahead = k1 < k ? w + k1 * kGates * kLanes<T> : next;
-    const int64_t ahead_k = k1 < k ? k2 - k1 : min(k, kChunk);
     for (int tile = 0; tile < tiles; ++tile) {
       const Range r = part(rows, tile, tiles);
-      if (rows > 1) fetch_weights<kBlocks, kGates, T>(ahead, stride, ahead_k, tile, tiles);
       if ((wanted >> r.begin & ((uint64_t{1} << r.size()) - 1)) == 0) continue;
+      const int line = tile % kAheadLines<kGates, T>,
+                block = tile / kAheadLines<kGates, T> % kBlocks;
       kTable.entry[r.size() - 1](a + r.begin * lda + k0, lda, 1, k1 - k0,
-                                 w + k0 * kGates * kLanes<T>, stride, k0 > 0,
-                                 sum + r.begin * kBlocks * kGates);
+                                 w + k0 * kGates * kLanes<T>, stride,
+                                 ahead + block * stride + line * (k1 - k0) * kAheadStep<kGates, T>,
+                                 k0 > 0, sum + r.begin * kBlocks * kGates);
     }
   }
 }

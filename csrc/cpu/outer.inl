@@ -104,7 +104,7 @@ class Outer {
         __builtin_prefetch(c + i * p.n, 1);
         __builtin_prefetch(c + i * p.n + kSome * kLanes<T> - 1, 1);
       }
-      kTable.entry[n - 1](a, 1, kRows, k, b + block * size, size, false, sum);
+      kTable.entry[n - 1](a, 1, kRows, k, b + block * size, size, a + kRows * k, false, sum);
       for (int i = 0; i < n; ++i) {
         for (int j = 0; j < kSome; ++j) {
           const int lanes = static_cast<int>(min(kLanes<T>, columns.end - column - j * kLanes<T>));
