@@ -200,6 +200,8 @@ void measure_hops(bool data_is_flag) {
     Launch how{dim3(static_cast<unsigned>(blocks)), dim3(kThreads)};
     how.cooperative = true;
     how.smem = kOneBlockPerSm;
+    allow_shared_memory("data_hops", data_hops<kVectors>, how.smem);
+    allow_shared_memory("flag_hops", flag_hops<kVectors>, how.smem);
     measure(
         name, "blocks=" + std::to_string(blocks) + " bytes=" + std::to_string(kTile), kSteps, kTile,
         [&] {

@@ -9,27 +9,51 @@ namespace frnn::cuda {
 
 constexpr int kSlotRows = 8, kTileColumns = 8;  // rows of weights and of states, see product.cuh
 
-// Groups of eight units a block owns: an even number of slots, about four.
-constexpr int groups_of(int gates) { return gates >= 4 && gates % 2 == 0 ? 1 : gates > 1 ? 2 : 4; }
-
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a block owns: groups of eight units, with all their gates, and tiles of eight rows.
+struct Shape {
+  int groups, tiles;
+};
+
+// About 2, 4 or 8 slots, a slot being eight rows of weights, always an even number of them: an
+// instruction of the tensor cores takes two.
+constexpr Shape shape_of(int gates, int size, int most_tiles) {
+  const int least = gates % 2 == 0 ? 1 : 2, slots = 2 << size, tiles = size == 0 ? 1 : 2 << size;
+  const int groups = slots / gates / least * least;
+  return {groups > least ? groups : least, tiles < most_tiles ? tiles : most_tiles};
+}
 
 struct Blocks {
   int64_t x, y;  // along the rows of states and along the units
 };
 
-constexpr Blocks blocks_of(int64_t rows, int64_t units, int gates, int tiles) {
-  return {divide_up(rows, tiles * kTileColumns), divide_up(units, groups_of(gates) * kSlotRows)};
+constexpr Blocks blocks_of(int64_t rows, int64_t units, const Shape& shape) {
+  return {divide_up(rows, shape.tiles * kTileColumns), divide_up(units, shape.groups * kSlotRows)};
 }
 
-// Tiles of rows a block takes, 1 or `most`, what the registers hold. A step ends when its last
-// block does. Until every multiprocessor has a block, blocks of one tile finish sooner and leave
-// none of them idle; from then on `most` tiles share one read of the weights, which is what a step
-// reads most of. Reasoned, not measured.
-constexpr int tiles_of(int64_t rows, int64_t units, int gates, int most, int multiprocessors) {
-  if (rows <= kTileColumns) return 1;  // one tile holds them all
-  const Blocks blocks = blocks_of(rows, units, gates, most);
-  return blocks.x * blocks.y >= multiprocessors ? most : 1;
+// How many sizes of blocks there are: small, middle, large. A large one of a few gates would leave
+// each of its threads too many units to finish after the product, one after the other.
+constexpr int sizes_of(int gates, int most_tiles) { return gates >= 3 && most_tiles >= 8 ? 3 : 2; }
+
+// The size of a product's blocks. A step lasts as long as its busiest
+// multiprocessor, and that as long as it takes to read what its blocks are made of: eight rows for
+// each slot and each tile, since blocks share nothing (measured on an H200: bench/LOG.md). Of equal
+// ones the smallest, which has the shortest way from its last read to its end.
+constexpr int size_of(int64_t rows, int64_t units, int gates, int most_tiles, int multiprocessors) {
+  int best = 0;
+  int64_t least = INT64_MAX;
+  for (int size = 0; size < sizes_of(gates, most_tiles); ++size) {
+    const Shape shape = shape_of(gates, size, most_tiles);
+    const Blocks blocks = blocks_of(rows, units, shape);
+    const int64_t read =
+        divide_up(blocks.x * blocks.y, multiprocessors) * (shape.groups * gates + shape.tiles);
+    if (read < least) {
+      best = size;
+      least = read;
+    }
+  }
+  return best;
 }
 
 }  // namespace frnn::cuda

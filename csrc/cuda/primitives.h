@@ -32,6 +32,8 @@ struct Launch {
 
 #if defined(FRNN_SIM)
 
+#define FRNN_UNROLL
+#define FRNN_ROLLED
 #define FRNN_HAVE_CLUSTER 1
 #include "cuda_sim.h"
 
@@ -46,6 +48,10 @@ struct Launch {
 #else
 #define FRNN_HAVE_CLUSTER 0
 #endif
+
+// Before a loop: unrolled, as it must be for the arrays it indexes to stay in registers; or not.
+#define FRNN_UNROLL _Pragma("unroll")
+#define FRNN_ROLLED _Pragma("unroll 1")
 
 // T name[N] in shared memory, at most once per kernel and name; aligned for bulk copies.
 #define FRNN_SHARED(T, name, N) __shared__ alignas(16) T name[N]
@@ -70,21 +76,27 @@ inline int multiprocessors() {
   return count;
 }
 
+inline void check(const char* kernel, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next caller would be told of it again
+  throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(error));
+}
+
+// Lets a kernel on the current device have as many bytes of dynamic shared memory, for all later
+// launches: without it 48 KB.
+template <class... P>
+void allow_shared_memory(const char* name, void (*kernel)(P...), size_t bytes) {
+  check(name,
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
 // Launches kernel(args...) as described; a failure throws and names the kernel.
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Launch& how, A&&... args) {
-  auto check = [&](cudaError_t error) {
-    if (error == cudaSuccess) return;
-    cudaGetLastError();  // or the next caller would be told of it again
-    throw std::runtime_error(std::string("CUDA kernel ") + name + ": " + cudaGetErrorString(error));
-  };
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (how.smem > 48 * 1024) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(how.smem)));
-  }
   if (how.cluster > 8) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    check(name, cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
   cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
@@ -114,7 +126,7 @@ void launch(const char* name, void (*kernel)(P...), const Launch& how, A&&... ar
   std::apply(
       [&](P&... value) {
         void* pointers[sizeof...(P) + 1] = {const_cast<void*>(static_cast<const void*>(&value))...};
-        check(cudaLaunchKernelExC(&config, function, pointers));
+        check(name, cudaLaunchKernelExC(&config, function, pointers));
       },
       values);
 }

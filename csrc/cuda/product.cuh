@@ -2,11 +2,12 @@
 // The product of a few rows of states with a few rows of weights, both contiguous along k, and the
 // arithmetic it is made in.
 //
-// A warp holds its operands as the tensor cores want them, straight from global memory: lane
-// (g, q) = (lane / 4, lane % 4) loads 16 bytes of row g, the q-th of four consecutive pieces. The
-// order of k within these 64 bytes is of no account as long as both operands follow it, so that one
-// such load feeds two instructions. Weights are used once a block; staging them in shared memory
-// would only delay them.
+// A warp copies its operands to shared memory as the tensor cores want them: lane (g, q) =
+// (lane / 4, lane % 4) copies 16 bytes of row g, the q-th of four consecutive pieces, and reads
+// them back itself. The order of k within these 64 bytes is of no account as long as both operands
+// follow it, so that one such piece feeds two instructions. The copies are asynchronous, several
+// rounds ahead, those of the weights even before the step before has ended; no block waits for
+// another warp until the warps add up their shares of k.
 //
 // Rows of weights come in *slots* of eight, one row for each g. A lane ends with the sums of its
 // rows g of every slot at columns 2q and 2q + 1 of every tile of eight columns. Giving the gates of
@@ -30,22 +31,25 @@ struct alignas(16) Piece {
   S v[kValues];
 };
 
-// Piece at k of a row of size k_end; zeros beyond its end and of a row that is not there.
+// Piece at k of a row of size k_end, or zeros if it is not `there`; beyond its end zeros, too.
 template <class S>
-__device__ __forceinline__ Piece<S> load_piece(const S* row, int64_t k, int64_t k_end,
-                                               bool aligned) {
+__device__ __forceinline__ Piece<S> load_piece(const S* row, bool there, int64_t k, int64_t k_end) {
   Piece<S> piece = {};
-  if (row == nullptr || k >= k_end) return piece;
-  if (aligned) return *reinterpret_cast<const Piece<S>*>(row + k);
   for (int i = 0; i < Piece<S>::kValues; ++i) {
-    if (k + i < k_end) piece.v[i] = row[k + i];
+    if (there && k + i < k_end) piece.v[i] = row[k + i];
   }
   return piece;
 }
 
+// From shared memory, by one instruction.
+template <class S>
+__device__ __forceinline__ Piece<S> read_piece(const Piece<S>* p) {
+  return __builtin_bit_cast(Piece<S>, *reinterpret_cast<const uint4*>(p));
+}
+
 // ---- Arithmetics: the type of storage, that of sums and states, and the sums of kSlots slots and
 // kTiles tiles. kColumns is how many columns of a tile a lane must be given the pieces of: one, g,
-// or all eight.
+// or all eight. kMostTiles is what the registers hold.
 
 // As m16n8 instructions leave them: two slots each.
 template <int kSlots, int kTiles>
@@ -64,23 +68,22 @@ template <class S_>
 struct Half {
   using S = S_;
   using V = float;
-  static constexpr int kColumns = 1, kMostTiles = 4;
+  static constexpr int kColumns = 1, kMostTiles = 8;
 
   template <int kSlots, int kTiles>
   struct Sums : PairSums<kSlots, kTiles> {
-    __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], const Piece<S>* b) {
-      for (int s = 0; s < kSlots; s += 2) {
+    __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], int n,
+                                        const Piece<S> (&b)[1]) {
+      const uint32_t* b0 = reinterpret_cast<const uint32_t*>(&b[0]);
+      FRNN_UNROLL for (int s = 0; s < kSlots; s += 2) {
         const uint32_t* a0 = reinterpret_cast<const uint32_t*>(&a[s]);
         const uint32_t* a1 = reinterpret_cast<const uint32_t*>(&a[s + 1]);
-        for (int n = 0; n < kTiles; ++n) {
-          const uint32_t* b0 = reinterpret_cast<const uint32_t*>(&b[n]);
-          for (int i = 0; i < 4; i += 2) {
-            const uint32_t x[4] = {a0[i], a1[i], a0[i + 1], a1[i + 1]}, y[2] = {b0[i], b0[i + 1]};
-            if constexpr (std::is_same_v<S, __half>) {
-              mma_f16(this->d[s / 2][n], x, y);
-            } else {
-              mma_bf16(this->d[s / 2][n], x, y);
-            }
+        FRNN_UNROLL for (int i = 0; i < 4; i += 2) {
+          const uint32_t x[4] = {a0[i], a1[i], a0[i + 1], a1[i + 1]}, y[2] = {b0[i], b0[i + 1]};
+          if constexpr (std::is_same_v<S, __half>) {
+            mma_f16(this->d[s / 2][n], x, y);
+          } else {
+            mma_bf16(this->d[s / 2][n], x, y);
           }
         }
       }
@@ -92,19 +95,18 @@ struct Half {
 struct Tf32 {
   using S = float;
   using V = float;
-  static constexpr int kColumns = 1, kMostTiles = 4;
+  static constexpr int kColumns = 1, kMostTiles = 8;
 
   template <int kSlots, int kTiles>
   struct Sums : PairSums<kSlots, kTiles> {
-    __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], const Piece<S>* b) {
-      for (int s = 0; s < kSlots; s += 2) {
-        for (int i = 0; i < 4; i += 2) {
+    __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], int n,
+                                        const Piece<S> (&b)[1]) {
+      FRNN_UNROLL for (int s = 0; s < kSlots; s += 2) {
+        FRNN_UNROLL for (int i = 0; i < 4; i += 2) {
           const uint32_t x[4] = {to_tf32(a[s].v[i]), to_tf32(a[s + 1].v[i]), to_tf32(a[s].v[i + 1]),
                                  to_tf32(a[s + 1].v[i + 1])};
-          for (int n = 0; n < kTiles; ++n) {
-            const uint32_t y[2] = {to_tf32(b[n].v[i]), to_tf32(b[n].v[i + 1])};
-            mma_tf32(this->d[s / 2][n], x, y);
-          }
+          const uint32_t y[2] = {to_tf32(b[0].v[i]), to_tf32(b[0].v[i + 1])};
+          mma_tf32(this->d[s / 2][n], x, y);
         }
       }
     }
@@ -120,11 +122,10 @@ struct Fp64 {
   struct Sums {
     double d[kSlots][kTiles][2] = {};
 
-    __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], const Piece<S>* b) {
-      for (int s = 0; s < kSlots; ++s) {
-        for (int n = 0; n < kTiles; ++n) {
-          for (int i = 0; i < 2; ++i) mma_f64(d[s][n], a[s].v[i], b[n].v[i]);
-        }
+    __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], int n,
+                                        const Piece<S> (&b)[1]) {
+      FRNN_UNROLL for (int s = 0; s < kSlots; ++s) {
+        FRNN_UNROLL for (int i = 0; i < 2; ++i) mma_f64(d[s][n], a[s].v[i], b[0].v[i]);
       }
     }
     __device__ __forceinline__ double get(int slot, int tile, int column) const {
@@ -139,32 +140,31 @@ struct Fp64 {
 struct Fp32 {
   using S = float;
   using V = float;
-  static constexpr int kColumns = kTileColumns, kMostTiles = 1;  // two tiles spill
+  static constexpr int kColumns = kTileColumns, kMostTiles = 2;
 
   template <int kSlots, int kTiles>
   struct Sums {
     float d[kSlots][kTiles][kTileColumns] = {};
 
-    __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], const Piece<S>* b) {
-      for (int n = 0; n < kTiles; ++n) {
-        for (int c = 0; c < kTileColumns; ++c) {
-          for (int s = 0; s < kSlots; ++s) {
-            for (int i = 0; i < 4; ++i) d[s][n][c] += a[s].v[i] * b[n * kTileColumns + c].v[i];
-          }
+    __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], int n,
+                                        const Piece<S> (&b)[kTileColumns]) {
+      FRNN_UNROLL for (int c = 0; c < kTileColumns; ++c) {
+        FRNN_UNROLL for (int s = 0; s < kSlots; ++s) {
+          FRNN_UNROLL for (int i = 0; i < 4; ++i) d[s][n][c] += a[s].v[i] * b[c].v[i];
         }
       }
     }
     // Lane q sends away the columns of other lanes, half of them and then a quarter.
     __device__ __forceinline__ void finish() {
       const int q = threadIdx.x % 4;
-      for (int s = 0; s < kSlots; ++s) {
-        for (int n = 0; n < kTiles; ++n) {
+      FRNN_UNROLL for (int s = 0; s < kSlots; ++s) {
+        FRNN_UNROLL for (int n = 0; n < kTiles; ++n) {
           float (&x)[kTileColumns] = d[s][n];
-          for (int c = 0; c < 4; ++c) {
+          FRNN_UNROLL for (int c = 0; c < 4; ++c) {
             const float keep = q & 2 ? x[c + 4] : x[c], give = q & 2 ? x[c] : x[c + 4];
             x[c] = keep + __shfl_xor_sync(~0u, give, 2);
           }
-          for (int c = 0; c < 2; ++c) {
+          FRNN_UNROLL for (int c = 0; c < 2; ++c) {
             const float keep = q & 1 ? x[c + 2] : x[c], give = q & 1 ? x[c] : x[c + 2];
             x[c] = keep + __shfl_xor_sync(~0u, give, 1);
           }
@@ -197,69 +197,122 @@ struct Share {
   }
 };
 
-// sum over k of weights(group, gate)[k] * rows(column)[k]: weights gives the row of a lane's unit,
-// rows that of a column of the block, or null. before() runs ahead of the first read of `rows`;
-// done(i, result, sums[kGates]) takes a lane's results, the same lane those of the same i and
-// result. Sums are added in an order that depends on the shape alone.
+// Shared memory of a block: of each warp a ring of stages, one for each round of k on its way or in
+// use, and afterwards its sums.
+template <class M, int kGates, int kGroups, int kTiles>
+struct Memory {
+  static constexpr int kSlots = kGates * kGroups, kPieces = kSlots + kTiles;  // of a lane and round
+  static constexpr int kStageBytes = kPieces * kWarpSize * 16;
+  // 96 KB leave room for the next step's block, which copies its weights meanwhile; less than 48 KB
+  // in flight would not keep the L2 cache busy.
+  static constexpr int kFit = 96 * 1024 / (kWarps * kStageBytes);
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  static_assert(kStages >= 2);
+  static constexpr int kSumBytes = kSlots * kTiles * 2 * kWarpSize * sizeof(typename M::V);
+  static constexpr int kWarpBytes =
+      kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+  static constexpr int kBytes = kWarps * kWarpBytes;
+};
+
+// One factor of a product, as rows that are contiguous along k: those of a lane are row +
+// offset(i), unless bit i of `there` is clear, which stands for zeros.
+template <class S, class Offset>
+struct Factor {
+  const S* row;
+  uint32_t there;
+  Offset offset;
+};
+template <class S, class Offset>
+Factor(const S*, uint32_t, Offset) -> Factor<S, Offset>;
+
+// sum over k of weights[k] * rows[k], for each slot (group by group, gate by gate) of weights and
+// each tile of rows. before() runs ahead of the first read of `rows`, after() when the registers of
+// the product are free again; done(i, result, sums[kGates]) takes a lane's results, the same lane
+// those of the same i and result. Sums are added in an order that depends on the shape alone.
 template <class M, int kGates, int kGroups, int kTiles, class Weights, class Rows, class Before,
-          class Done>
+          class After, class Done>
 __device__ __forceinline__ void product(int64_t k_end, bool aligned, const Weights& weights,
-                                        const Rows& rows, const Before& before, const Done& done) {
+                                        const Rows& rows, const Before& before, const After& after,
+                                        const Done& done) {
   using S = typename M::S;
   using V = typename M::V;
-  constexpr int kSlots = kGates * kGroups, kPieces = kTiles * M::kColumns;
-  FRNN_SHARED(V, partial, kWarps * kSlots * kTiles * 2 * kWarpSize);
+  using Own = Memory<M, kGates, kGroups, kTiles>;
+  constexpr int kSlots = Own::kSlots, kStages = Own::kStages;
+  constexpr int kStep = kWarps * 4 * Piece<S>::kValues;  // of k in a round
+  FRNN_DYN_SMEM(shared);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int g = lane / 4, q = lane % 4;
-  constexpr int kStep = kWarps * 4 * Piece<S>::kValues;
-
-  const auto load_weights = [&](Piece<S>(&a)[kSlots], int64_t k) {
-    for (int slot = 0; slot < kSlots; ++slot) {
-      a[slot] = load_piece(weights(slot / kGates, slot % kGates), k, k_end, aligned);
-    }
-  };
-  const auto load_rows = [&](Piece<S>(&b)[kPieces], int64_t k) {
-    for (int i = 0; i < kPieces; ++i) {
-      const int column = M::kColumns == 1 ? i * kTileColumns + g : i;
-      b[i] = load_piece(rows(column), k, k_end, aligned);
-    }
+  const auto ring = reinterpret_cast<Piece<S>*>(shared + warp * Own::kWarpBytes);
+  const auto place = [&](int round, int piece, int of) {
+    return ring + (round % kStages * Own::kPieces + piece) * kWarpSize + of;
   };
 
-  typename M::template Sums<kSlots, kTiles> sums;
-  Piece<S> a[kSlots], b[kPieces];
-  int64_t k = (warp * 4 + q) * Piece<S>::kValues;
-  load_weights(a, k);
+  const int rounds = static_cast<int>(divide_up(k_end, kStep));
+  // A factor's pieces of a round, to the places from `first` on.
+  const auto fetch = [&](int round, int first, int count, const auto& factor) {
+    if (round >= rounds) return;
+    const int64_t k = int64_t{round} * kStep + (warp * 4 + lane % 4) * Piece<S>::kValues;
+    if (aligned) {
+      const uint32_t there = k < k_end ? factor.there : 0;
+      const S* from = factor.row + k;
+      FRNN_UNROLL for (int i = 0; i < count; ++i) {
+        cp_async<16>(place(round, first + i, lane), from + factor.offset(i),
+                     there >> i & 1 ? 16 : 0);
+      }
+    } else {
+      FRNN_ROLLED for (int i = 0; i < count; ++i) {
+        *place(round, first + i, lane) =
+            load_piece(factor.row + factor.offset(i), factor.there >> i & 1, k, k_end);
+      }
+    }
+  };
+  const auto fetch_weights = [&](int round) { fetch(round, 0, kSlots, weights); };
+  const auto fetch_rows = [&](int round) {
+    fetch(round, kSlots, kTiles, rows);
+    cp_async_commit();  // a group of each round, an empty one too
+  };
+
+  for (int round = 0; round < kStages - 1; ++round) fetch_weights(round);
   before();
-  load_rows(b, k);
-  // All lanes of a warp take part in every round, those beyond the end with zeros.
-  for (int64_t round = 0; round < k_end; round += kStep) {
-    Piece<S> next_a[kSlots], next_b[kPieces];
-    k += kStep;
-    load_weights(next_a, k);
-    load_rows(next_b, k);
-    sums.add(a, b);
-    for (int i = 0; i < kSlots; ++i) a[i] = next_a[i];
-    for (int i = 0; i < kPieces; ++i) b[i] = next_b[i];
+  for (int round = 0; round < kStages - 1; ++round) fetch_rows(round);
+  typename M::template Sums<kSlots, kTiles> sums;
+  for (int round = 0; round < rounds; ++round) {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();  // this round has come for all lanes, and all have read the one before
+    fetch_weights(round + kStages - 1);
+    fetch_rows(round + kStages - 1);
+    Piece<S> a[kSlots];
+    FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) a[slot] =
+        read_piece(place(round, slot, lane));
+    FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+      Piece<S> b[M::kColumns];
+      FRNN_UNROLL for (int c = 0; c < M::kColumns; ++c) {
+        b[c] = read_piece(place(round, kSlots + tile, M::kColumns == 1 ? lane : c * 4 + lane % 4));
+      }
+      sums.add(a, tile, b);
+    }
   }
   sums.finish();
 
   const auto at = [&](int w, int slot, int tile, int j) -> V& {
-    return partial[(((w * kSlots + slot) * kTiles + tile) * 2 + j) * kWarpSize + lane];
+    const auto sums_of_warp = reinterpret_cast<V*>(shared + w * Own::kWarpBytes);
+    return sums_of_warp[((slot * kTiles + tile) * 2 + j) * kWarpSize + lane];
   };
-  for (int slot = 0; slot < kSlots; ++slot) {
-    for (int n = 0; n < kTiles; ++n) {
-      for (int j = 0; j < 2; ++j) at(warp, slot, n, j) = sums.get(slot, n, j);
+  __syncwarp();
+  FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+    FRNN_UNROLL for (int n = 0; n < kTiles; ++n) {
+      FRNN_UNROLL for (int j = 0; j < 2; ++j) at(warp, slot, n, j) = sums.get(slot, n, j);
     }
   }
+  after();
   __syncthreads();
   using Mine = Share<kGroups, kTiles>;
-  for (int i = 0; i < Mine::kEach; ++i) {
+  FRNN_UNROLL for (int i = 0; i < Mine::kEach; ++i) {
     Result result;
     if (!Mine::get(i, result)) break;
     V total[kGates];
-    for (int gate = 0; gate < kGates; ++gate) {
+    FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
       total[gate] = V(0);
-      for (int w = 0; w < kWarps; ++w) {
+      FRNN_UNROLL for (int w = 0; w < kWarps; ++w) {
         total[gate] += at(w, result.group * kGates + gate, result.tile, result.j);
       }
     }

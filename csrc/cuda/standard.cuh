@@ -14,9 +14,6 @@ namespace frnn::cuda {
 
 constexpr int kThreads = kWarps * kWarpSize;
 
-template <int kGates>
-constexpr int kGroupsOf = groups_of(kGates);  // which device code may read, not call
-
 // The first unit and row of this block.
 struct Corner {
   int64_t unit, row;
@@ -37,17 +34,33 @@ __device__ __forceinline__ bool find_place(const Corner& from, const Result& res
   return row < rows && unit < units;
 }
 
-template <class S, int kGroups>
-struct WeightRows {
-  const S* w;  // [gates * units, k]
-  int64_t units, k, first;
-
-  // The row of this lane's unit of a group, for one gate; null beyond the last unit.
-  __device__ __forceinline__ const S* operator()(int group, int gate) const {
-    const int64_t unit = first + group * kSlotRows + threadIdx.x % kWarpSize / 4;
-    return unit < units ? w + (gate * units + unit) * k : nullptr;
+// The rows of weights [gates * units, k] for this block, of each lane its unit of each group.
+template <int kGates, int kGroups, class S>
+__device__ __forceinline__ auto weight_rows(const S* w, int64_t units, int64_t k,
+                                            const Corner& from) {
+  const int64_t unit = from.unit + threadIdx.x % kWarpSize / 4;
+  uint32_t there = 0;
+  FRNN_UNROLL for (int slot = 0; slot < kGates * kGroups; ++slot) {
+    if (unit + slot / kGates * kSlotRows < units) there |= 1u << slot;
   }
-};
+  return Factor(w + unit * k, there, [units, k](int slot) {
+    return (slot % kGates * units + slot / kGates * kSlotRows) * k;
+  });
+}
+
+// The rows of states [rows, k] for this block that are `wanted`, of each lane its column of each
+// tile.
+template <int kTiles, class S, class Wanted>
+__device__ __forceinline__ auto state_rows(const S* states, int64_t rows, int64_t k,
+                                           const Corner& from, const Wanted& wanted) {
+  const int64_t row = from.row + threadIdx.x % kWarpSize / 4;
+  uint32_t there = 0;
+  FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+    const int64_t r = row + tile * kTileColumns;
+    if (r < rows && wanted(r)) there |= 1u << tile;
+  }
+  return Factor(states + row * k, there, [k](int tile) { return tile * kTileColumns * k; });
+}
 
 // What precedes the first step, one thread for each unit of each row.
 template <class Steps, class Args>
@@ -68,35 +81,43 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // W_hh h and the cell.
-template <class Cell, class M, int kTiles>
+template <class Cell, class M, int kGroups, int kTiles>
 __global__ void __launch_bounds__(kThreads)
     forward_cells(const __grid_constant__ Forward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
-  constexpr int kGates = Cell::kGates, kGroups = kGroupsOf<kGates>;
+  constexpr int kGates = Cell::kGates;
   const ForwardSteps<Cell, V, S, V> steps(f, f.h_step, f.states_step, f.m_step);
   const Corner from = corner<kGroups, kTiles>();
   const int64_t t = steps.timeline().time(s), units = f.h;
   const bool plain = steps.timeline().full() && s + 1 < f.t;
 
-  // What does not depend on the step before is read while it still runs.
+  // What does not depend on the step before is read while it still runs, or, where there is too
+  // much of it, as soon as there are registers for it.
   using Mine = Share<kGroups, kTiles>;
+  constexpr bool kEarly = Mine::kEach <= 2;
   V gx[Mine::kEach][kGates];
-  const auto before = [&] {
-    for (int i = 0; i < Mine::kEach; ++i) {
+  const auto read_gx = [&] {
+    FRNN_UNROLL for (int i = 0; i < Mine::kEach; ++i) {
       Result result;
       Place p;
       if (!Mine::get(i, result) || !find_place(from, result, f.b, units, p)) continue;
       const S* row = f.gx + (t * f.b + p.row) * kGates * units + p.unit;
-      for (int gate = 0; gate < kGates; ++gate) gx[i][gate] = load<V>(row + gate * units, 1);
+      FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+        gx[i][gate] = load<V>(row + gate * units, 1);
+      }
     }
+  };
+  const auto before = [&] {
+    if (kEarly) read_gx();
     dependency_wait();
   };
-  const S* h = steps.h_in(s);
-  const auto rows = [&](int column) {
-    const int64_t row = from.row + column;
-    return row < f.b && steps.timeline().computed(s, row) ? h + row * f.p : nullptr;
+  const auto after = [&] {
+    if (!kEarly) read_gx();
   };
+  const auto rows = state_rows<kTiles>(steps.h_in(s), f.b, f.p, from, [&](int64_t row) {
+    return steps.timeline().computed(s, row);
+  });
   const auto done = [&](int i, const Result& result, const V* gh) {
     Place p;
     if (!find_place(from, result, f.b, units, p)) return;
@@ -107,32 +128,30 @@ __global__ void __launch_bounds__(kThreads)
     }
   };
   dependency_launch();
-  product<M, kGates, kGroups, kTiles>(
-      f.p, f.aligned, WeightRows<S, kGroups>{f.w_hh, units, f.p, from.unit}, rows, before, done);
+  product<M, kGates, kGroups, kTiles>(f.p, f.aligned,
+                                      weight_rows<kGates, kGroups>(f.w_hh, units, f.p, from), rows,
+                                      before, after, done);
 }
 
 // W_hr m, the output of a step with a projection.
-template <class Cell, class M, int kTiles>
+template <class Cell, class M, int kGroups, int kTiles>
 __global__ void __launch_bounds__(kThreads)
     forward_project(const __grid_constant__ Forward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
-  constexpr int kGroups = kGroupsOf<1>;
   const ForwardSteps<Cell, V, S, V> steps(f, f.h_step, f.states_step, f.m_step);
   const Corner from = corner<kGroups, kTiles>();
-  const S* m = steps.m_at(s);
-  const auto rows = [&](int column) {
-    const int64_t row = from.row + column;
-    return row < f.b && steps.timeline().computed(s, row) ? m + row * f.h : nullptr;
-  };
+  const auto rows = state_rows<kTiles>(steps.m_at(s), f.b, f.h, from, [&](int64_t row) {
+    return steps.timeline().computed(s, row);
+  });
   const auto done = [&](int, const Result& result, const V* h) {
     Place p;
     if (find_place(from, result, f.b, f.p, p)) steps.template finish_output<false>(s, p, h[0]);
   };
   dependency_launch();
   product<M, 1, kGroups, kTiles>(
-      f.h, f.aligned, WeightRows<S, kGroups>{f.w_hr, f.p, f.h, from.unit}, rows,
-      [] { dependency_wait(); }, done);
+      f.h, f.aligned, weight_rows<1, kGroups>(f.w_hr, f.p, f.h, from), rows,
+      [] { dependency_wait(); }, [] {}, done);
 }
 
 // ---- Backward.
@@ -151,22 +170,19 @@ __device__ StepGradients<S> at_time(const Backward<S, A>& f, int64_t t) {
 }
 
 // dgh W_hh of the step after, and the cell unless a projection comes first.
-template <class Cell, class M, int kTiles>
+template <class Cell, class M, int kGroups, int kTiles>
 __global__ void __launch_bounds__(kThreads)
     backward_gather(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
-  constexpr int kGroups = kGroupsOf<1>;
   const BackwardSteps<Cell, V, S, V> steps(f);
   const Corner from = corner<kGroups, kTiles>();
   const bool plain = steps.timeline().full() && s >= 0 && s + 1 < f.t && f.w_hr == nullptr;
   const int64_t k = Cell::kGates * f.h, after = s + 1 < f.t ? s + 1 : s;
   const S* dgh = at_time<Cell>(f, steps.timeline().time(after)).dgh;
   const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));  // not used if s is -1
-  const auto rows = [&](int column) {
-    const int64_t row = from.row + column;
-    return row < f.b && steps.flows_back(s, row) ? dgh + row * k : nullptr;
-  };
+  const auto rows =
+      state_rows<kTiles>(dgh, f.b, k, from, [&](int64_t row) { return steps.flows_back(s, row); });
   const auto done = [&](int, const Result& result, const V* dh) {
     Place p;
     if (!find_place(from, result, f.b, f.p, p)) return;
@@ -178,24 +194,21 @@ __global__ void __launch_bounds__(kThreads)
   };
   dependency_launch();
   product<M, 1, kGroups, kTiles>(
-      s + 1 < f.t ? k : 0, f.aligned, WeightRows<S, kGroups>{f.w_hh_t, f.p, k, from.unit}, rows,
-      [] { dependency_wait(); }, done);
+      s + 1 < f.t ? k : 0, f.aligned, weight_rows<1, kGroups>(f.w_hh_t, f.p, k, from), rows,
+      [] { dependency_wait(); }, [] {}, done);
 }
 
 // dh W_hr and the cell, at a step with a projection.
-template <class Cell, class M, int kTiles>
+template <class Cell, class M, int kGroups, int kTiles>
 __global__ void __launch_bounds__(kThreads)
     backward_cells(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
-  constexpr int kGroups = kGroupsOf<1>;
   const BackwardSteps<Cell, V, S, V> steps(f);
   const Corner from = corner<kGroups, kTiles>();
-  const S* dh = f.dh + steps.timeline().time(s) * f.b * f.p;
-  const auto rows = [&](int column) {
-    const int64_t row = from.row + column;
-    return row < f.b && steps.timeline().computed(s, row) ? dh + row * f.p : nullptr;
-  };
+  const auto rows =
+      state_rows<kTiles>(f.dh + steps.timeline().time(s) * f.b * f.p, f.b, f.p, from,
+                         [&](int64_t row) { return steps.timeline().computed(s, row); });
   const auto done = [&](int, const Result& result, const V* dm) {
     Place p;
     if (find_place(from, result, f.b, f.h, p)) {
@@ -204,8 +217,8 @@ __global__ void __launch_bounds__(kThreads)
   };
   dependency_launch();
   product<M, 1, kGroups, kTiles>(
-      f.p, f.aligned, WeightRows<S, kGroups>{f.w_hr_t, f.h, f.p, from.unit}, rows,
-      [] { dependency_wait(); }, done);
+      f.p, f.aligned, weight_rows<1, kGroups>(f.w_hr_t, f.h, f.p, from), rows,
+      [] { dependency_wait(); }, [] {}, done);
 }
 
 }  // namespace frnn::cuda

@@ -8,22 +8,55 @@
 namespace frnn::cuda {
 namespace {
 
-template <class Kernel, class Args, class... Rest>
-void run(const char* name, Kernel kernel, dim3 grid, bool programmatic, void* stream,
-         const Args& args, Rest... rest) {
-  Launch how{.grid = grid, .block = dim3(kThreads)};
-  how.programmatic = programmatic;
-  how.stream = static_cast<cudaStream_t>(stream);
-  launch(name, kernel, how, args, rest...);
+// One kernel of a step: launched with the step's number, maybe before the kernel ahead has ended.
+template <class Args>
+struct StepKernel {
+  const char* name;
+  void (*kernel)(Args, int64_t);
+  Launch how;
+
+  void run(const Args& args, int64_t s, bool programmatic) {
+    how.programmatic = programmatic;
+    launch(name, kernel, how, args, s);
+  }
+};
+
+// The instance for the size that suits a product of `rows` rows of states with `units` units of
+// kGates gates: kernel<kGroups, kTiles>().
+template <class Args, class M, int kGates, class Kernel>
+StepKernel<Args> choose(const char* name, int64_t rows, int64_t units, void* stream,
+                        const Kernel& kernel) {
+  StepKernel<Args> chosen{.name = name};
+  const auto take = [&]<int kSize>() {
+    constexpr Shape kShape = shape_of(kGates, kSize, M::kMostTiles);
+    const Blocks blocks = blocks_of(rows, units, kShape);
+    chosen.kernel = kernel.template operator()<kShape.groups, kShape.tiles>();
+    chosen.how = {.grid = dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y)),
+                  .block = dim3(kThreads),
+                  .smem = Memory<M, kGates, kShape.groups, kShape.tiles>::kBytes,
+                  .stream = static_cast<cudaStream_t>(stream)};
+  };
+  switch (size_of(rows, units, kGates, M::kMostTiles, multiprocessors())) {
+    case 0:
+      take.template operator()<0>();
+      break;
+    case 1:
+      take.template operator()<1>();
+      break;
+    default:
+      if constexpr (sizes_of(kGates, M::kMostTiles) > 2) take.template operator()<2>();
+  }
+  allow_shared_memory(name, chosen.kernel, chosen.how.smem);
+  return chosen;
 }
 
-dim3 grid(int64_t rows, int64_t units, int gates, int tiles) {
-  const Blocks blocks = blocks_of(rows, units, gates, tiles);
-  return dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y));
-}
-
-dim3 elementwise_grid(int64_t rows, int64_t units) {
-  return dim3(static_cast<unsigned>(divide_up(rows * units, kThreads)));
+template <class Args>
+void run_start(const char* name, void (*kernel)(Args), const Args& args, void* stream) {
+  const int64_t units = args.b * (args.p > args.h ? args.p : args.h);
+  const Launch how{.grid = dim3(static_cast<unsigned>(divide_up(units, kThreads))),
+                   .block = dim3(kThreads),
+                   .stream = static_cast<cudaStream_t>(stream)};
+  launch(name, kernel, how, args);
 }
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -35,67 +68,70 @@ bool rows_aligned(int64_t size) {
 
 // A step's kernels may start before the ones ahead end, the first excepted: what is ahead of it
 // (gx) is read without waiting.
-template <class Cell, class M, int kTiles>
+template <class Cell, class M>
 void run_forward(Forward<typename M::S, typename M::V> f, void* stream) {
   using S = typename M::S;
+  using Args = decltype(f);
   f.aligned = rows_aligned<S>(f.p) && rows_aligned<S>(f.h) && aligned(f.w_hh) && aligned(f.w_hr) &&
               aligned(f.h_prev) && aligned(f.h_step) && aligned(f.m) && aligned(f.m_step);
-  run("forward_start", forward_start<Cell, M>, elementwise_grid(f.b, f.p > f.h ? f.p : f.h), false,
-      stream, f);
-  for (int64_t s = 0; s < f.t; ++s) {
-    run("forward_cells", forward_cells<Cell, M, kTiles>, grid(f.b, f.h, Cell::kGates, kTiles),
-        s > 0, stream, f, s);
-    if constexpr (!Cell::kReadsH) {
-      if (f.w_hr == nullptr) continue;
-      run("forward_project", forward_project<Cell, M, kTiles>, grid(f.b, f.p, 1, kTiles), true,
-          stream, f, s);
+  auto cells = choose<Args, M, Cell::kGates>(
+      "forward_cells", f.b, f.h, stream,
+      []<int kGroups, int kTiles>() { return forward_cells<Cell, M, kGroups, kTiles>; });
+  const auto steps = [&](auto project) {
+    run_start("forward_start", forward_start<Cell, M>, f, stream);
+    for (int64_t s = 0; s < f.t; ++s) {
+      cells.run(f, s, s > 0);
+      project(s);
+    }
+  };
+  if constexpr (!Cell::kReadsH) {
+    if (f.w_hr) {
+      auto project = choose<Args, M, 1>(
+          "forward_project", f.b, f.p, stream,
+          []<int kGroups, int kTiles>() { return forward_project<Cell, M, kGroups, kTiles>; });
+      return steps([&](int64_t s) { project.run(f, s, true); });
     }
   }
+  steps([](int64_t) {});
 }
 
-template <class Cell, class M, int kTiles>
+template <class Cell, class M>
 void run_backward(Backward<typename M::S, typename M::V> f, void* stream) {
   using S = typename M::S;
+  using Args = decltype(f);
   f.aligned = rows_aligned<S>(f.p) && rows_aligned<S>(f.h) && aligned(f.w_hh_t) &&
               aligned(f.w_hr_t) && aligned(f.dgh) && aligned(f.dh);
-  run("backward_start", backward_start<Cell, M>, elementwise_grid(f.b, f.p > f.h ? f.p : f.h),
-      false, stream, f);
-  for (int64_t s = f.t - 1; f.t > 0 && s >= -1; --s) {
-    run("backward_gather", backward_gather<Cell, M, kTiles>, grid(f.b, f.p, 1, kTiles), s + 1 < f.t,
-        stream, f, s);
-    if constexpr (!Cell::kReadsH) {
-      if (s < 0 || f.w_hr == nullptr) continue;
-      run("backward_cells", backward_cells<Cell, M, kTiles>, grid(f.b, f.h, 1, kTiles), true,
-          stream, f, s);
+  auto gather = choose<Args, M, 1>(
+      "backward_gather", f.b, f.p, stream,
+      []<int kGroups, int kTiles>() { return backward_gather<Cell, M, kGroups, kTiles>; });
+  const auto steps = [&](auto cells) {
+    run_start("backward_start", backward_start<Cell, M>, f, stream);
+    for (int64_t s = f.t - 1; f.t > 0 && s >= -1; --s) {
+      gather.run(f, s, s + 1 < f.t);
+      if (s >= 0) cells(s);
+    }
+  };
+  if constexpr (!Cell::kReadsH) {
+    if (f.w_hr) {
+      auto cells = choose<Args, M, 1>(
+          "backward_cells", f.b, f.h, stream,
+          []<int kGroups, int kTiles>() { return backward_cells<Cell, M, kGroups, kTiles>; });
+      return steps([&](int64_t s) { cells.run(f, s, true); });
     }
   }
-}
-
-template <class M, class F>
-void dispatch_tiles(int64_t rows, int64_t units, int gates, F f) {
-  if (tiles_of(rows, units, gates, M::kMostTiles, multiprocessors()) == 1) {
-    f.template operator()<1>();
-  } else {
-    f.template operator()<M::kMostTiles>();
-  }
+  steps([](int64_t) {});
 }
 
 template <class M>
 void forward_in(int cell, const Forward<void, void>& args, void* stream) {
   const auto typed = __builtin_bit_cast(Forward<typename M::S, typename M::V>, args);
-  Cells::dispatch(cell, [&]<class Cell>() {
-    dispatch_tiles<M>(args.b, args.h, Cell::kGates,
-                      [&]<int kTiles>() { run_forward<Cell, M, kTiles>(typed, stream); });
-  });
+  Cells::dispatch(cell, [&]<class Cell>() { run_forward<Cell, M>(typed, stream); });
 }
 
 template <class M>
 void backward_in(int cell, const Backward<void, void>& args, void* stream) {
   const auto typed = __builtin_bit_cast(Backward<typename M::S, typename M::V>, args);
-  Cells::dispatch(cell, [&]<class Cell>() {
-    dispatch_tiles<M>(args.b, args.p, 1,
-                      [&]<int kTiles>() { run_backward<Cell, M, kTiles>(typed, stream); });
-  });
+  Cells::dispatch(cell, [&]<class Cell>() { run_backward<Cell, M>(typed, stream); });
 }
 
 }  // namespace

@@ -9,59 +9,69 @@
 namespace {
 
 using frnn::cuda::blocks_of;
-using frnn::cuda::groups_of;
-using frnn::cuda::tiles_of;
+using frnn::cuda::Shape;
+using frnn::cuda::shape_of;
+using frnn::cuda::size_of;
+using frnn::cuda::sizes_of;
 
 int failures = 0;
 
 struct Case {
   int64_t rows, units;
-  int gates, most, multiprocessors, tiles;
+  int gates, most_tiles, multiprocessors, size;
 };
 
 void expect(bool holds, const char* what, const Case& c) {
   if (holds) return;
   ++failures;
-  std::printf("FAILED %s: %lld rows, %lld units of %d gates, %d or 1 tiles on %d multiprocessors\n",
+  std::printf("FAILED %s: %lld rows, %lld units of %d gates, up to %d tiles, %d multiprocessors\n",
               what, static_cast<long long>(c.rows), static_cast<long long>(c.units), c.gates,
-              c.most, c.multiprocessors);
+              c.most_tiles, c.multiprocessors);
 }
 
-constexpr int kA100 = 108, kA30 = 56, kA10 = 72, kH100 = 132, kH20 = 78, kB200 = 148;
+constexpr int kA100 = 108, kA10 = 72, kH100 = 132, kH20 = 78, kB200 = 148;
+constexpr int kSmall = 0, kMiddle = 1, kLarge = 2;
 
-// Four gates in forward, one in backward.
+// Four gates in forward, three of them in a GRU's, one in backward.
 constexpr Case kCases[] = {
-    {1, 4096, 4, 4, kH100, 1},     // rows of one tile, however many blocks
-    {8, 65536, 4, 4, 1, 1},        //
-    {9, 8, 4, 4, 1, 4},            // a single multiprocessor is always full
-    {32, 512, 4, 4, kA30, 4},      // 64 blocks of four tiles
-    {32, 512, 4, 4, kA10, 1},      //
-    {32, 512, 4, 4, kH20, 1},      //
-    {32, 512, 4, 4, kA100, 1},     //
-    {32, 864, 4, 4, kA100, 4},     // 108 blocks, just enough
-    {32, 864, 4, 4, kH100, 1},     //
-    {32, 1184, 4, 4, kB200, 4},    // 148 blocks
-    {32, 1176, 4, 4, kB200, 1},    // 147
-    {128, 512, 4, 4, kH100, 4},    // 4 x 64 blocks
-    {128, 512, 3, 4, kH100, 1},    // GRU: 4 x 32
-    {128, 512, 3, 4, kA100, 4},    //
-    {128, 512, 1, 4, kH100, 1},    // backward: 4 x 16
-    {1024, 512, 1, 4, kH100, 4},   // 32 x 16
-    {128, 512, 1, 2, kH100, 1},    // float64: 8 x 16 = 128
-    {128, 512, 1, 2, kA100, 2},    //
-    {4096, 4096, 4, 1, kH100, 1},  // float32 has registers for one tile only
+    {1, 4096, 4, 8, kH100, kSmall},      // one tile of rows: larger blocks read more
+    {8, 65536, 4, 8, kH100, kSmall},     //
+    {8, 65536, 4, 8, 1, kSmall},         //
+    {128, 128, 4, 8, kH100, kMiddle},    // 16 x 16 blocks are two for most of 132, 4 x 16 one
+    {32, 256, 4, 8, kH100, kSmall},      // 4 x 32 small blocks, one for each
+    {32, 256, 4, 8, kA10, kMiddle},      // two for each, or one middle one
+    {32, 512, 4, 8, kH100, kMiddle},     //
+    {64, 512, 4, 8, kH100, kMiddle},     // 2 x 64
+    {128, 512, 4, 8, kH100, kMiddle},    // 4 x 64: two for each, which read as much as a large one
+    {128, 1024, 4, 8, kH100, kLarge},    // 2 x 64
+    {128, 1024, 4, 8, kA100, kLarge},    // two for some, which read less than five middle ones
+    {128, 1024, 4, 8, kB200, kLarge},    //
+    {64, 2048, 4, 8, kH100, kLarge},     // 1 x 128
+    {128, 1024, 3, 8, kH100, kLarge},    // GRU
+    {128, 1024, 1, 8, kH100, kMiddle},   // backward: 4 x 32, and no large blocks
+    {8, 1024, 1, 8, kH100, kSmall},      // 1 x 64
+    {64, 2048, 1, 8, kH20, kMiddle},     //
+    {128, 1024, 4, 2, kH100, kMiddle},   // float32 and float64 have registers for two tiles
+    {4096, 4096, 4, 2, kH100, kMiddle},  //
 };
 
 }  // namespace
 
 int main() {
   for (const Case& c : kCases) {
-    const int tiles = tiles_of(c.rows, c.units, c.gates, c.most, c.multiprocessors);
-    expect(tiles == c.tiles, "tiles", c);
-    const auto [x, y] = blocks_of(c.rows, c.units, c.gates, tiles);
-    expect(x * tiles * 8 >= c.rows && (x - 1) * tiles * 8 < c.rows, "blocks along rows", c);
-    const int64_t each = groups_of(c.gates) * 8;
-    expect(y * each >= c.units && (y - 1) * each < c.units, "blocks along units", c);
+    const int size = size_of(c.rows, c.units, c.gates, c.most_tiles, c.multiprocessors);
+    expect(size == c.size, "size", c);
+    const Shape shape = shape_of(c.gates, size, c.most_tiles);
+    const auto [x, y] = blocks_of(c.rows, c.units, shape);
+    const int64_t rows = shape.tiles * 8, units = shape.groups * 8;
+    expect(x * rows >= c.rows && (x - 1) * rows < c.rows, "blocks along rows", c);
+    expect(y * units >= c.units && (y - 1) * units < c.units, "blocks along units", c);
+  }
+  for (int gates = 1; gates <= 4; ++gates) {
+    for (int size = 0; size < sizes_of(gates, 8); ++size) {
+      const Case c{0, 0, gates, 8, 0, size};
+      expect(shape_of(gates, size, 8).groups * gates % 2 == 0, "slots in pairs", c);
+    }
   }
   if (failures == 0) std::printf("all good\n");
   return failures == 0 ? 0 : 1;

@@ -137,8 +137,14 @@ namespace frnn::cuda {
 // So few that small shapes, too, fill the device or do not.
 inline int multiprocessors() { return 3; }
 
+template <class... P>
+void allow_shared_memory(const char*, void (*kernel)(P...), size_t bytes) {
+  sim::allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
+}
+
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Launch& how, A&&... args) {
+  sim::check_shared_memory(name, reinterpret_cast<const void*>(kernel), how.smem);
   const std::tuple<P...> values(static_cast<A&&>(args)...);
   sim::run(name, how, [kernel, values] { std::apply(kernel, values); });
 }

@@ -289,6 +289,11 @@ void check_launch(const cuda::Launch& how) {
   }
 }
 
+std::map<const void*, size_t>& allowed_shared_memory() {
+  static std::map<const void*, size_t> bytes;
+  return bytes;
+}
+
 std::unique_ptr<Grid> make_grid(const char* kernel, const cuda::Launch& how,
                                 const std::function<void()>& body) {
   auto made = std::make_unique<Grid>(kernel, how, body, next_seed);
@@ -435,6 +440,18 @@ void dependency_wait() {
     wait(Wait::kDependency, "dependency_wait");
   }
   ahead->end.acquire();
+}
+
+void allow_shared_memory(const void* kernel, size_t bytes) {
+  allowed_shared_memory()[kernel] = bytes;
+}
+
+void check_shared_memory(const char* name, const void* kernel, size_t bytes) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  const auto found = allowed_shared_memory().find(kernel);
+  if (bytes <= (found == allowed_shared_memory().end() ? kWithoutAsking : found->second)) return;
+  throw std::runtime_error(std::string("CUDA kernel ") + name +
+                           ": more shared memory than allow_shared_memory was told of");
 }
 
 void run(const char* kernel, const cuda::Launch& how, const std::function<void()>& body) {

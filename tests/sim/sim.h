@@ -22,6 +22,11 @@ void set_seed(uint64_t seed);
 // and thread.
 void run(const char* kernel, const cuda::Launch& how, const std::function<void()>& body);
 
+// The dynamic shared memory that launches of a kernel may ask for, 48 KB at first; throws if one
+// asks for more.
+void allow_shared_memory(const void* kernel, size_t bytes);
+void check_shared_memory(const char* name, const void* kernel, size_t bytes);
+
 // Runs what `host` launches once it has returned, a programmatic launch beside those ahead of it
 // as soon as they allow it.
 void overlapping(const std::function<void()>& host);

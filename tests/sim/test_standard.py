@@ -26,8 +26,10 @@ FEATURES = {
     "lengths-resets": {"lengths": True, "resets": True},
     "lengths-resets-reverse": {"lengths": True, "resets": True, "reverse": True},
 }
-# (T, B, I, H): one of each, few rows, off the tiles, in pieces of 16 bytes, several blocks.
-SHAPES = [(1, 1, 1, 1), (3, 2, 5, 3), (2, 9, 4, 17), (3, 5, 8, 32), (3, 33, 4, 40)]
+# (T, B, I, H): one of each, few rows, off the tiles, in pieces of 16 bytes, several blocks. On the
+# simulator's three multiprocessors blocks are small, middle (2, 9, 4, 17) and large (3, 33, ..) in
+# forward, small and middle (3, 33, 4, 32) in backward.
+SHAPES = [(1, 1, 1, 1), (3, 2, 5, 3), (2, 9, 4, 17), (3, 5, 8, 32), (3, 33, 4, 40), (3, 33, 4, 32)]
 
 
 @pytest.fixture
@@ -53,6 +55,16 @@ def test_cells(simulated, cell, shape, feature, arithmetic):
 def test_projection(simulated, proj, feature, arithmetic):
     dtype = simulated.choose(arithmetic)
     case = Case(CELLS["lstm"], 3, 5, 4, 32, P=proj, dtype=dtype, cell_states=True, **feature)
+    check_case(case, simulated, tf32=simulated.tf32)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("shape", [(2, 2, 4, 272), (2, 33, 4, 208)], ids=["small", "large"])
+def test_more_rounds_than_stages(simulated, shape, arithmetic):
+    """The rings of shared memory wrap around. A round is 128 of k in 16 bits, 64 in tf32, and there
+    are H of them in forward, 4 H in backward; a ring has 8 stages in small blocks, 6 in backward's
+    middle ones, 3 in large ones."""
+    case = Case(CELLS["lstm"], *shape, dtype=simulated.choose(arithmetic))
     check_case(case, simulated, tf32=simulated.tf32)
 
 
