@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrnn.backends import Request, Sequence, Weights, select
+from fusedrnn.backends import Call, Request, Sequence, Weights, select
 from fusedrnn.cells import Cell
 from fusedrnn.recurrence import recurrence
 
@@ -66,10 +66,9 @@ def run_layers(
         ask = cell_states and layer == layers - 1
         for direction in range(directions):
             k = layer * directions + direction
-            out = recurrence(
-                cell, backend, y, weights[k], hx[0][k], _beside_h(tuple(s[k] for s in hx)),
-                seq, direction == 1, ask,
-            )  # fmt: skip
+            others = _beside_h(tuple(s[k] for s in hx))
+            call = Call(cell, y, weights[k], hx[0][k], others, seq, direction == 1, ask)
+            out = recurrence(backend, call)
             ys.append(out[0])
             h_n.append(out[1])
             c_n.extend(out[2:3] if len(hx) > 1 else ())
@@ -80,8 +79,8 @@ def run_layers(
         if layer < layers - 1:
             y = between(y)
     # The states are no views, so that all a user does to them in place is allowed.
-    others = tuple(torch.stack([c[s] for c in c_n]) for s in range(len(hx) - 1))
-    return Stack(y, torch.stack(h_n), others, c)
+    beside = tuple(torch.stack([c[s] for c in c_n]) for s in range(len(hx) - 1))
+    return Stack(y, torch.stack(h_n), beside, c)
 
 
 def run_step(
@@ -90,9 +89,8 @@ def run_step(
     """One step of one layer over ``x [B,I]``: the new states from hx, ``h [B,H]`` first."""
     seq = Sequence()
     backend = select(request_of(cell, x, weights, seq, False), wish)
-    h_n, *others = recurrence(
-        cell, backend, x.unsqueeze(0), weights, hx[0], _beside_h(hx), seq, False, False
-    )[1:]
+    call = Call(cell, x.unsqueeze(0), weights, hx[0], _beside_h(hx), seq, False, False)
+    _, h_n, *others = recurrence(backend, call)
     return (h_n, *(c_n.clone() for c in others for c_n in c.unbind(0)))
 
 

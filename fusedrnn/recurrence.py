@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from fusedrnn.backends import (
     Backend,
+    Call,
     Reference,
     Run,
     Sequence,
@@ -19,31 +20,20 @@ from fusedrnn.backends import (
     by_name,
     reference,
 )
-from fusedrnn.cells import CELLS, Cell
+from fusedrnn.cells import CELLS
 
 
-def recurrence(
-    cell: Cell,
-    backend: Backend | Reference,
-    x: Tensor,
-    weights: Weights,
-    h0: Tensor,
-    c0: Tensor | None,
-    seq: Sequence,
-    reverse: bool,
-    cell_states: bool,
-) -> tuple[Tensor, ...]:
-    """Runs ``cell`` over ``x [T,B,I]``: ``y [T,B,P]``, ``h_n [B,P]``, then ``c_n [S-1,B,H]`` if the
-    cell has states beside h, then ``c [T,B,H]`` if ``cell_states``."""
-    tensors = (x, *weights, h0, c0)
+def recurrence(backend: Backend | Reference, call: Call) -> tuple[Tensor, ...]:
+    """``y [T,B,P]``, ``h_n [B,P]``, then ``c_n [S-1,B,H]`` if the cell has states beside h, then
+    ``c [T,B,H]`` if asked for."""
+    tensors = call.tensors
     if isinstance(backend, Reference) or _transformed(tensors):
-        return reference.recurrence(cell, x, weights, h0, c0, seq, reverse, cell_states)
-    args = (*tensors, *seq, cell.name, backend.name, reverse, cell_states)
+        return reference.recurrence(call)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        args = (*tensors, *call.seq, call.cell.name, backend.name, call.reverse, call.cell_states)
         outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
         return outputs
-    run = backend.forward(cell, x, weights, h0, c0, seq, reverse, False, cell_states)
-    return _outputs(run, c0 is not None, cell_states)
+    return _outputs(call, backend.forward(call, False))
 
 
 # Private to PyTorch: without them it is not known whether a transform is active, and the reference,
@@ -60,8 +50,9 @@ def _transformed(tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def _outputs(run: Run, others: bool, cell_states: bool) -> tuple[Tensor, ...]:
-    return (run.y, run.h_n, *((run.c_n,) if others else ()), *((run.c,) if cell_states else ()))
+def _outputs(call: Call, run: Run) -> tuple[Tensor, ...]:
+    c_n = () if call.c0 is None else (run.c_n,)
+    return (run.y, run.h_n, *c_n, *((run.c,) if call.cell_states else ()))
 
 
 class RecurrenceFunction(torch.autograd.Function):
@@ -88,55 +79,48 @@ class RecurrenceFunction(torch.autograd.Function):
         reverse: bool,
         cell_states: bool,
     ) -> tuple[Tensor, ...]:
-        cell, backend = CELLS[cell_name], by_name(backend_name)
-        weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Sequence(lengths, resets)
+        backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
-        run = backend.forward(cell, x, weights, h0, c0, seq, reverse, True, cell_states)
-        ctx.call = cell_name, backend_name, reverse, cell_states
+        weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Sequence(lengths, resets)
+        call = Call(CELLS[cell_name], x, weights, h0, c0, seq, reverse, cell_states)
+        run = backend.forward(call, True)
+        ctx.constants = cell_name, backend_name, reverse, cell_states
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights, h0, c0, lengths, resets, *run.reserve)
-        return _outputs(run, c0 is not None, cell_states)
+        ctx.save_for_backward(*call.tensors, *seq, *run.reserve)
+        return _outputs(call, run)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *others: Tensor | None) -> Any:
-        cell_name, backend_name, reverse, cell_states = ctx.call
+        cell_name, backend_name, reverse, cell_states = ctx.constants
         x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, resets, *reserve = ctx.saved_tensors
         if torch.is_autocast_enabled(x.device.type):  # products in the dtype they had in forward
             with torch.autocast(x.device.type, enabled=False):
                 return RecurrenceFunction.backward(ctx, dy, dh_n, *others)
         weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Sequence(lengths, resets)
-        cell, backend = CELLS[cell_name], by_name(backend_name)
-        grads = (dy, dh_n, *others)
+        call = Call(CELLS[cell_name], x, weights, h0, c0, seq, reverse, cell_states)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            tensors = (x, *weights, h0, c0)
-            out = _differentiable_backward(cell, tensors, seq, reverse, cell_states, grads)
+            out = _differentiable_backward(call, (dy, dh_n, *others))
             return (*out, *(None,) * 6)
         dc_n = others[0] if c0 is not None else None
         dc = others[-1] if cell_states else None
+        backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
-        found = backend.backward(
-            cell, Upstream(dy, dh_n, dc_n, dc), x, weights, h0, c0, seq, reverse, tuple(reserve),
-            Wanted(*ctx.needs_input_grad[:8]),
-        )  # fmt: skip
+        wanted = Wanted(*ctx.needs_input_grad[:8])
+        found = backend.backward(call, Upstream(dy, dh_n, dc_n, dc), tuple(reserve), wanted)
         return (*found, *(None,) * 6)
 
 
 def _differentiable_backward(
-    cell: Cell,
-    tensors: tuple[Tensor | None, ...],
-    seq: Sequence,
-    reverse: bool,
-    cell_states: bool,
-    grads: tuple[Tensor | None, ...],
+    call: Call, grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weights, h0 and c0 as a function that can itself be differentiated."""
     # A view gives each input a node of its own, so that no gradient passes from one to another
     # through what they were computed from.
-    inputs = [None if t is None else t.view_as(t) for t in tensors]
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = inputs
-    assert x is not None and w_ih is not None and w_hh is not None and h0 is not None
-    weights = Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
-    outputs = reference.recurrence(cell, x, weights, h0, c0, seq, reverse, cell_states)
+    inputs = [None if t is None else t.view_as(t) for t in call.tensors]
+    x, *weights, h0, c0 = inputs
+    assert x is not None and h0 is not None
+    views = call._replace(x=x, weights=Weights(*weights), h0=h0, c0=c0)  # type: ignore[arg-type]
+    outputs = reference.recurrence(views)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
     wanted = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad]
     found = torch.autograd.grad(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusedrnn.backends import (
     Backend,
+    Call,
     Gradients,
     Reference,
     Run,
@@ -60,6 +61,13 @@ class Inputs:
     c0: Tensor | None
     seq: Sequence
     grads: dict[str, Tensor]  # the upstream gradient of each output
+
+    def call(self, case: Case) -> Call:
+        """``case`` on these inputs."""
+        return Call(
+            case.cell, self.x, self.weights, self.h0, self.c0, self.seq, case.reverse,
+            case.cell_states,
+        )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> Inputs:
         return self._map(lambda t: t.to(dtype), lambda t: t)
@@ -129,9 +137,8 @@ def run_case(case: Case, inputs: Inputs, backend: Backend | Reference) -> dict[s
     """Every output of ``case`` by its name, and the gradient of every input by ``d`` + its name."""
 
     def function(x: Tensor, weights: Weights, h0: Tensor, c0: Tensor | None) -> Outputs:
-        return recurrence(
-            case.cell, backend, x, weights, h0, c0, inputs.seq, case.reverse, case.cell_states
-        )
+        call = inputs.call(case)._replace(x=x, weights=weights, h0=h0, c0=c0)
+        return recurrence(backend, call)
 
     return differentiate(inputs, function)
 
@@ -359,9 +366,9 @@ class OnStored:
         steps = range(self.case.T)
         self.times = reversed(steps) if self.case.reverse else iter(steps)
         cell, weights = replace(self.case.cell, step=self.step), weights._replace(w_hr=None)
-        return reference.recurrence(
-            cell, x, weights, h0, c0, self.seq, self.case.reverse, self.case.cell_states
-        )
+        reverse, cell_states = self.case.reverse, self.case.cell_states
+        call = Call(cell, x, weights, h0, c0, self.seq, reverse, cell_states)
+        return reference.recurrence(call)
 
     def step(
         self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep

@@ -14,7 +14,17 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedrnn
-from fusedrnn.backends import Request, Sequence, Upstream, Wanted, Weights, by_name, cuda, native
+from fusedrnn.backends import (
+    Call,
+    Request,
+    Sequence,
+    Upstream,
+    Wanted,
+    Weights,
+    by_name,
+    cuda,
+    native,
+)
 from fusedrnn.cells import CELLS, LSTM, Cell
 
 pytestmark = pytest.mark.skipif(not native.isas(), reason="no native library")
@@ -125,13 +135,11 @@ def both_directions(dtype, cell, hidden, proj):
     weights = Weights(empty(rows, 3), empty(rows, out), empty(rows), empty(rows), w_hr)
     others = len(cell.states) - 1
     c0 = empty(others, 2, hidden) if others else None
-    x, h0, seq = empty(5, 2, 3), empty(2, out), Sequence()
-    run = backend.forward(cell, x, weights, h0, c0, seq, False, True, others > 0)
+    x, h0 = empty(5, 2, 3), empty(2, out)
+    call = Call(cell, x, weights, h0, c0, Sequence(), False, others > 0)
+    run = backend.forward(call, True)
     upstream, wanted = Upstream(run.y, None, None, None), Wanted(*(True,) * 5, proj > 0, True, True)
-    found = backend.backward(
-        cell, upstream, x, weights, h0, c0, seq, False, run.reserve, wanted
-    )  # fmt: skip
-    return (x, *weights, h0, c0), run, found
+    return call.tensors, run, backend.backward(call, upstream, run.reserve, wanted)
 
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)

@@ -138,10 +138,7 @@ def call(case, backend, wanted=None):
     tensors = {"x": inputs.x, "h0": inputs.h0, "c0": inputs.c0, **inputs.weights._asdict()}
     tensors = {name: t for name, t in tensors.items() if t is not None}
     leaves = [tensors[name].requires_grad_() for name in wanted or tensors]
-    outputs = recurrence(
-        case.cell, backend, inputs.x, inputs.weights, inputs.h0, inputs.c0, inputs.seq,
-        case.reverse, False,
-    )  # fmt: skip
+    outputs = recurrence(backend, inputs.call(case))
     return leaves, dict(zip(inputs.grads, outputs, strict=True)), inputs.grads
 
 
@@ -203,9 +200,9 @@ def test_the_callers_tensors_stay_as_they_are(stand_in, cell, proj, reverse, sco
 
     before = facts()
     with scope():
-        args = inputs.x, weights, inputs.h0, inputs.c0, inputs.seq, reverse, False
-        out = recurrence(cell, stand_in, *args)
-        expected = recurrence(cell, Reference(), *args)
+        of_weights = inputs.call(case)._replace(weights=weights)
+        out = recurrence(stand_in, of_weights)
+        expected = recurrence(Reference(), of_weights)
         if scope is torch.enable_grad:
             torch.autograd.grad(out[0].sum(), weights.w_hh)
     torch.testing.assert_close(out, expected)

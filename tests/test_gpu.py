@@ -79,7 +79,7 @@ def test_more_than_16_bits_count(shape):
     x, dy = inputs.x[steps, rows], inputs.grads["y"][steps, rows]
     h0 = out["y"][-601, rows] if case.T > 600 else inputs.h0[rows]
     x, reference = x.clone().requires_grad_(), by_name("reference")
-    y, h_n = recurrence(case.cell, reference, x, inputs.weights, h0, None, inputs.seq, False, False)
+    y, h_n = recurrence(reference, inputs.call(case)._replace(x=x, h0=h0))
     torch.autograd.backward((y, h_n), (dy, inputs.grads["h_n"][rows]))
     torch.testing.assert_close(out["y"][steps, rows], y)
     torch.testing.assert_close(out["dx"][steps, rows], x.grad)
@@ -240,7 +240,7 @@ def test_a_tensor_on_the_cpu(what):
 
 def test_a_tensor_on_the_cpu_within_an_op():
     case = Case(CELLS["gru"], 3, 2, 3, 4)
-    x, weights, h0, _, seq, _ = vars(make_inputs(case).on(DEVICE)).values()
-    weights = weights._replace(w_hh=weights.w_hh.cpu())
+    call = make_inputs(case).on(DEVICE).call(case)
+    weights = call.weights._replace(w_hh=call.weights.w_hh.cpu())
     with pytest.raises(RuntimeError, match="w_hh is on the CPU, expected CUDA device 0"):
-        recurrence(case.cell, by_name("cuda"), x, weights, h0, None, seq, False, False)
+        recurrence(by_name("cuda"), call._replace(weights=weights))

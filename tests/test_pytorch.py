@@ -88,10 +88,7 @@ def test_opcheck(case: Case) -> None:
     """Schemas, fake shapes and tracing of all ops, in inference and in training."""
     backend, inputs = by_name("cpu"), make_inputs(case)
     with Record() as record:
-        recurrence(
-            case.cell, backend, inputs.x, inputs.weights, inputs.h0, inputs.c0, inputs.seq,
-            case.reverse, case.cell_states,
-        )  # fmt: skip
+        recurrence(backend, inputs.call(case))
         run_case(case, inputs, backend)
     assert len(record.calls) == 3  # inference, training, its backward
     for op, args in record.calls:

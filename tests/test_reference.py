@@ -71,9 +71,8 @@ def test_gradcheck(cell, features, proj):
 
     def run(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0):
         weights = type(inputs.weights)(w_ih, w_hh, b_ih, b_hh, w_hr)
-        return recurrence(
-            cell, Reference(), x, weights, h0, c0, inputs.seq, case.reverse, case.cell_states
-        )
+        call = inputs.call(case)._replace(x=x, weights=weights, h0=h0, c0=c0)
+        return recurrence(Reference(), call)
 
     assert torch.autograd.gradcheck(run, tensors)
 

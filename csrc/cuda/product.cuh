@@ -246,7 +246,7 @@ __device__ __forceinline__ void product(int64_t k_end, bool aligned, const Weigh
     return ring + (round % kStages * Own::kPieces + piece) * kWarpSize + of;
   };
 
-  const int rounds = static_cast<int>(divide_up(k_end, kStep));
+  const int rounds = static_cast<int>((k_end + kStep - 1) / kStep);
   // A factor's pieces of a round, to the places from `first` on.
   const auto fetch = [&](int round, int first, int count, const auto& factor) {
     if (round >= rounds) return;

@@ -12,8 +12,8 @@ namespace {
 template <class Args>
 struct StepKernel {
   const char* name;
-  void (*kernel)(Args, int64_t);
-  Launch how;
+  void (*kernel)(Args, int64_t) = nullptr;
+  Launch how = {};
 
   void run(const Args& args, int64_t s, bool programmatic) {
     how.programmatic = programmatic;
@@ -31,10 +31,11 @@ StepKernel<Args> choose(const char* name, int64_t rows, int64_t units, void* str
     constexpr Shape kShape = shape_of(kGates, kSize, M::kMostTiles);
     const Blocks blocks = blocks_of(rows, units, kShape);
     chosen.kernel = kernel.template operator()<kShape.groups, kShape.tiles>();
-    chosen.how = {.grid = dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y)),
-                  .block = dim3(kThreads),
-                  .smem = Memory<M, kGates, kShape.groups, kShape.tiles>::kBytes,
-                  .stream = static_cast<cudaStream_t>(stream)};
+    chosen.how =
+        Launch{.grid = dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y)),
+               .block = dim3(kThreads),
+               .smem = Memory<M, kGates, kShape.groups, kShape.tiles>::kBytes,
+               .stream = static_cast<cudaStream_t>(stream)};
   };
   switch (size_of(rows, units, kGates, M::kMostTiles, multiprocessors())) {
     case 0:
@@ -76,7 +77,7 @@ void run_forward(Forward<typename M::S, typename M::V> f, void* stream) {
               aligned(f.h_prev) && aligned(f.h_step) && aligned(f.m) && aligned(f.m_step);
   auto cells = choose<Args, M, Cell::kGates>(
       "forward_cells", f.b, f.h, stream,
-      []<int kGroups, int kTiles>() { return forward_cells<Cell, M, kGroups, kTiles>; });
+      [&]<int kGroups, int kTiles>() { return forward_cells<Cell, M, kGroups, kTiles>; });
   const auto steps = [&](auto project) {
     run_start("forward_start", forward_start<Cell, M>, f, stream);
     for (int64_t s = 0; s < f.t; ++s) {
@@ -88,7 +89,7 @@ void run_forward(Forward<typename M::S, typename M::V> f, void* stream) {
     if (f.w_hr) {
       auto project = choose<Args, M, 1>(
           "forward_project", f.b, f.p, stream,
-          []<int kGroups, int kTiles>() { return forward_project<Cell, M, kGroups, kTiles>; });
+          [&]<int kGroups, int kTiles>() { return forward_project<Cell, M, kGroups, kTiles>; });
       return steps([&](int64_t s) { project.run(f, s, true); });
     }
   }
@@ -103,7 +104,7 @@ void run_backward(Backward<typename M::S, typename M::V> f, void* stream) {
               aligned(f.w_hr_t) && aligned(f.dgh) && aligned(f.dh);
   auto gather = choose<Args, M, 1>(
       "backward_gather", f.b, f.p, stream,
-      []<int kGroups, int kTiles>() { return backward_gather<Cell, M, kGroups, kTiles>; });
+      [&]<int kGroups, int kTiles>() { return backward_gather<Cell, M, kGroups, kTiles>; });
   const auto steps = [&](auto cells) {
     run_start("backward_start", backward_start<Cell, M>, f, stream);
     for (int64_t s = f.t - 1; f.t > 0 && s >= -1; --s) {
@@ -115,7 +116,7 @@ void run_backward(Backward<typename M::S, typename M::V> f, void* stream) {
     if (f.w_hr) {
       auto cells = choose<Args, M, 1>(
           "backward_cells", f.b, f.h, stream,
-          []<int kGroups, int kTiles>() { return backward_cells<Cell, M, kGroups, kTiles>; });
+          [&]<int kGroups, int kTiles>() { return backward_cells<Cell, M, kGroups, kTiles>; });
       return steps([&](int64_t s) { cells.run(f, s, true); });
     }
   }

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from fusedrnn.backends.backend import (
     Backend,
+    Call,
     Gradients,
     Request,
     Run,
@@ -25,6 +26,7 @@ from fusedrnn.backends.reference import Reference
 __all__ = [
     "REFERENCE",
     "Backend",
+    "Call",
     "Gradients",
     "Names",
     "Reference",

@@ -42,8 +42,26 @@ class Sequence(NamedTuple):
     resets: Tensor | None = None  # [T, B] bool: a new sequence begins at t, where t < lengths[b]
 
 
+class Call(NamedTuple):
+    """One layer and direction over a sequence; S is the number of the cell's states."""
+
+    cell: Cell
+    x: Tensor  # [T,B,I]
+    weights: Weights
+    h0: Tensor  # [B,P]
+    c0: Tensor | None  # [S-1,B,H], None if h is the only state
+    seq: Sequence
+    reverse: bool
+    cell_states: bool  # whether the cell state of every step is asked for
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What has gradients, in the order of :class:`Gradients`."""
+        return (self.x, *self.weights, self.h0, self.c0)
+
+
 class Run(NamedTuple):
-    """One layer and direction over a sequence."""
+    """What a call gives."""
 
     y: Tensor  # [T,B,P]
     h_n: Tensor  # [B,P]
@@ -96,29 +114,10 @@ class Backend(Protocol):
     def supports(self, request: Request) -> str | None:
         """None if this backend can run it, else the reason, quoted as it stands to users."""
 
-    def forward(
-        self,
-        cell: Cell,
-        x: Tensor,  # [T,B,I]
-        weights: Weights,
-        h0: Tensor,  # [B,P]
-        c0: Tensor | None,  # [S-1,B,H], None if h is the only state
-        seq: Sequence,
-        reverse: bool,
-        training: bool,
-        cell_states: bool,
-    ) -> Run: ...
+    def forward(self, call: Call, training: bool) -> Run:
+        """``training``: backward will be asked for."""
 
     def backward(
-        self,
-        cell: Cell,
-        upstream: Upstream,
-        x: Tensor,
-        weights: Weights,
-        h0: Tensor,
-        c0: Tensor | None,
-        seq: Sequence,
-        reverse: bool,
-        reserve: tuple[Tensor, ...],
-        wanted: Wanted,
-    ) -> Gradients: ...
+        self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
+    ) -> Gradients:
+        """``reserve`` is that of the call's run, which stays as it is for another backward."""

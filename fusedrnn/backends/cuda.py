@@ -162,7 +162,7 @@ def _backward(
     run = products.Recurrent(h_prev, m, dgx, dgx if additive else dgh, dh, dh0, dc0)
     weights = Weights(w_ih, w_hh, None, None, w_hr)
     wanted = Wanted(want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, True, True)
-    found = products.gradients(x, weights, dc0, run, wanted, _product)
+    found = products.gradients(x, weights, run, wanted, _product)
     return tuple(x.new_empty(0) if d is None else d for d in found)
 
 

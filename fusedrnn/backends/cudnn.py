@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends.backend import (
+    Call,
     Gradients,
     Request,
     Run,
-    Sequence,
     Upstream,
     Wanted,
     Weights,
@@ -61,18 +61,8 @@ class Cudnn:
                 return f"has no {name.replace('_', ' ')}"
         return None
 
-    def forward(
-        self,
-        cell: Cell,
-        x: Tensor,
-        weights: Weights,
-        h0: Tensor,
-        c0: Tensor | None,
-        seq: Sequence,
-        reverse: bool,
-        training: bool,
-        cell_states: bool,
-    ) -> Run:
+    def forward(self, call: Call, training: bool) -> Run:
+        cell, x, weights, h0, c0, _, reverse, _ = call
         given = _given(weights)
         output, h_n, c_n, reserve, _ = torch.ops.aten._cudnn_rnn(
             _in_time(x, reverse), given, len(given), _packed(cell, x, weights), *_states(h0, c0),
@@ -84,18 +74,9 @@ class Cudnn:
         return Run(y, h_n, c_n, x.new_empty(0), (output, reserve) if training else ())
 
     def backward(
-        self,
-        cell: Cell,
-        upstream: Upstream,
-        x: Tensor,
-        weights: Weights,
-        h0: Tensor,
-        c0: Tensor | None,
-        seq: Sequence,
-        reverse: bool,
-        reserve: tuple[Tensor, ...],
-        wanted: Wanted,
+        self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
+        cell, x, weights, h0, c0, _, reverse, _ = call
         output, saved = reserve
         given = _given(weights)
         dy = torch.zeros_like(output) if upstream.y is None else _in_time(upstream.y, reverse)

@@ -13,17 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.backend import (
-    Gradients,
-    Request,
-    Run,
-    Sequence,
-    Upstream,
-    Wanted,
-    Weights,
-)
+from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted
 from fusedrnn.backends.reference import compute_dtype
-from fusedrnn.cells import Cell
 
 LIBRARY = Path(__file__).parent.parent / "_C.so"
 
@@ -103,25 +94,11 @@ class Native:
             return "needs a hidden size of at least 1"
         return None
 
-    def forward(
-        self,
-        cell: Cell,
-        x: Tensor,
-        weights: Weights,
-        h0: Tensor,
-        c0: Tensor | None,
-        seq: Sequence,
-        reverse: bool,
-        training: bool,
-        cell_states: bool,
-    ) -> Run:
+    def forward(self, call: Call, training: bool) -> Run:
+        cell, x, weights, h0, c0, seq, reverse, cell_states = call
+        tensors = (x, *weights, h0, c0, *seq)
         y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
-            x.contiguous(),
-            *(None if w is None else w.contiguous() for w in weights),
-            h0.contiguous(),
-            None if c0 is None else c0.contiguous(),
-            None if seq.lengths is None else seq.lengths.contiguous(),
-            None if seq.resets is None else seq.resets.contiguous(),
+            *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.name],
             reverse,
             training,
@@ -130,31 +107,14 @@ class Native:
         return Run(y, h_n, c_n, c, (h_prev, c_prev, saved, m))
 
     def backward(
-        self,
-        cell: Cell,
-        upstream: Upstream,
-        x: Tensor,
-        weights: Weights,
-        h0: Tensor,
-        c0: Tensor | None,
-        seq: Sequence,
-        reverse: bool,
-        reserve: tuple[Tensor, ...],
-        wanted: Wanted,
+        self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
-        dy, dh_n, dc_n, dc = (None if d is None else d.contiguous() for d in upstream)
+        cell, x, weights, _, c0, seq, reverse, _ = call
+        dy, dh_n, dc_n, dc = upstream
+        w_ih, w_hh, _, _, w_hr = weights
+        tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, *reserve, *seq)
         found = torch.ops.fusedrnn.recurrence_backward(
-            dy,
-            dc,
-            dh_n,
-            dc_n,
-            x.contiguous(),
-            weights.w_ih.contiguous(),
-            weights.w_hh.contiguous(),
-            None if weights.w_hr is None else weights.w_hr.contiguous(),
-            *reserve,
-            None if seq.lengths is None else seq.lengths.contiguous(),
-            None if seq.resets is None else seq.resets.contiguous(),
+            *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.name],
             reverse,
             *wanted[:6],

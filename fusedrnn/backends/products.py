@@ -25,7 +25,6 @@ class Recurrent(NamedTuple):
 def gradients(
     x: Tensor,
     weights: Weights,
-    c0: Tensor | None,
     run: Recurrent,
     wanted: Wanted,
     product: Callable[[Tensor, Tensor], Tensor],
@@ -45,5 +44,4 @@ def gradients(
         db_hh = db_ih.clone() if run.dgx is run.dgh and db_ih is not None else rows_hh.sum(0)
     if wanted.w_hr:
         dw_hr = product(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))
-    dc0 = None if c0 is None else run.dc0
-    return Gradients(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dh0, dc0)
+    return Gradients(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dh0, run.dc0)

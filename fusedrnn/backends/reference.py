@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn.backends.backend import Request, Sequence, Weights
-from fusedrnn.cells import Cell
+from fusedrnn.backends.backend import Call, Request
 
 
 class Reference:
@@ -28,18 +27,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def recurrence(
-    cell: Cell,
-    x: Tensor,
-    weights: Weights,
-    h0: Tensor,
-    c0: Tensor | None,
-    seq: Sequence,
-    reverse: bool,
-    cell_states: bool,
-) -> tuple[Tensor, ...]:
-    """One layer and direction over ``x [T,B,I]``: ``y, h_n`` then ``c_n`` and ``c`` as they apply,
-    in the shapes of :class:`Run`."""
+def recurrence(call: Call) -> tuple[Tensor, ...]:
+    """``y, h_n`` then ``c_n`` and ``c`` as they apply, in the shapes of :class:`Run`."""
+    cell, x, weights, h0, c0, seq, reverse, cell_states = call
     storage, compute = x.dtype, compute_dtype(x.dtype)
     w_ih, w_hh, b_ih, b_hh, w_hr = (None if w is None else w.to(compute) for w in weights)
     assert w_ih is not None and w_hh is not None

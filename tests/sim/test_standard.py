@@ -108,9 +108,7 @@ def test_inference_gives_the_same(simulated, cell, proj, arithmetic):
     case = Case(cell, 4, 9, 4, 17, P=proj, dtype=simulated.choose(arithmetic), lengths=True)
     inputs = make_inputs(case)
     training = run_case(case, inputs, simulated)
-    outputs = recurrence(
-        cell, simulated, inputs.x, inputs.weights, inputs.h0, inputs.c0, inputs.seq, False, False
-    )
+    outputs = recurrence(simulated, inputs.call(case))
     for name, t in zip(inputs.grads, outputs, strict=True):
         assert torch.equal(t, training[name]), name
 
@@ -121,9 +119,7 @@ def test_a_second_backward_is_the_same(simulated):
     inputs = make_inputs(case)
     x = inputs.x.clone().requires_grad_()
     weights = inputs.weights._replace(w_hh=inputs.weights.w_hh.clone().requires_grad_())
-    y, *_ = recurrence(
-        case.cell, simulated, x, weights, inputs.h0, inputs.c0, inputs.seq, False, False
-    )
+    y, *_ = recurrence(simulated, inputs.call(case)._replace(x=x, weights=weights))
     first, second = (
         torch.autograd.grad(y, (x, weights.w_hh), inputs.grads["y"], retain_graph=True)
         for _ in range(2)
@@ -170,6 +166,6 @@ def test_bounds_of_arrays(simulated, monkeypatch, call, name):
     inputs = make_inputs(case)
     with pytest.raises(RuntimeError, match=f"CUDA kernel .* an access beyond the end of {name}$"):
         if call == "between":  # the steps of an inference
-            recurrence(case.cell, simulated, *list(vars(inputs).values())[:5], False, False)
+            recurrence(simulated, inputs.call(case))
         else:
             run_case(case, inputs, simulated)
