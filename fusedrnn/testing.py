@@ -315,7 +315,7 @@ def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
         return run
 
     def gradients(*args: Any) -> Gradients:
-        recurrent: products.Recurrent = args[3]
+        recurrent: products.Recurrent = args[2]
         for name in ("h_prev", "dgx", "dgh", *(("m", "dh") if case.P else ())):
             stored[name] = getattr(recurrent, name)
         return gradients_themselves(*args)
