@@ -2,6 +2,7 @@
 // The ops: schemas, and the CPU engine behind them.
 #include "bindings.h"
 #include "cpu/team.h"
+#include "cuda/plan.h"
 
 namespace {
 
@@ -140,7 +141,8 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
 }
 
-// For the tests, by ctypes: the facts of the cells, one line each, and the instruction sets.
+// By ctypes: the facts of the cells, one line each, the instruction sets, and the plans of the CUDA
+// kernels, which need no device to be told.
 #define FRNN_EXPORT extern "C" __attribute__((visibility("default")))
 
 FRNN_EXPORT const char* frnn_cells() {
@@ -158,6 +160,17 @@ FRNN_EXPORT const char* frnn_cells() {
     return all;
   }();
   return lines.c_str();
+}
+
+// Units and rows of a block, and the numbers of blocks along units and rows.
+FRNN_EXPORT void frnn_cuda_plan(int64_t rows, int64_t units, int gates, int arithmetic,
+                                int multiprocessors, int64_t* plan) {
+  const auto [shape, blocks] = frnn::cuda::plan_of(
+      rows, units, gates, static_cast<frnn::cuda::Arithmetic>(arithmetic), multiprocessors);
+  plan[0] = int64_t{shape.groups} * frnn::cuda::kSlotRows;
+  plan[1] = int64_t{shape.tiles} * frnn::cuda::kTileColumns;
+  plan[2] = blocks.y;
+  plan[3] = blocks.x;
 }
 
 FRNN_EXPORT const char* frnn_isa() { return frnn::cpu::isa(); }

@@ -33,8 +33,8 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
 
     Args:
         module: a layer or cell of fusedrnn or torch.nn (which runs on fusedrnn under ``patch``).
-        x: the input the module would get; only its dtype, its device and whether it is
-            packed or empty are read.
+        x: the input the module would get; only its shape, dtype and device are read, and
+            whether it is packed.
 
     Returns:
         An :class:`Explanation`; its ``str`` is made for people.
@@ -66,6 +66,16 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
     reasons: dict[str, str] = {}
     for name, reason in weigh(request, check_names(getattr(module, "backend", None))).items():
         if reason is None:
-            return Explanation(name, by_name(name).algorithm, reasons)
+            algorithm = by_name(name).algorithm(request, _rows(module, x))
+            return Explanation(name, algorithm, reasons)
         reasons[name] = reason
     return Explanation(None, None, reasons)
+
+
+def _rows(module: nn.Module, x: Tensor | PackedSequence) -> int:
+    """The batch size, 1 where x has no dimension for it."""
+    if isinstance(x, PackedSequence):
+        return int(x.batch_sizes[0])
+    if not isinstance(module, nn.RNNBase):
+        return x.shape[0] if x.dim() == 2 else 1
+    return x.shape[0 if module.batch_first else 1] if x.dim() == 3 else 1

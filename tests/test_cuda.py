@@ -36,6 +36,23 @@ def present(monkeypatch):
     """A library and a device, as far as the choice of a backend is concerned."""
     monkeypatch.setattr(cuda, "_missing", None)
     monkeypatch.setattr(cuda, "capability", lambda index: {0: (9, 0), 1: (7, 5)}.get(index))
+    monkeypatch.setattr(cuda, "multiprocessors", lambda index: {0: 132, 1: 40}[index])
+
+
+def test_explain_tells_the_plan(present):
+    def plan(layer, *shape, dtype):
+        with FakeTensorMode():
+            return str(fusedrnn.explain(layer, torch.empty(shape, dtype=dtype, device=CUDA)))
+
+    layer = fusedrnn.LSTM(1024, 1024, backend="cuda")
+    assert plan(layer, 512, 128, 1024, dtype=torch.bfloat16) == (
+        "cuda: standard in bfloat16, a launch a step: 64 x 2 blocks of 16 units x 64 rows forward, "
+        "32 x 4 blocks of 32 units x 32 rows backward"
+    )
+    layer = fusedrnn.LSTM(8, 100, proj_size=20, batch_first=True, backend="cuda")
+    assert "13 x 1 blocks of 8 units x 8 rows forward, 2 x 1 blocks of 16 units x 8 rows" in plan(
+        layer, 3, 50, 8, dtype=torch.float64
+    )
 
 
 UNKNOWN = Cell("unknown", gates="a", states="h", saved=1, additive=True, step=LSTM.step)

@@ -49,7 +49,7 @@ __device__ __forceinline__ Piece<S> read_piece(const Piece<S>* p) {
 
 // ---- Arithmetics: the type of storage, that of sums and states, and the sums of kSlots slots and
 // kTiles tiles. kColumns is how many columns of a tile a lane must be given the pieces of: one, g,
-// or all eight. kMostTiles is what the registers hold.
+// or all eight.
 
 // As m16n8 instructions leave them: two slots each.
 template <int kSlots, int kTiles>
@@ -68,7 +68,9 @@ template <class S_>
 struct Half {
   using S = S_;
   using V = float;
-  static constexpr int kColumns = 1, kMostTiles = 8;
+  static constexpr Arithmetic kArithmetic =
+      std::is_same_v<S, __half> ? Arithmetic::kFloat16 : Arithmetic::kBfloat16;
+  static constexpr int kColumns = 1;
 
   template <int kSlots, int kTiles>
   struct Sums : PairSums<kSlots, kTiles> {
@@ -95,7 +97,8 @@ struct Half {
 struct Tf32 {
   using S = float;
   using V = float;
-  static constexpr int kColumns = 1, kMostTiles = 8;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kTf32;
+  static constexpr int kColumns = 1;
 
   template <int kSlots, int kTiles>
   struct Sums : PairSums<kSlots, kTiles> {
@@ -116,7 +119,8 @@ struct Tf32 {
 struct Fp64 {
   using S = double;
   using V = double;
-  static constexpr int kColumns = 1, kMostTiles = 2;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kFloat64;
+  static constexpr int kColumns = 1;
 
   template <int kSlots, int kTiles>
   struct Sums {
@@ -140,7 +144,8 @@ struct Fp64 {
 struct Fp32 {
   using S = float;
   using V = float;
-  static constexpr int kColumns = kTileColumns, kMostTiles = 2;
+  static constexpr Arithmetic kArithmetic = Arithmetic::kFloat32;
+  static constexpr int kColumns = kTileColumns;
 
   template <int kSlots, int kTiles>
   struct Sums {

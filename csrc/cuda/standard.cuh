@@ -13,6 +13,7 @@
 namespace frnn::cuda {
 
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kResident = 2;  // blocks on a multiprocessor: this step's and the next one's
 
 // The first unit and row of this block.
 struct Corner {
@@ -73,7 +74,7 @@ __device__ __forceinline__ void start(const Steps& steps, const Args& args) {
 // ---- Forward.
 
 template <class Cell, class M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     forward_start(const __grid_constant__ Forward<typename M::S, typename M::V> f) {
   const ForwardSteps<Cell, typename M::V, typename M::S, typename M::V> steps(
       f, f.h_step, f.states_step, f.m_step);
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // W_hh h and the cell.
 template <class Cell, class M, int kGroups, int kTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     forward_cells(const __grid_constant__ Forward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // W_hr m, the output of a step with a projection.
 template <class Cell, class M, int kGroups, int kTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     forward_project(const __grid_constant__ Forward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kThreads)
 // ---- Backward.
 
 template <class Cell, class M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     backward_start(const __grid_constant__ Backward<typename M::S, typename M::V> f) {
   const BackwardSteps<Cell, typename M::V, typename M::S, typename M::V> steps(f);
   start(steps, f);
@@ -171,7 +172,7 @@ __device__ StepGradients<S> at_time(const Backward<S, A>& f, int64_t t) {
 
 // dgh W_hh of the step after, and the cell unless a projection comes first.
 template <class Cell, class M, int kGroups, int kTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     backward_gather(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // dh W_hr and the cell, at a step with a projection.
 template <class Cell, class M, int kGroups, int kTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     backward_cells(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;

@@ -3,18 +3,10 @@
 // are untyped (S = A = void) and take their types from the arithmetic.
 #pragma once
 
+#include "cuda/plan.h"
 #include "recurrence.h"
 
 namespace frnn::cuda {
-
-// What sums are made in, and S and A of recurrence.h.
-enum class Arithmetic {
-  kFloat16,   // S half, A float, tensor cores
-  kBfloat16,  // S bfloat16, A float, tensor cores
-  kTf32,      // float, operands of products rounded to 10 bits, tensor cores
-  kFloat32,   // float, no tensor cores
-  kFloat64,   // double, tensor cores where there are any
-};
 
 // The input projection is the caller's: x, w_ih and b_ih are not read; gx holds b_hh too if the
 // cell is additive.

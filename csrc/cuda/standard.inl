@@ -28,7 +28,7 @@ StepKernel<Args> choose(const char* name, int64_t rows, int64_t units, void* str
                         const Kernel& kernel) {
   StepKernel<Args> chosen{.name = name};
   const auto take = [&]<int kSize>() {
-    constexpr Shape kShape = shape_of(kGates, kSize, M::kMostTiles);
+    constexpr Shape kShape = shape_of(kGates, kSize, M::kArithmetic);
     const Blocks blocks = blocks_of(rows, units, kShape);
     chosen.kernel = kernel.template operator()<kShape.groups, kShape.tiles>();
     chosen.how =
@@ -37,7 +37,7 @@ StepKernel<Args> choose(const char* name, int64_t rows, int64_t units, void* str
                .smem = Memory<M, kGates, kShape.groups, kShape.tiles>::kBytes,
                .stream = static_cast<cudaStream_t>(stream)};
   };
-  switch (size_of(rows, units, kGates, M::kMostTiles, multiprocessors())) {
+  switch (size_of(rows, units, kGates, M::kArithmetic, multiprocessors())) {
     case 0:
       take.template operator()<0>();
       break;
@@ -45,7 +45,7 @@ StepKernel<Args> choose(const char* name, int64_t rows, int64_t units, void* str
       take.template operator()<1>();
       break;
     default:
-      if constexpr (sizes_of(kGates, M::kMostTiles) > 2) take.template operator()<2>();
+      if constexpr (sizes_of(kGates, M::kArithmetic) > 2) take.template operator()<2>();
   }
   allow_shared_memory(name, chosen.kernel, chosen.how.smem);
   return chosen;

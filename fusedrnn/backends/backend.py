@@ -109,10 +109,12 @@ class Backend(Protocol):
     """A fused implementation of the recurrence, forward and BPTT backward."""
 
     name: str
-    algorithm: str
 
     def supports(self, request: Request) -> str | None:
         """None if this backend can run it, else the reason, quoted as it stands to users."""
+
+    def algorithm(self, request: Request, rows: int) -> str:
+        """What runs a supported request over a batch of ``rows``, for people."""
 
     def forward(self, call: Call, training: bool) -> Run:
         """``training``: backward will be asked for."""

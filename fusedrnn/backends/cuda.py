@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedrnn.backends import products
 from fusedrnn.backends.backend import Request, Wanted, Weights
-from fusedrnn.backends.native import Native, facts_of, native_cells
+from fusedrnn.backends.native import Native, cuda_plan, facts_of, native_cells
 
 LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -48,6 +48,10 @@ def capability(index: int) -> tuple[int, int] | None:
     return properties.major, properties.minor
 
 
+def multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def precision() -> str:
     """What PyTorch is told of float32 products in recurrent layers."""
     return str(torch.backends.cudnn.rnn.fp32_precision)  # type: ignore[attr-defined]
@@ -62,7 +66,6 @@ def uses_tf32(dtype: torch.dtype, precision: str) -> bool:
 
 class Cuda(Native):
     name = "cuda"
-    algorithm = "standard"
 
     def supports(self, request: Request) -> str | None:
         if _missing is not None:
@@ -79,6 +82,17 @@ class Cuda(Native):
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             return f"computes in {names}, got {request.dtype}"
         return self._lacks(request)
+
+    def algorithm(self, request: Request, rows: int) -> str:
+        gates, hidden, out = len(request.cell.gates), request.hidden_size, request.proj_size
+        tf32 = uses_tf32(request.dtype, precision())
+        arithmetic = "tf32" if tf32 else str(request.dtype).removeprefix("torch.")
+        available = multiprocessors(request.device.index or 0)
+        forward, backward = (
+            cuda_plan(rows, units, of_each, arithmetic, available)
+            for units, of_each in ((hidden, gates), (out or hidden, 1))
+        )
+        return f"standard in {arithmetic}, a launch a step: {forward} forward, {backward} backward"
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

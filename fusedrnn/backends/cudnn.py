@@ -32,7 +32,6 @@ _missing = (
 
 class Cudnn:
     name = "cudnn"
-    algorithm = "cuDNN's choice"
 
     def supports(self, request: Request) -> str | None:
         if _missing is not None:
@@ -60,6 +59,9 @@ class Cudnn:
             if getattr(request, name):
                 return f"has no {name.replace('_', ' ')}"
         return None
+
+    def algorithm(self, request: Request, rows: int) -> str:
+        return "cuDNN's choice"
 
     def forward(self, call: Call, training: bool) -> Run:
         cell, x, weights, h0, c0, _, reverse, _ = call

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted
 from fusedrnn.backends.reference import compute_dtype
 
+# Of the CUDA kernels, in the order of frnn::cuda::Arithmetic.
+ARITHMETICS = ("float16", "bfloat16", "tf32", "float32", "float64")
 LIBRARY = Path(__file__).parent.parent / "_C.so"
 
 
@@ -70,9 +72,33 @@ def set_isa(name: str) -> None:
         raise ValueError(f"instruction set {name!r} cannot run here, expected one of {isas()}")
 
 
+class CudaPlan(NamedTuple):
+    """How the CUDA kernels divide one product of every step among blocks."""
+
+    units: int  # of a block
+    rows: int
+    along_units: int  # blocks
+    along_rows: int
+
+    def __str__(self) -> str:
+        blocks = f"{self.along_units} x {self.along_rows} blocks"
+        return f"{blocks} of {self.units} units x {self.rows} rows"
+
+
+def cuda_plan(rows: int, units: int, gates: int, arithmetic: str, multiprocessors: int) -> CudaPlan:
+    """The plan for ``units`` with so many gates each; ``arithmetic`` is one of ARITHMETICS. It is
+    a function of these numbers alone, and needs no device."""
+    assert _library is not None
+    plan = (ctypes.c_int64 * 4)()
+    _library.frnn_cuda_plan(
+        ctypes.c_int64(rows), ctypes.c_int64(units), gates, ARITHMETICS.index(arithmetic),
+        multiprocessors, plan,
+    )  # fmt: skip
+    return CudaPlan(*plan)
+
+
 class Native:
     name = "cpu"
-    algorithm = "standard"
 
     def __init__(self) -> None:
         self._index = {name: i for i, name in enumerate(native_cells())}
@@ -85,6 +111,9 @@ class Native:
         if request.dtype not in (torch.float32, torch.float64):
             return f"computes in float32 and float64, got {request.dtype}"
         return self._lacks(request)
+
+    def algorithm(self, request: Request, rows: int) -> str:
+        return f"standard, one parallel region a sequence, on {isa()}"
 
     def _lacks(self, request: Request) -> str | None:
         """What no device has a kernel for."""

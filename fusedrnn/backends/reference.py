@@ -16,10 +16,12 @@ from fusedrnn.backends.backend import Call, Request
 
 class Reference:
     name = "reference"
-    algorithm = "a loop of PyTorch operations"
 
     def supports(self, request: Request) -> str | None:
         return None
+
+    def algorithm(self, request: Request, rows: int) -> str:
+        return "a loop of PyTorch operations"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

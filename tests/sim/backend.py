@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends import Gradients, Request, Run, cuda
-from fusedrnn.backends.native import facts_of
+from fusedrnn.backends.native import ARITHMETICS, facts_of
 from fusedrnn.testing import to_tf32
-
-# In the order of frnn::cuda::Arithmetic.
-ARITHMETICS = ["float16", "bfloat16", "tf32", "float32", "float64"]
 
 
 def _arrays(**tensors: Tensor | None) -> dict[str, tuple[int, int]]:

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import cuda_standard_sim
 import pytest
 import torch
-from backend import ARITHMETICS, Simulated
+from backend import Simulated
 
 from fusedrnn import backends
 from fusedrnn.backends import Reference
+from fusedrnn.backends.native import ARITHMETICS
 from fusedrnn.cells import CELLS
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, check_case, make_inputs, run_case
