@@ -46,7 +46,6 @@ const std::vector<int> kClusterSizes = {2, 4, 8, 16}, kGrids = {16, 32, 64, 128}
 
 // How many clusters of such blocks the device holds at once.
 int max_clusters(const void* kernel, int cluster, int threads) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kOneBlockPerSm));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -139,6 +138,7 @@ Launch cluster_launch(int clusters, int cluster, int threads) {
 // For each size, one cluster alone and as many as the device holds.
 void measure_clusters(const std::string& name, void (*kernel)(int, Report*), int threads,
                       int bytes) {
+  allow_shared_memory(name.c_str(), kernel, kOneBlockPerSm);
   for (int cluster : kClusterSizes) {
     const int most = max_clusters(reinterpret_cast<const void*>(kernel), cluster, threads);
     if (most == 0) std::printf("%s: no cluster of %d fits\n", name.c_str(), cluster);
@@ -159,6 +159,7 @@ void measure_clusters(const std::string& name, void (*kernel)(int, Report*), int
 }
 
 void measure_max_clusters() {
+  allow_shared_memory("meet", meet, kOneBlockPerSm);
   for (int cluster : kClusterSizes) {
     const int most = max_clusters(reinterpret_cast<const void*>(meet), cluster, 32);
     if (most > 0) {
