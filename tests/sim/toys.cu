@@ -112,7 +112,7 @@ __global__ void grid_sentinel(const __grid_constant__ Arguments a) {
       store_relaxed(a.h + (t + 1) % 4 * kH + first + tid, v);
       a.y[t * kH + first + tid] = v;
       // All of h_t was seen, so all have read h_{t-1}: its slot will take h_{t+3}.
-      const int old = kBug == Bug::kEarlyRecycle ? t : t - 1;
+      const int old = t - (kBug == Bug::kEarlyRecycle ? 0 : kBug == Bug::kLateRecycle ? 2 : 1);
       if (old >= 0) store_relaxed(a.h + old % 4 * kH + first + tid, kEmpty);
       if (kBug != Bug::kNoFence) fence_gpu();
     }
@@ -242,7 +242,7 @@ void start(Toy toy, const Arguments& a) {
                           kDivergence>()) {
     if (toy == Toy::kGridFlag) return launch("grid_flag", grid_flag<kBug>, how, a);
   }
-  if constexpr (is_one_of<kBug, kNone, kLateCopyWait, kSingleReduction, kEarlyRecycle,
+  if constexpr (is_one_of<kBug, kNone, kLateCopyWait, kSingleReduction, kEarlyRecycle, kLateRecycle,
                           kNoFence>()) {
     if (toy == Toy::kGridSentinel) return launch("grid_sentinel", grid_sentinel<kBug>, how, a);
   }

@@ -27,6 +27,7 @@ enum class Bug {
   kWrongParity,
   kSingleReduction,  // partial sums are not double-buffered
   kEarlyRecycle,     // a slot is emptied before all have read it
+  kLateRecycle,      // a slot is emptied in the step before the one that fills it
   kNoFence,          // of the slots; of the mbarrier's initialisation
   kNoPairBarrier,    // the named barrier of two warps missing
   kDivergence,       // a lane leaves a collective out
