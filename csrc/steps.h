@@ -204,6 +204,18 @@ class BackwardSteps {
     return next == Entry::kCarried || next == Entry::kInitial;
   }
 
+  // Calls fetch(address) for what the cell at step s reads and no cache holds: arrays that are read
+  // once. Whoever gathers without a projection goes on to the cell, and reads dy as well.
+  template <class Fetch>
+  FRNN_FN void fetch(int64_t s, const Place& p, const Fetch& fetch) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    const int64_t offset = t * plane + p.offset;
+    for (int r = 0; r < Cell::kSaved; ++r) fetch(a_.saved + r * a_.t * plane + offset);
+    for (int j = 1; j < kStates; ++j) fetch(a_.c_prev + (j - 1) * a_.t * plane + offset);
+    if (Cell::kReadsH) fetch(a_.h_prev + offset);
+    if (a_.dy && !a_.w_hr) fetch(a_.dy + offset);
+  }
+
   // Step s from its share of dgh @ W_hh: the gradient of its h goes through the cell, or to the
   // projection first.
   template <bool kPlain>

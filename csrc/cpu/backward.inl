@@ -139,16 +139,9 @@ class Backward {
                   finish);
   }
 
-  // Prefetches what step() touches and no cache holds: arrays that are read or written once.
   void fetch_step(int64_t s, int64_t row, int64_t block) const {
-    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
-    const int64_t offset = t * plane + row * a_.h + block * kLanes<T>;
-    for (int r = 0; r < Cell::kSaved; ++r) __builtin_prefetch(a_.saved + r * a_.t * plane + offset);
-    for (int j = 1; j < kStates; ++j) {
-      __builtin_prefetch(a_.c_prev + (j - 1) * a_.t * plane + offset);
-    }
-    if (Cell::kReadsH) __builtin_prefetch(a_.h_prev + offset);
-    if (a_.dy && !a_.w_hr) __builtin_prefetch(a_.dy + offset);
+    steps_.fetch(s, place<kLanes<T>>(row, block, a_.h),
+                 [](const void* address) { __builtin_prefetch(address); });
   }
 
   // After the product; plain tiles as in Forward::finish_cells.

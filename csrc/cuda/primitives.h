@@ -248,6 +248,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// ---- Fetches the line of an address into the L2 cache, some time (prefetch).
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // ---- Asynchronous copies global -> shared (cp.async, cp.async.commit_group, cp.async.wait_group).
 
 // Copies kBytes (4, 8 or 16, both addresses so aligned); only the first `bytes` are read, the rest

@@ -63,6 +63,20 @@ __device__ __forceinline__ auto state_rows(const S* states, int64_t rows, int64_
   return Factor(states + row * k, there, [k](int tile) { return tile * kTileColumns * k; });
 }
 
+// Fetches what this lane's cells of step s will read, while the step before still runs: what
+// forward saved comes from beyond the L2 cache.
+template <int kGroups, int kTiles, class Steps>
+__device__ __forceinline__ void fetch_cells(const Steps& steps, int64_t s, const Corner& from,
+                                            int64_t rows, int64_t units) {
+  using Mine = Share<kGroups, kTiles>;
+  FRNN_UNROLL for (int i = 0; i < Mine::kEach; ++i) {
+    Result result;
+    Place p;
+    if (!Mine::get(i, result) || !find_place(from, result, rows, units, p)) continue;
+    steps.fetch(s, p, [](const void* address) { prefetch(address); });
+  }
+}
+
 // What precedes the first step, one thread for each unit of each row.
 template <class Steps, class Args>
 __device__ __forceinline__ void start(const Steps& steps, const Args& args) {
@@ -93,28 +107,31 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const int64_t t = steps.timeline().time(s), units = f.h;
   const bool plain = steps.timeline().full() && s + 1 < f.t;
 
-  // What does not depend on the step before is read while it still runs, or, where there is too
-  // much of it, as soon as there are registers for it.
+  // What does not depend on the step before is read while it still runs; where there is too much of
+  // it, it is fetched into the L2 cache, and read as soon as there are registers for it.
   using Mine = Share<kGroups, kTiles>;
   constexpr bool kEarly = Mine::kEach <= 2;
   V gx[Mine::kEach][kGates];
-  const auto read_gx = [&] {
+  const auto each_gx = [&](const auto& take) {
     FRNN_UNROLL for (int i = 0; i < Mine::kEach; ++i) {
       Result result;
       Place p;
       if (!Mine::get(i, result) || !find_place(from, result, f.b, units, p)) continue;
       const S* row = f.gx + (t * f.b + p.row) * kGates * units + p.unit;
-      FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        gx[i][gate] = load<V>(row + gate * units, 1);
-      }
+      FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) take(gx[i][gate], row + gate * units);
     }
   };
+  const auto read = [](V& x, const S* address) { x = load<V>(address, 1); };
   const auto before = [&] {
-    if (kEarly) read_gx();
+    if constexpr (kEarly) {
+      each_gx(read);
+    } else {
+      each_gx([](V&, const S* address) { prefetch(address); });
+    }
     dependency_wait();
   };
   const auto after = [&] {
-    if (!kEarly) read_gx();
+    if constexpr (!kEarly) each_gx(read);
   };
   const auto rows = state_rows<kTiles>(steps.h_in(s), f.b, f.p, from, [&](int64_t row) {
     return steps.timeline().computed(s, row);
@@ -193,10 +210,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
       steps.template finish_gather<false>(s, p, dh[0], to);
     }
   };
+  const auto before = [&] {
+    if (s >= 0 && f.w_hr == nullptr) fetch_cells<kGroups, kTiles>(steps, s, from, f.b, f.p);
+    dependency_wait();
+  };
   dependency_launch();
   product<M, 1, kGroups, kTiles>(
-      s + 1 < f.t ? k : 0, f.aligned, weight_rows<1, kGroups>(f.w_hh_t, f.p, k, from), rows,
-      [] { dependency_wait(); }, [] {}, done);
+      s + 1 < f.t ? k : 0, f.aligned, weight_rows<1, kGroups>(f.w_hh_t, f.p, k, from), rows, before,
+      [] {}, done);
 }
 
 // dh W_hr and the cell, at a step with a projection.
@@ -216,10 +237,13 @@ __global__ void __launch_bounds__(kThreads, kResident)
       steps.template finish_cell<false>(s, p, dm[0], at_time<Cell>(f, steps.timeline().time(s)));
     }
   };
+  const auto before = [&] {
+    fetch_cells<kGroups, kTiles>(steps, s, from, f.b, f.h);
+    dependency_wait();
+  };
   dependency_launch();
   product<M, 1, kGroups, kTiles>(
-      f.p, f.aligned, weight_rows<1, kGroups>(f.w_hr_t, f.h, f.p, from), rows,
-      [] { dependency_wait(); }, [] {}, done);
+      f.p, f.aligned, weight_rows<1, kGroups>(f.w_hr_t, f.h, f.p, from), rows, before, [] {}, done);
 }
 
 }  // namespace frnn::cuda
