@@ -141,7 +141,7 @@ def test_backend_context():
             assert fusedrnn.explain(layer, x).backend == DEFAULT
         assert fusedrnn.explain(layer, x).backend == "reference"
     with fusedrnn.backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu'"):
-        layer.to(torch.bfloat16)(x.to(torch.bfloat16))
+        layer.to(torch.complex64)(x.to(torch.complex64))
     with pytest.raises(
         ValueError, match=r"unknown backend 'nope', expected one of \['cudnn', 'cuda', 'cpu'"
     ):
@@ -165,13 +165,13 @@ def test_backend_environment():
 
 
 def test_explain():
-    layer, x = fusedrnn.LSTM(3, 4), torch.randn(5, 2, 3, dtype=torch.bfloat16)
+    layer, x = fusedrnn.LSTM(3, 4), torch.randn(5, 2, 3, dtype=torch.complex64)
     said = fusedrnn.explain(layer, x)
     assert said.backend == "reference"
     assert "cpu" in said.reasons
     assert str(said).startswith("reference: a loop")
     assert fusedrnn.explain(fusedrnn.LSTM(3, 4, backend="cpu"), x).backend is None
-    packed = nn.utils.rnn.pack_sequence([x[:, 0].float()])
+    packed = nn.utils.rnn.pack_sequence([x[:, 0].real])
     assert fusedrnn.explain(nn.GRUCell(3, 4), packed.data).algorithm
     assert fusedrnn.explain(layer, packed).backend == DEFAULT
     with pytest.raises(TypeError, match="got Linear"):

@@ -59,6 +59,11 @@ class Call(NamedTuple):
         """What has gradients, in the order of :class:`Gradients`."""
         return (self.x, *self.weights, self.h0, self.c0)
 
+    def to(self, dtype: torch.dtype) -> Call:
+        x, *weights, h0, c0 = (None if t is None else t.to(dtype) for t in self.tensors)
+        assert x is not None and h0 is not None
+        return self._replace(x=x, weights=Weights(*weights), h0=h0, c0=c0)  # type: ignore[arg-type]
+
 
 class Run(NamedTuple):
     """What a call gives."""

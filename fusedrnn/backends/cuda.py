@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fusedrnn.backends import products
 from fusedrnn.backends.backend import Request, Wanted, Weights
-from fusedrnn.backends.native import Native, cuda_plan, facts_of, native_cells
+from fusedrnn.backends.native import DTYPES, Ops, cuda_plan, facts_of, native_cells
 
 LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def load() -> str | None:
@@ -64,7 +63,7 @@ def uses_tf32(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "tf32"
 
 
-class Cuda(Native):
+class Cuda(Ops):
     name = "cuda"
 
     def supports(self, request: Request) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted
 from fusedrnn.backends.reference import compute_dtype
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the CUDA kernels, in the order of frnn::cuda::Arithmetic.
 ARITHMETICS = ("float16", "bfloat16", "tf32", "float32", "float64")
 LIBRARY = Path(__file__).parent.parent / "_C.so"
@@ -97,23 +98,11 @@ def cuda_plan(rows: int, units: int, gates: int, arithmetic: str, multiprocessor
     return CudaPlan(*plan)
 
 
-class Native:
-    name = "cpu"
+class Ops:
+    """What the backends of the CPU and of CUDA share: their tensors go through the same ops."""
 
     def __init__(self) -> None:
         self._index = {name: i for i, name in enumerate(native_cells())}
-
-    def supports(self, request: Request) -> str | None:
-        if _missing is not None:
-            return _missing
-        if request.device.type != "cpu":
-            return f"runs on CPU tensors, got {request.device.type}"
-        if request.dtype not in (torch.float32, torch.float64):
-            return f"computes in float32 and float64, got {request.dtype}"
-        return self._lacks(request)
-
-    def algorithm(self, request: Request, rows: int) -> str:
-        return f"standard, one parallel region a sequence, on {isa()}"
 
     def _lacks(self, request: Request) -> str | None:
         """What no device has a kernel for."""
@@ -152,6 +141,44 @@ class Native:
         return Gradients(
             *(d if is_given else None for d, is_given in zip(found, given, strict=True))
         )
+
+
+class Native(Ops):
+    """The CPU engine. It stores and computes in float32 what has 16 bits outside."""
+
+    name = "cpu"
+
+    def supports(self, request: Request) -> str | None:
+        if _missing is not None:
+            return _missing
+        if request.device.type != "cpu":
+            return f"runs on CPU tensors, got {request.device.type}"
+        if request.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            return f"computes in {names}, got {request.dtype}"
+        return self._lacks(request)
+
+    def algorithm(self, request: Request, rows: int) -> str:
+        computed = str(compute_dtype(request.dtype)).removeprefix("torch.")
+        return f"standard in {computed} on {isa()}, one parallel region a sequence"
+
+    def forward(self, call: Call, training: bool) -> Run:
+        dtype = call.x.dtype
+        if compute_dtype(dtype) == dtype:
+            return super().forward(call, training)
+        *outputs, reserve = super().forward(call.to(compute_dtype(dtype)), training)
+        y, h_n, c_n, c = (t.to(dtype) for t in outputs)
+        return Run(y, h_n, c_n, c, reserve)
+
+    def backward(
+        self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
+    ) -> Gradients:
+        dtype, wide = call.x.dtype, compute_dtype(call.x.dtype)
+        if wide == dtype:
+            return super().backward(call, upstream, reserve, wanted)
+        upstream = Upstream(*(None if d is None else d.to(wide) for d in upstream))
+        found = super().backward(call.to(wide), upstream, reserve, wanted)
+        return Gradients(*(None if d is None else d.to(dtype) for d in found))
 
 
 def _fake_forward(
