@@ -162,7 +162,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlabel("speed relative to torch.nn: median of paired ratios, whiskers p10 to p90")
     first = rows[0]
     axes.set_title(
-        f"fusedrnn {first['fusedrnn']} against torch {first['torch']}, float32, "
+        f"fusedrnn {first['fusedrnn']} against torch {first['torch']}, {first['dtype']}, "
         f"{first['cpu']} ({first['isa']}), threads: {first['threads']}",
         fontsize=10,
     )

@@ -33,6 +33,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mode", choices=("fwd", "train"), help="forward without grad, or forward and backward"
     )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of both (%(default)s)"
+    )
     parser.add_argument("--full", action="store_true", help="every shape")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="torch threads (%(default)s)"
@@ -61,7 +64,7 @@ def row(shape: Shape, mode: str, work: Workload, gate: Gate, timing: Timing) -> 
         "dirs": shape.dirs,
         "variant": " ".join(extra),
         "mode": mode,
-        "dtype": "float32",
+        "dtype": str(work.dtype).removeprefix("torch."),
         **timing.ours.columns("ours_p{}_ms", 20, 1e3 / shape.calls),
         **timing.theirs.columns("torch_p{}_ms", 20, 1e3 / shape.calls),
         **timing.ratio.columns("ratio_p{}", 10),
@@ -94,12 +97,14 @@ def run(
         "threads": torch.get_num_threads(),
         "backend": options.backend or "default",
     }
+    dtype = getattr(torch, options.dtype)
+    eps = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0  # of operands that are rounded
     peak = Peak()
     rows: list[dict[str, object]] = []
     print(report.heading(facts), f"peak: {peak}", "", report.header(), sep="\n", flush=True)
     # What a cheap row leaves of its share goes to those after it, so the cheap ones come first.
     for shape, modes in sorted(todo, key=lambda pair: pair[0].flops(pair[0].T * pair[0].B, "fwd")):
-        work = Workload(shape, options.backend)
+        work = Workload(shape, options.backend, dtype=dtype, eps=eps)
         gate = work.gate()
         if not gate.holds:
             red += 1
