@@ -65,11 +65,27 @@ class ForwardSteps {
     }
   }
 
-  // The cell at step s from its two products; its output goes to m, or is the step's.
+  // What the cell at step s reads beside its two products.
+  struct Inputs {
+    V state[kStates];  // h only if the cell reads it
+    V b_hh[kGates];    // that of a cell that is not additive
+  };
+  FRNN_FN Inputs read_cell(int64_t s, const Place& p) const {
+    Inputs in{};
+    if (Cell::kReadsH) in.state[0] = load<V>(h_in(s) + p.offset, p.n);
+    for (int j = 1; j < kStates; ++j) in.state[j] = load<V>(state_in(s, j) + p.offset, p.n);
+    for (int g = 0; g < kGates; ++g) {
+      if (!Cell::kAdditive && a_.b_hh) in.b_hh[g] = load<V>(a_.b_hh + g * a_.h + p.unit, p.n);
+    }
+    return in;
+  }
+
+  // The cell at step s; its output goes to m, or is the step's.
   template <bool kPlain>
-  FRNN_FN void finish_cell(int64_t s, const Place& p, const V* gx, const V* gh) const {
+  FRNN_FN void finish_cell(int64_t s, const Place& p, const V* gx, const V* gh,
+                           const Inputs& in) const {
     const bool computed = kPlain || timeline_.computed(s, p.row);
-    const V h = computed ? step<kPlain>(s, p, gx, gh) : skip(s, p);
+    const V h = computed ? step<kPlain>(s, p, gx, gh, in) : skip(s, p);
     if (a_.w_hr) {
       store(m_at(s) + p.offset, h, p.n);
     } else {
@@ -119,17 +135,12 @@ class ForwardSteps {
   }
 
   template <bool kPlain>
-  FRNN_FN V step(int64_t s, const Place& p, const V* gx, const V* product) const {
+  FRNN_FN V step(int64_t s, const Place& p, const V* gx, const V* product, const Inputs& in) const {
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
-    V gh[kGates], in[kStates], out[kStates], saved[Cell::kSaved];
-    for (int g = 0; g < kGates; ++g) {
-      gh[g] = product[g];
-      if (!Cell::kAdditive && a_.b_hh) gh[g] += load<V>(a_.b_hh + g * a_.h + p.unit, p.n);
-    }
-    if (Cell::kReadsH) in[0] = load<V>(h_in(s) + p.offset, p.n);
-    for (int j = 1; j < kStates; ++j) in[j] = load<V>(state_in(s, j) + p.offset, p.n);
+    V gh[kGates], out[kStates], saved[Cell::kSaved];
+    for (int g = 0; g < kGates; ++g) gh[g] = Cell::kAdditive ? product[g] : product[g] + in.b_hh[g];
 
-    Cell::forward(gx, gh, in, out, saved);
+    Cell::forward(gx, gh, in.state, out, saved);
 
     if (a_.saved) {
       for (int r = 0; r < Cell::kSaved; ++r) {
@@ -204,37 +215,84 @@ class BackwardSteps {
     return next == Entry::kCarried || next == Entry::kInitial;
   }
 
-  // Calls fetch(address) for what the cell at step s reads and no cache holds: arrays that are read
-  // once. Whoever gathers without a projection goes on to the cell, and reads dy as well.
+  // Call fetch(address) for what read_h and read_cell read of arrays that are read once, and that
+  // no cache holds.
   template <class Fetch>
-  FRNN_FN void fetch(int64_t s, const Place& p, const Fetch& fetch) const {
+  FRNN_FN void fetch_h(int64_t s, const Place& p, const Fetch& fetch) const {
+    if (a_.dy) fetch(a_.dy + timeline_.time(s) * a_.b * a_.p + p.offset);
+  }
+  template <class Fetch>
+  FRNN_FN void fetch_cell(int64_t s, const Place& p, const Fetch& fetch) const {
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
     const int64_t offset = t * plane + p.offset;
     for (int r = 0; r < Cell::kSaved; ++r) fetch(a_.saved + r * a_.t * plane + offset);
     for (int j = 1; j < kStates; ++j) fetch(a_.c_prev + (j - 1) * a_.t * plane + offset);
     if (Cell::kReadsH) fetch(a_.h_prev + offset);
-    if (a_.dy && !a_.w_hr) fetch(a_.dy + offset);
+    if (kStates > 1 && a_.dc) fetch(a_.dc + offset);
   }
 
-  // Step s from its share of dgh @ W_hh: the gradient of its h goes through the cell, or to the
-  // projection first.
+  // What the gradient of h at step s is made of, beside the product.
+  struct OfH {
+    V carried;  // from the step after, if the cell reads h
+    V last;     // the gradient of the final state
+    V dy;
+  };
   template <bool kPlain>
-  FRNN_FN void finish_gather(int64_t s, const Place& p, V product,
+  FRNN_FN OfH read_h(int64_t s, const Place& p) const {
+    OfH in{};
+    if (Cell::kReadsH) in.carried = load<V>(a_.dh0 + p.offset, p.n);
+    if (!kPlain) {
+      if (s < 0 || !timeline_.computed(s, p.row)) return in;
+      if (timeline_.last(s, p.row)) in.last = load_or_zero<V>(a_.dh_n, p.offset, p.n);
+    }
+    in.dy = load_or_zero<V>(a_.dy, timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
+    return in;
+  }
+
+  // What the cell at step s reads beside the gradient of its output; p is within [B, H].
+  struct OfCell {
+    V saved[Cell::kSaved], state[kStates], dout[kStates];
+  };
+  template <bool kPlain>
+  FRNN_FN OfCell read_cell(int64_t s, const Place& p) const {
+    OfCell in{};
+    if (!kPlain && !timeline_.computed(s, p.row)) return in;
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    for (int r = 0; r < Cell::kSaved; ++r) {
+      in.saved[r] = load<V>(a_.saved + (r * a_.t + t) * plane + p.offset, p.n);
+    }
+    if (Cell::kReadsH) in.state[0] = load<V>(a_.h_prev + t * plane + p.offset, p.n);
+    const bool last = !kPlain && timeline_.last(s, p.row);
+    for (int j = 1; j < kStates; ++j) {
+      const int64_t offset = (j - 1) * plane + p.offset;
+      in.state[j] = load<V>(a_.c_prev + ((j - 1) * a_.t + t) * plane + p.offset, p.n);
+      in.dout[j] = last ? load_or_zero<V>(a_.dc_n, offset, p.n) : load<V>(a_.dc0 + offset, p.n);
+    }
+    if (kStates > 1) in.dout[kStates > 1] += load_or_zero<V>(a_.dc, t * plane + p.offset, p.n);
+    return in;
+  }
+
+  // Whether the gradient of h at step s goes through the cell at once, not to a projection first.
+  FRNN_FN bool gathers_cells(int64_t s) const { return s >= 0 && a_.w_hr == nullptr; }
+
+  // Step s from its share of dgh @ W_hh; `cell` is read only if it gathers_cells.
+  template <bool kPlain>
+  FRNN_FN void finish_gather(int64_t s, const Place& p, V product, const OfH& h, const OfCell& cell,
                              const StepGradients<S>& to) const {
-    const V dh = gradient_of_h<kPlain>(s, p, product);
-    if (!kPlain && s < 0) return;
-    if (!kPlain && a_.w_hr) {
+    const V dh = gradient_of_h<kPlain>(s, p, product, h);
+    if (kPlain || gathers_cells(s)) {
+      finish_cell<kPlain>(s, p, dh, cell, to);
+    } else if (s >= 0) {
       store(to.dh + p.offset, dh, p.n);
-    } else {
-      finish_cell<kPlain>(s, p, dh, to);
     }
   }
 
   // The cell at step s from the gradient of its output.
   template <bool kPlain>
-  FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const StepGradients<S>& to) const {
+  FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const OfCell& in,
+                           const StepGradients<S>& to) const {
     if (kPlain || timeline_.computed(s, p.row)) {
-      step<kPlain>(s, p, dh, to);
+      step<kPlain>(s, p, dh, in, to);
     } else {
       skip(p, to);
     }
@@ -244,42 +302,29 @@ class BackwardSteps {
   // The whole gradient of h at step s, 0 if it is not computed; what flows back into the initial
   // state is stored there.
   template <bool kPlain>
-  FRNN_FN V gradient_of_h(int64_t s, const Place& p, V product) const {
+  FRNN_FN V gradient_of_h(int64_t s, const Place& p, V product, const OfH& in) const {
     const Entry next = kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row);
     V back{};
     if (next == Entry::kCarried || next == Entry::kInitial) {
-      back = product;
-      if (Cell::kReadsH) back += load<V>(a_.dh0 + p.offset, p.n);
+      back = Cell::kReadsH ? product + in.carried : product;
     }
     if (next == Entry::kInitial) {
       store(a_.dh0 + p.offset, back, p.n);
       back = V{};
     }
-    if (!kPlain) {
-      if (s < 0 || !timeline_.computed(s, p.row)) return V{};
-      if (timeline_.last(s, p.row)) back += load_or_zero<V>(a_.dh_n, p.offset, p.n);
-    }
-    return back + load_or_zero<V>(a_.dy, timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
+    if (!kPlain && (s < 0 || !timeline_.computed(s, p.row))) return V{};
+    return kPlain ? back + in.dy : back + in.last + in.dy;
   }
 
   template <bool kPlain>
-  FRNN_FN void step(int64_t s, const Place& p, V dh, const StepGradients<S>& to) const {
-    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
-    V in[kStates], saved[Cell::kSaved], dout[kStates], dgx[kGates], dgh[kGates], ds[kStates];
-    for (int r = 0; r < Cell::kSaved; ++r) {
-      saved[r] = load<V>(a_.saved + (r * a_.t + t) * plane + p.offset, p.n);
-    }
-    if (Cell::kReadsH) in[0] = load<V>(a_.h_prev + t * plane + p.offset, p.n);
+  FRNN_FN void step(int64_t s, const Place& p, V dh, const OfCell& in,
+                    const StepGradients<S>& to) const {
+    const int64_t plane = a_.b * a_.h;
+    V dout[kStates], dgx[kGates], dgh[kGates], ds[kStates];
     dout[0] = dh;
-    const bool last = !kPlain && timeline_.last(s, p.row);
-    for (int j = 1; j < kStates; ++j) {
-      const int64_t offset = (j - 1) * plane + p.offset;
-      in[j] = load<V>(a_.c_prev + ((j - 1) * a_.t + t) * plane + p.offset, p.n);
-      dout[j] = last ? load_or_zero<V>(a_.dc_n, offset, p.n) : load<V>(a_.dc0 + offset, p.n);
-    }
-    if (kStates > 1) dout[kStates > 1] += load_or_zero<V>(a_.dc, t * plane + p.offset, p.n);
+    for (int j = 1; j < kStates; ++j) dout[j] = in.dout[j];
 
-    Cell::backward(in, saved, dout, dgx, dgh, ds);
+    Cell::backward(in.state, in.saved, dout, dgx, dgh, ds);
 
     const int64_t gates = p.row * kGates * a_.h + p.unit;
     for (int g = 0; g < kGates; ++g) {

@@ -9,7 +9,7 @@ from against_torch import LAYERS, assert_equals_torch, make_hx, twins
 
 import fusedrnn
 from fusedrnn.backends import by_name
-from fusedrnn.cells import CELLS, LSTM
+from fusedrnn.cells import CELLS, GRU, LSTM
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, check_case, make_inputs, run_case
 
@@ -83,6 +83,27 @@ def test_more_than_16_bits_count(shape):
     torch.autograd.backward((y, h_n), (dy, inputs.grads["h_n"][rows]))
     torch.testing.assert_close(out["y"][steps, rows], y)
     torch.testing.assert_close(out["dx"][steps, rows], x.grad)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("batch, hidden", [(8, 1160), (32, 1024), (128, 1024), (33, 1028)])
+@pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
+def test_blocks_of_every_size(cell, batch, hidden, arithmetic):
+    """On 132 multiprocessors small, middle and large ones, and rows that divide into 8 bytes; more
+    rounds of k than a ring of shared memory has stages."""
+    check(cell, 3, batch, 8, hidden, arithmetic=arithmetic)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("hidden", [1023, 1024])
+def test_inference_of_many_steps_is_the_same(hidden, dtype):
+    """Whose states take turns in two buffers, which kernels that overlap read and write."""
+    module = fusedrnn.LSTM(8, hidden, backend="cuda").to(DEVICE, dtype)
+    x = torch.randn(600, 16, 8).to(DEVICE, dtype)
+    training, _ = module(x)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(module(x)[0], training)
 
 
 def test_addresses_of_64_bits():

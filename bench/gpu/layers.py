@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from functools import partial
 
 import torch
 
@@ -9,13 +10,14 @@ import fusedrnn
 
 if "cuda" not in fusedrnn.list_backends():
     sys.exit('this fusedrnn has no backend "cuda"')
-LAYERS = (fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN)
+LAYERS = (fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN, partial(fusedrnn.LSTM, proj_size=8))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-for layer, dtype in itertools.product(LAYERS, DTYPES):
-    module = layer(5, 20, backend="cuda").to("cuda", dtype)
+# Rows in parts of 8 and of 16 bytes, in 16 bits.
+for layer, dtype, hidden in itertools.product(LAYERS, DTYPES, (20, 24)):
+    module = layer(5, hidden, backend="cuda").to("cuda", dtype)
     x = torch.randn(3, 3, 5, device="cuda", dtype=dtype, requires_grad=True)
     y, _ = module(x)
     gradients = torch.autograd.grad(y.sum(), [x, *module.parameters()])
     if not all(value.isfinite().all() for value in (y, *gradients)):
-        sys.exit(f"{layer.__name__} in {dtype}: a value is not finite")
+        sys.exit(f"{module} in {dtype}: a value is not finite")
 print("all values are finite")

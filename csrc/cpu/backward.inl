@@ -8,7 +8,8 @@
 template <class Cell, class T>
 class Backward {
   using V = Vec<T>;
-  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+  using Steps = frnn::BackwardSteps<Cell, V, T, T>;
+  static constexpr int kGates = Cell::kGates;
 
  public:
   static void run(const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
@@ -140,8 +141,10 @@ class Backward {
   }
 
   void fetch_step(int64_t s, int64_t row, int64_t block) const {
-    steps_.fetch(s, place<kLanes<T>>(row, block, a_.h),
-                 [](const void* address) { __builtin_prefetch(address); });
+    const auto fetch = [](const void* address) { __builtin_prefetch(address); };
+    const Place p = place<kLanes<T>>(row, block, a_.h);
+    if (a_.w_hr == nullptr) steps_.fetch_h(s, p, fetch);
+    steps_.fetch_cell(s, p, fetch);
   }
 
   // After the product; plain tiles as in Forward::finish_cells.
@@ -161,7 +164,11 @@ class Backward {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
         const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.p);
-        steps_.template finish_gather<kPlain>(s, p, *sum++, to);
+        const auto cell = kPlain || steps_.gathers_cells(s)
+                              ? steps_.template read_cell<kPlain>(s, p)
+                              : typename Steps::OfCell{};
+        steps_.template finish_gather<kPlain>(s, p, *sum++, steps_.template read_h<kPlain>(s, p),
+                                              cell, to);
       }
     }
   }
@@ -171,7 +178,7 @@ class Backward {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
         const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.h);
-        steps_.template finish_cell<false>(s, p, *dm++, to);
+        steps_.template finish_cell<false>(s, p, *dm++, steps_.template read_cell<false>(s, p), to);
       }
     }
   }
@@ -231,7 +238,7 @@ class Backward {
   const frnn::cpu::BackwardArgs<T>& a_;
   const frnn::cpu::Plan plan_;
   const frnn::Timeline<T> timeline_;
-  const frnn::BackwardSteps<Cell, V, T, T> steps_;
+  const Steps steps_;
   const int64_t chunk_;              // steps of a chunk
   T* w_hh_ = nullptr;                // packed
   T* w_hr_ = nullptr;                // packed

@@ -202,7 +202,8 @@ class Forward {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
         const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.h);
-        steps_.template finish_cell<kPlain>(s, p, input.at(t, p.row, tile.block + j), gh);
+        const V* gx = input.at(t, p.row, tile.block + j);
+        steps_.template finish_cell<kPlain>(s, p, gx, gh, steps_.read_cell(s, p));
       }
     }
   }

@@ -30,8 +30,8 @@ struct Shape {
   int groups, tiles;
 };
 
-// About 2, 4 or 8 slots, a slot being eight rows of weights, always an even number of them: an
-// instruction of the tensor cores takes two.
+// About 2, 4 or 8 slots, a slot being eight rows of weights, or the fewest that there are: whole
+// units, and an even number, since an instruction of the tensor cores takes two.
 constexpr Shape shape_of(int gates, int size, Arithmetic arithmetic) {
   const int least = gates % 2 == 0 ? 1 : 2, slots = 2 << size, tiles = size == 0 ? 1 : 2 << size;
   const int groups = slots / gates / least * least, most = most_tiles(arithmetic);
@@ -54,8 +54,9 @@ constexpr int sizes_of(int gates, Arithmetic arithmetic) {
 
 // The size of a product's blocks. A step lasts as long as its busiest
 // multiprocessor, and that as long as it takes to read what its blocks are made of: eight rows for
-// each slot and each tile, since blocks share nothing (measured on an H200: bench/LOG.md). Of equal
-// ones the smallest, which has the shortest way from its last read to its end.
+// each slot and each tile, since blocks share nothing. A row that is not there counts like one: it
+// is not read, but multiplied. Of equal sizes the smallest, which has the shortest way from its
+// last read to its end. Reasoned, not measured.
 constexpr int size_of(int64_t rows, int64_t units, int gates, Arithmetic arithmetic,
                       int multiprocessors) {
   int best = 0;

@@ -3,11 +3,11 @@
 // arithmetic it is made in.
 //
 // A warp copies its operands to shared memory as the tensor cores want them: lane (g, q) =
-// (lane / 4, lane % 4) copies 16 bytes of row g, the q-th of four consecutive pieces, and reads
-// them back itself. The order of k within these 64 bytes is of no account as long as both operands
-// follow it, so that one such piece feeds two instructions. The copies are asynchronous, several
-// rounds ahead, those of the weights even before the step before has ended; no block waits for
-// another warp until the warps add up their shares of k.
+// (lane / 4, lane % 4) copies 16 bytes of row g, the q-th of four consecutive pieces. The order of
+// k within these 64 bytes is of no account as long as both operands follow it, so that one such
+// piece feeds two instructions. Copies are asynchronous, several rounds ahead, those of the weights
+// even before the step before has ended; no warp waits for another until they add up their shares
+// of k.
 //
 // Rows of weights come in *slots* of eight, one row for each g. A lane ends with the sums of its
 // rows g of every slot at columns 2q and 2q + 1 of every tile of eight columns. Giving the gates of
@@ -31,14 +31,25 @@ struct alignas(16) Piece {
   S v[kValues];
 };
 
-// Piece at k of a row of size k_end, or zeros if it is not `there`; beyond its end zeros, too.
+// Piece at k of a row of size k_end; zeros beyond its end.
 template <class S>
-__device__ __forceinline__ Piece<S> load_piece(const S* row, bool there, int64_t k, int64_t k_end) {
+__device__ __forceinline__ Piece<S> load_piece(const S* row, int64_t k, int64_t k_end) {
   Piece<S> piece = {};
   for (int i = 0; i < Piece<S>::kValues; ++i) {
-    if (there && k + i < k_end) piece.v[i] = row[k + i];
+    if (k + i < k_end) piece.v[i] = row[k + i];
   }
   return piece;
+}
+
+// The same to shared memory, in the background, by parts of kBytes, which divide the row.
+template <int kBytes, class S>
+__device__ __forceinline__ void copy_parts(Piece<S>* to, const S* row, int64_t k, int64_t k_end) {
+  constexpr int kValues = kBytes / static_cast<int>(sizeof(S));
+  if constexpr (kValues > 0) {
+    FRNN_UNROLL for (int i = 0; i < Piece<S>::kValues; i += kValues) {
+      cp_async<kBytes>(to->v + i, row + k + i, k + i < k_end ? kBytes : 0);
+    }
+  }
 }
 
 // From shared memory, by one instruction.
@@ -208,10 +219,11 @@ template <class M, int kGates, int kGroups, int kTiles>
 struct Memory {
   static constexpr int kSlots = kGates * kGroups, kPieces = kSlots + kTiles;  // of a lane and round
   static constexpr int kStageBytes = kPieces * kWarpSize * 16;
-  // 96 KB leave room for the next step's block, which copies its weights meanwhile; less than 48 KB
-  // in flight would not keep the L2 cache busy.
-  static constexpr int kFit = 96 * 1024 / (kWarps * kStageBytes);
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
+  // What an SM of compute capability 9.0 or 10.0 holds twice: of this step's block, and of the next
+  // one's, which copies its weights meanwhile. A few others, such as 8.6, hold it once.
+  static constexpr int kMostBytes = 96 * 1024;
+  static constexpr int kFit = kMostBytes / (kWarps * kStageBytes);
+  static constexpr int kStages = kFit < 16 ? kFit : 16;
   static_assert(kStages >= 2);
   static constexpr int kSumBytes = kSlots * kTiles * 2 * kWarpSize * sizeof(typename M::V);
   static constexpr int kWarpBytes =
@@ -233,10 +245,12 @@ Factor(const S*, uint32_t, Offset) -> Factor<S, Offset>;
 // sum over k of weights[k] * rows[k], for each slot (group by group, gate by gate) of weights and
 // each tile of rows. before() runs ahead of the first read of `rows`, after() when the registers of
 // the product are free again; done(i, result, sums[kGates]) takes a lane's results, the same lane
-// those of the same i and result. Sums are added in an order that depends on the shape alone.
+// those of the same i and result. Sums are added in an order that depends on the shape alone. Rows
+// are copied 16, 8 or 4 bytes at a time, which divide their size and addresses, or, if `copied` is
+// 0, value by value and without running ahead.
 template <class M, int kGates, int kGroups, int kTiles, class Weights, class Rows, class Before,
           class After, class Done>
-__device__ __forceinline__ void product(int64_t k_end, bool aligned, const Weights& weights,
+__device__ __forceinline__ void product(int64_t k_end, int copied, const Weights& weights,
                                         const Rows& rows, const Before& before, const After& after,
                                         const Done& done) {
   using S = typename M::S;
@@ -256,17 +270,25 @@ __device__ __forceinline__ void product(int64_t k_end, bool aligned, const Weigh
   const auto fetch = [&](int round, int first, int count, const auto& factor) {
     if (round >= rounds) return;
     const int64_t k = int64_t{round} * kStep + (warp * 4 + lane % 4) * Piece<S>::kValues;
-    if (aligned) {
+    if (copied == 16) {
       const uint32_t there = k < k_end ? factor.there : 0;
       const S* from = factor.row + k;
       FRNN_UNROLL for (int i = 0; i < count; ++i) {
         cp_async<16>(place(round, first + i, lane), from + factor.offset(i),
                      there >> i & 1 ? 16 : 0);
       }
-    } else {
-      FRNN_ROLLED for (int i = 0; i < count; ++i) {
-        *place(round, first + i, lane) =
-            load_piece(factor.row + factor.offset(i), factor.there >> i & 1, k, k_end);
+      return;
+    }
+    FRNN_ROLLED for (int i = 0; i < count; ++i) {
+      const S* row = factor.row + factor.offset(i);
+      const int64_t end = factor.there >> i & 1 ? k_end : 0;
+      Piece<S>* to = place(round, first + i, lane);
+      if (copied == 8) {
+        copy_parts<8>(to, row, k, end);
+      } else if (copied == 4) {
+        copy_parts<4>(to, row, k, end);
+      } else {
+        *to = load_piece(row, k, end);
       }
     }
   };

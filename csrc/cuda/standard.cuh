@@ -63,17 +63,15 @@ __device__ __forceinline__ auto state_rows(const S* states, int64_t rows, int64_
   return Factor(states + row * k, there, [k](int tile) { return tile * kTileColumns * k; });
 }
 
-// Fetches what this lane's cells of step s will read, while the step before still runs: what
-// forward saved comes from beyond the L2 cache.
-template <int kGroups, int kTiles, class Steps>
-__device__ __forceinline__ void fetch_cells(const Steps& steps, int64_t s, const Corner& from,
-                                            int64_t rows, int64_t units) {
+// f(i, place) for the i-th of this lane's results, where there is one.
+template <int kGroups, int kTiles, class F>
+__device__ __forceinline__ void each_place(const Corner& from, int64_t rows, int64_t units,
+                                           const F& f) {
   using Mine = Share<kGroups, kTiles>;
   FRNN_UNROLL for (int i = 0; i < Mine::kEach; ++i) {
     Result result;
     Place p;
-    if (!Mine::get(i, result) || !find_place(from, result, rows, units, p)) continue;
-    steps.fetch(s, p, [](const void* address) { prefetch(address); });
+    if (Mine::get(i, result) && find_place(from, result, rows, units, p)) f(i, p);
   }
 }
 
@@ -101,37 +99,38 @@ __global__ void __launch_bounds__(kThreads, kResident)
     forward_cells(const __grid_constant__ Forward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
+  using Steps = ForwardSteps<Cell, V, S, V>;
+  using Mine = Share<kGroups, kTiles>;
   constexpr int kGates = Cell::kGates;
-  const ForwardSteps<Cell, V, S, V> steps(f, f.h_step, f.states_step, f.m_step);
+  const Steps steps(f, f.h_step, f.states_step, f.m_step);
   const Corner from = corner<kGroups, kTiles>();
   const int64_t t = steps.timeline().time(s), units = f.h;
   const bool plain = steps.timeline().full() && s + 1 < f.t;
 
-  // What does not depend on the step before is read while it still runs; where there is too much of
-  // it, it is fetched into the L2 cache, and read as soon as there are registers for it.
-  using Mine = Share<kGroups, kTiles>;
+  // gx does not depend on the step before and is read while it still runs; where there is too much
+  // of it, it is fetched into the L2 cache, and read as soon as there are registers for it.
   constexpr bool kEarly = Mine::kEach <= 2;
-  V gx[Mine::kEach][kGates];
+  S gx[Mine::kEach][kGates];
   const auto each_gx = [&](const auto& take) {
-    FRNN_UNROLL for (int i = 0; i < Mine::kEach; ++i) {
-      Result result;
-      Place p;
-      if (!Mine::get(i, result) || !find_place(from, result, f.b, units, p)) continue;
+    each_place<kGroups, kTiles>(from, f.b, units, [&](int i, const Place& p) {
       const S* row = f.gx + (t * f.b + p.row) * kGates * units + p.unit;
       FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) take(gx[i][gate], row + gate * units);
-    }
+    });
   };
-  const auto read = [](V& x, const S* address) { x = load<V>(address, 1); };
+  const auto read = [](S& x, const S* address) { x = *address; };
+  typename Steps::Inputs in[Mine::kEach];
   const auto before = [&] {
     if constexpr (kEarly) {
       each_gx(read);
     } else {
-      each_gx([](V&, const S* address) { prefetch(address); });
+      each_gx([](S&, const S* address) { prefetch(address); });
     }
     dependency_wait();
   };
   const auto after = [&] {
     if constexpr (!kEarly) each_gx(read);
+    each_place<kGroups, kTiles>(from, f.b, units,
+                                [&](int i, const Place& p) { in[i] = steps.read_cell(s, p); });
   };
   const auto rows = state_rows<kTiles>(steps.h_in(s), f.b, f.p, from, [&](int64_t row) {
     return steps.timeline().computed(s, row);
@@ -139,14 +138,16 @@ __global__ void __launch_bounds__(kThreads, kResident)
   const auto done = [&](int i, const Result& result, const V* gh) {
     Place p;
     if (!find_place(from, result, f.b, units, p)) return;
+    V of_x[kGates];
+    FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) of_x[gate] = load<V>(&gx[i][gate], 1);
     if (plain) {
-      steps.template finish_cell<true>(s, p, gx[i], gh);
+      steps.template finish_cell<true>(s, p, of_x, gh, in[i]);
     } else {
-      steps.template finish_cell<false>(s, p, gx[i], gh);
+      steps.template finish_cell<false>(s, p, of_x, gh, in[i]);
     }
   };
   dependency_launch();
-  product<M, kGates, kGroups, kTiles>(f.p, f.aligned,
+  product<M, kGates, kGroups, kTiles>(f.p, f.copied,
                                       weight_rows<kGates, kGroups>(f.w_hh, units, f.p, from), rows,
                                       before, after, done);
 }
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   };
   dependency_launch();
   product<M, 1, kGroups, kTiles>(
-      f.h, f.aligned, weight_rows<1, kGroups>(f.w_hr, f.p, f.h, from), rows,
+      f.h, f.copied, weight_rows<1, kGroups>(f.w_hr, f.p, f.h, from), rows,
       [] { dependency_wait(); }, [] {}, done);
 }
 
@@ -188,36 +189,58 @@ __device__ StepGradients<S> at_time(const Backward<S, A>& f, int64_t t) {
 }
 
 // dgh W_hh of the step after, and the cell unless a projection comes first.
+//
+// What forward saved lies beyond the L2 cache and is fetched while the step before still runs. It
+// is read for all results at once: stores might change what is loaded after them.
 template <class Cell, class M, int kGroups, int kTiles>
 __global__ void __launch_bounds__(kThreads, kResident)
     backward_gather(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
-  const BackwardSteps<Cell, V, S, V> steps(f);
+  using Steps = BackwardSteps<Cell, V, S, V>;
+  using Mine = Share<kGroups, kTiles>;
+  const Steps steps(f);
   const Corner from = corner<kGroups, kTiles>();
   const bool plain = steps.timeline().full() && s >= 0 && s + 1 < f.t && f.w_hr == nullptr;
-  const int64_t k = Cell::kGates * f.h, after = s + 1 < f.t ? s + 1 : s;
-  const S* dgh = at_time<Cell>(f, steps.timeline().time(after)).dgh;
+  const int64_t k = Cell::kGates * f.h, after_s = s + 1 < f.t ? s + 1 : s;
+  const S* dgh = at_time<Cell>(f, steps.timeline().time(after_s)).dgh;
   const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));  // not used if s is -1
   const auto rows =
       state_rows<kTiles>(dgh, f.b, k, from, [&](int64_t row) { return steps.flows_back(s, row); });
-  const auto done = [&](int, const Result& result, const V* dh) {
+  typename Steps::OfH h[Mine::kEach];
+  typename Steps::OfCell cell[Mine::kEach];
+  const auto before = [&] {
+    each_place<kGroups, kTiles>(from, f.b, f.p, [&](int, const Place& p) {
+      const auto fetch = [](const void* address) { prefetch(address); };
+      if (s >= 0) steps.fetch_h(s, p, fetch);
+      if (steps.gathers_cells(s)) steps.fetch_cell(s, p, fetch);
+    });
+    dependency_wait();
+  };
+  const auto after = [&] {
+    each_place<kGroups, kTiles>(from, f.b, f.p, [&](int i, const Place& p) {
+      if (plain) {
+        h[i] = steps.template read_h<true>(s, p);
+        cell[i] = steps.template read_cell<true>(s, p);
+      } else {
+        h[i] = steps.template read_h<false>(s, p);
+        if (steps.gathers_cells(s)) cell[i] = steps.template read_cell<false>(s, p);
+      }
+    });
+  };
+  const auto done = [&](int i, const Result& result, const V* dh) {
     Place p;
     if (!find_place(from, result, f.b, f.p, p)) return;
     if (plain) {
-      steps.template finish_gather<true>(s, p, dh[0], to);
+      steps.template finish_gather<true>(s, p, dh[0], h[i], cell[i], to);
     } else {
-      steps.template finish_gather<false>(s, p, dh[0], to);
+      steps.template finish_gather<false>(s, p, dh[0], h[i], cell[i], to);
     }
   };
-  const auto before = [&] {
-    if (s >= 0 && f.w_hr == nullptr) fetch_cells<kGroups, kTiles>(steps, s, from, f.b, f.p);
-    dependency_wait();
-  };
   dependency_launch();
-  product<M, 1, kGroups, kTiles>(
-      s + 1 < f.t ? k : 0, f.aligned, weight_rows<1, kGroups>(f.w_hh_t, f.p, k, from), rows, before,
-      [] {}, done);
+  product<M, 1, kGroups, kTiles>(s + 1 < f.t ? k : 0, f.copied,
+                                 weight_rows<1, kGroups>(f.w_hh_t, f.p, k, from), rows, before,
+                                 after, done);
 }
 
 // dh W_hr and the cell, at a step with a projection.
@@ -226,24 +249,33 @@ __global__ void __launch_bounds__(kThreads, kResident)
     backward_cells(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
   using V = typename M::V;
-  const BackwardSteps<Cell, V, S, V> steps(f);
+  using Steps = BackwardSteps<Cell, V, S, V>;
+  const Steps steps(f);
   const Corner from = corner<kGroups, kTiles>();
   const auto rows =
       state_rows<kTiles>(f.dh + steps.timeline().time(s) * f.b * f.p, f.b, f.p, from,
                          [&](int64_t row) { return steps.timeline().computed(s, row); });
-  const auto done = [&](int, const Result& result, const V* dm) {
-    Place p;
-    if (find_place(from, result, f.b, f.h, p)) {
-      steps.template finish_cell<false>(s, p, dm[0], at_time<Cell>(f, steps.timeline().time(s)));
-    }
-  };
+  typename Steps::OfCell cell[Share<kGroups, kTiles>::kEach];
   const auto before = [&] {
-    fetch_cells<kGroups, kTiles>(steps, s, from, f.b, f.h);
+    each_place<kGroups, kTiles>(from, f.b, f.h, [&](int, const Place& p) {
+      steps.fetch_cell(s, p, [](const void* address) { prefetch(address); });
+    });
     dependency_wait();
   };
+  const auto after = [&] {
+    each_place<kGroups, kTiles>(from, f.b, f.h, [&](int i, const Place& p) {
+      cell[i] = steps.template read_cell<false>(s, p);
+    });
+  };
+  const auto done = [&](int i, const Result& result, const V* dm) {
+    Place p;
+    if (!find_place(from, result, f.b, f.h, p)) return;
+    const StepGradients<S> to = at_time<Cell>(f, steps.timeline().time(s));
+    steps.template finish_cell<false>(s, p, dm[0], cell[i], to);
+  };
   dependency_launch();
-  product<M, 1, kGroups, kTiles>(
-      f.p, f.aligned, weight_rows<1, kGroups>(f.w_hr_t, f.h, f.p, from), rows, before, [] {}, done);
+  product<M, 1, kGroups, kTiles>(f.p, f.copied, weight_rows<1, kGroups>(f.w_hr_t, f.h, f.p, from),
+                                 rows, before, after, done);
 }
 
 }  // namespace frnn::cuda

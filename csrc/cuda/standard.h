@@ -19,7 +19,8 @@ struct Forward : ForwardArgs<S, A> {
   A* states_step;  // [S-1, B, H]
   S* m_step;       // [B, H], or null if m is given or there is no projection
 
-  bool aligned;  // set by the driver: every row of a product is read in pieces of 16 bytes
+  int copied;  // set by the driver: bytes at a time in which products copy their rows, see
+               // product()
 };
 
 template <class S, class A>
@@ -31,7 +32,7 @@ struct Backward : BackwardArgs<S, A> {
   const S* w_hh_t;  // [P, G*H] in: w_hh transposed
   const S* w_hr_t;  // [H, P] in: w_hr transposed, or null
 
-  bool aligned;  // as in Forward
+  int copied;  // as in Forward
 };
 
 // Queue the kernels on a cudaStream_t of the current device. A launch that fails throws

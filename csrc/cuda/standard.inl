@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The launches of the standard algorithm. Every arithmetic includes this text in a translation unit
 // of its own, so that they are compiled side by side.
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
 #include "cells/cell.h"
 #include "cuda/driver.h"
 #include "cuda/standard.cuh"
@@ -30,6 +34,7 @@ StepKernel<Args> choose(const char* name, int64_t rows, int64_t units, void* str
   const auto take = [&]<int kSize>() {
     constexpr Shape kShape = shape_of(kGates, kSize, M::kArithmetic);
     const Blocks blocks = blocks_of(rows, units, kShape);
+    if (blocks.y > 65535) throw std::runtime_error(std::string(name) + ": too many units");
     chosen.kernel = kernel.template operator()<kShape.groups, kShape.tiles>();
     chosen.how =
         Launch{.grid = dim3(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y)),
@@ -60,21 +65,23 @@ void run_start(const char* name, void (*kernel)(Args), const Args& args, void* s
   launch(name, kernel, how, args);
 }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-template <class S>
-bool rows_aligned(int64_t size) {
-  return size * sizeof(S) % 16 == 0;
+// The most bytes, 16, 8 or 4, that divide all these sizes and addresses; else 0.
+int common_unit(std::initializer_list<int64_t> sizes, std::initializer_list<const void*> arrays) {
+  uint64_t bits = 16;
+  for (const int64_t size : sizes) bits |= static_cast<uint64_t>(size);
+  for (const void* array : arrays) bits |= reinterpret_cast<uintptr_t>(array);
+  const uint64_t lowest = bits & -bits;
+  return lowest < 4 ? 0 : static_cast<int>(lowest);
 }
 
 // A step's kernels may start before the ones ahead end, the first excepted: what is ahead of it
 // (gx) is read without waiting.
 template <class Cell, class M>
 void run_forward(Forward<typename M::S, typename M::V> f, void* stream) {
-  using S = typename M::S;
   using Args = decltype(f);
-  f.aligned = rows_aligned<S>(f.p) && rows_aligned<S>(f.h) && aligned(f.w_hh) && aligned(f.w_hr) &&
-              aligned(f.h_prev) && aligned(f.h_step) && aligned(f.m) && aligned(f.m_step);
+  constexpr int64_t kSize = sizeof(typename M::S);
+  f.copied =
+      common_unit({f.p * kSize, f.h * kSize}, {f.w_hh, f.w_hr, f.h_prev, f.h_step, f.m, f.m_step});
   auto cells = choose<Args, M, Cell::kGates>(
       "forward_cells", f.b, f.h, stream,
       [&]<int kGroups, int kTiles>() { return forward_cells<Cell, M, kGroups, kTiles>; });
@@ -98,10 +105,9 @@ void run_forward(Forward<typename M::S, typename M::V> f, void* stream) {
 
 template <class Cell, class M>
 void run_backward(Backward<typename M::S, typename M::V> f, void* stream) {
-  using S = typename M::S;
   using Args = decltype(f);
-  f.aligned = rows_aligned<S>(f.p) && rows_aligned<S>(f.h) && aligned(f.w_hh_t) &&
-              aligned(f.w_hr_t) && aligned(f.dgh) && aligned(f.dh);
+  constexpr int64_t kSize = sizeof(typename M::S);
+  f.copied = common_unit({f.p * kSize, f.h * kSize}, {f.w_hh_t, f.w_hr_t, f.dgh, f.dh});
   auto gather = choose<Args, M, 1>(
       "backward_gather", f.b, f.p, stream,
       [&]<int kGroups, int kTiles>() { return backward_gather<Cell, M, kGroups, kTiles>; });

@@ -63,8 +63,8 @@ def test_projection(simulated, proj, feature, arithmetic):
 @pytest.mark.parametrize("shape", [(2, 2, 4, 272), (2, 33, 4, 208)], ids=["small", "large"])
 def test_more_rounds_than_stages(simulated, shape, arithmetic):
     """The rings of shared memory wrap around. A round is 128 of k in 16 bits, 64 in tf32, and there
-    are H of them in forward, 4 H in backward; a ring has 8 stages in small blocks, 6 in backward's
-    middle ones, 3 in large ones."""
+    are H of them in forward, 4 H in backward; a ring has 16 stages in backward's small blocks, 6 in
+    its middle ones, 3 in forward's large ones."""
     case = Case(CELLS["lstm"], *shape, dtype=simulated.choose(arithmetic))
     check_case(case, simulated, tf32=simulated.tf32)
 
