@@ -200,8 +200,8 @@ def check_case(
 ) -> None:
     """Runs ``case`` on ``backend`` and asserts that it is as accurate as the reference on the CPU.
 
-    Where the CUDA kernels round on the way, to store 16 bits or for products in ``tf32``, each value
-    they store is checked instead, see :func:`assert_stored`.
+    Where the CUDA kernels round on the way, to store 16 bits or for products in ``tf32``, each
+    value they store is checked instead, see :func:`assert_stored`.
     """
 
     def here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
