@@ -105,6 +105,16 @@ FRNN_FN V broadcast(Scalar<V> x) {
   return x - V{};  // x + V{} would turn -0 into 0
 }
 
+// The lanes of a and, beyond them, of b that kIndex names.
+template <int... kIndex, class V>
+FRNN_FN V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndex...);
+#else  // which has the other one from version 12 on
+  return __builtin_shuffle(a, b, typename Value<V>::Bits{kIndex...});
+#endif
+}
+
 // ---- sigmoid, tanh. NaN gives NaN; infinities give the limits.
 
 // c0 + c1 x + ..

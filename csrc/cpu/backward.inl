@@ -75,6 +75,9 @@ class Backward {
     }
   }
 
+  // Weights for products of one gate and a depth of k.
+  static Packed<T> packed(const T* w, int64_t k) { return {w, k * kLanes<T>}; }
+
   void start(const Slice& slice) const {
     for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
       for (int64_t block = slice.output.begin; block < slice.output.end; ++block) {
@@ -128,7 +131,8 @@ class Backward {
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
     };
-    product<1, T>(dgh, k, slice.rows, k, w_hh_, slice.output, s % 2, flows_back, fetch, finish);
+    product<1, T>(dgh, k, slice.rows, k, packed(w_hh_, k), slice.output, s % 2, flows_back, fetch,
+                  finish);
   }
 
   void run_cells(const Slice& slice, int64_t s) const {
@@ -136,8 +140,8 @@ class Backward {
     const StepGradients<T> to = gradients(s);
     const auto finish = [&](const Tile& tile, const V* sum) { finish_cells(s, tile, sum, to); };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
-    product<1, T>(to.dh, a_.p, slice.rows, a_.p, w_hr_, slice.hidden, s % 2, computed, fetch,
-                  finish);
+    product<1, T>(to.dh, a_.p, slice.rows, a_.p, packed(w_hr_, a_.p), slice.hidden, s % 2, computed,
+                  fetch, finish);
   }
 
   void fetch_step(int64_t s, int64_t row, int64_t block) const {
@@ -220,8 +224,8 @@ class Backward {
       }
     };
     const int64_t gates = kGates * a_.h;
-    product<1, T>(dgx, gates, {0, rows}, gates, w_ih_, share(slice, blocks_of<T>(a_.i)), false,
-                  wanted, fetch, finish);
+    product<1, T>(dgx, gates, {0, rows}, gates, packed(w_ih_, gates),
+                  share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
   }
 
   // sum [columns] += the sum over all rows of a [rows, columns], for some of the columns.

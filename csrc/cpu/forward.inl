@@ -48,12 +48,15 @@ class Forward {
                carver.take<T>(a_.h_prev ? 0 : (kStates - 1) * a_.b * a_.h),
                carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0)),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
-        packed_(a_.t * a_.b >= kPackedRows) {
+        packed_(a_.t * a_.b >= kPackedRows),
+        once_ih_(plan.by_units && a_.t <= chunk_),
+        once_hh_(plan.by_units && a_.t == 1) {
     const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;
+    const int64_t some = plan.slices * kMostBlocks<kGates> * lanes;  // units of the slices' blocks
     gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
     if (!packed_) return;
-    w_ih_ = carver.take<T>(units * kGates * a_.i);
-    w_hh_ = carver.take<T>(units * kGates * a_.p);
+    w_ih_ = carver.take<T>((once_ih_ ? some : units) * kGates * a_.i);
+    w_hh_ = carver.take<T>((once_hh_ ? some : units) * kGates * a_.p);
     if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * a_.h);
   }
 
@@ -61,9 +64,15 @@ class Forward {
 
   void pack(const Slice& slice) const {
     if (!packed_) return;
-    pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
-    pack_rows(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
+    if (!once_ih_) pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
+    if (!once_hh_) pack_rows(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
     if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
+  }
+
+  // Weights [G*H, k] packed by this slice in its own part of `places`.
+  PackedOnce<T> once(const Slice& slice, const T* w, int64_t k, T* places) const {
+    T* place = places + slice.index * kMostBlocks<kGates> * kGates * kLanes<T> * k;
+    return {w, kGates, a_.h, k, place};
   }
 
   void start(const Slice& slice) const {
@@ -116,8 +125,14 @@ class Forward {
         }
       };
       const T* x = a_.x + begin * a_.b * a_.i;
-      if (packed_) {
-        product<kGates, T>(x, a_.i, rows, a_.i, w_ih_, slice.hidden, false, wanted, fetch, finish);
+      const auto multiply = [&](const auto& weights) {
+        product<kGates, T>(x, a_.i, rows, a_.i, weights, slice.hidden, false, wanted, fetch,
+                           finish);
+      };
+      if (packed_ && once_ih_) {
+        multiply(once(slice, a_.w_ih, a_.i, w_ih_));
+      } else if (packed_) {
+        multiply(Packed<T>{w_ih_, a_.i * kGates * kLanes<T>});
       } else {
         product_unpacked<kGates>(x, a_.i, rows, a_.i, a_.w_ih, a_.h, slice.hidden, wanted, finish);
       }
@@ -143,9 +158,14 @@ class Forward {
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
     const auto finish = [&](const Tile& tile, const V* gh) { finish_cells(s, tile, gx, gh); };
     const T* h = steps_.h_in(s);
-    if (packed_) {
-      product<kGates, T>(h, a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2, computed, fetch,
+    const auto multiply = [&](const auto& weights) {
+      product<kGates, T>(h, a_.p, slice.rows, a_.p, weights, slice.hidden, s % 2, computed, fetch,
                          finish);
+    };
+    if (packed_ && once_hh_) {
+      multiply(once(slice, a_.w_hh, a_.p, w_hh_));
+    } else if (packed_) {
+      multiply(Packed<T>{w_hh_, a_.p * kGates * kLanes<T>});
     } else {
       product_unpacked<kGates>(h, a_.p, slice.rows, a_.p, a_.w_hh, a_.h, slice.hidden, computed,
                                finish);
@@ -165,7 +185,9 @@ class Forward {
     };
     const T* m = steps_.m_at(s);
     if (packed_) {
-      product<1, T>(m, a_.h, slice.rows, a_.h, w_hr_, slice.output, s % 2, computed, fetch, finish);
+      const Packed<T> weights{w_hr_, a_.h * kLanes<T>};
+      product<1, T>(m, a_.h, slice.rows, a_.h, weights, slice.output, s % 2, computed, fetch,
+                    finish);
     } else {
       product_unpacked<1>(m, a_.h, slice.rows, a_.h, a_.w_hr, a_.p, slice.output, computed, finish);
     }
@@ -214,8 +236,10 @@ class Forward {
   const frnn::ForwardSteps<Cell, V, T, T> steps_;
   const int64_t chunk_;  // steps of a chunk of the input projection
   const bool packed_;    // whether the weights are packed
-  T* w_ih_ = nullptr;    // packed
-  T* gx_ = nullptr;      // one chunk
-  T* w_hh_ = nullptr;    // packed
-  T* w_hr_ = nullptr;    // packed
+  const bool once_ih_;   // .. not beforehand, since all of them are needed only once
+  const bool once_hh_;
+  T* w_ih_ = nullptr;  // packed
+  T* gx_ = nullptr;    // one chunk
+  T* w_hh_ = nullptr;  // packed
+  T* w_hr_ = nullptr;  // packed
 };

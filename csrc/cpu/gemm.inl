@@ -26,22 +26,42 @@ struct Range {
 // Part i of n nearly equal parts of [0, total).
 constexpr Range part(int64_t total, int i, int n) { return {total * i / n, total * (i + 1) / n}; }
 
+// The square of kLanes vectors of kLanes, transposed: in turn halves, quarters, .. of the vectors
+// change places with those of the vector as far away.
+template <int kDistance, class T, int... kLane>
+void exchange(Vec<T> (&x)[kLanes<T>], std::integer_sequence<int, kLane...> lanes) {
+  constexpr int kAll = kLanes<T>;
+#pragma GCC unroll 16
+  for (int i = 0; i < kAll; ++i) {
+    if (i & kDistance) continue;
+    const Vec<T> a = x[i], b = x[i + kDistance];
+    x[i] = frnn::shuffle<(kLane & kDistance ? kAll + kLane - kDistance : kLane)...>(a, b);
+    x[i + kDistance] =
+        frnn::shuffle<(kLane & kDistance ? kAll + kLane : kLane + kDistance)...>(a, b);
+  }
+  if constexpr (kDistance > 1) exchange<kDistance / 2, T>(x, lanes);
+}
+
 // w [G*N, K], units along rows -> the given blocks of packed. Lanes beyond N become 0.
 template <class T>
 void pack_rows(const T* w, int gates, int64_t units, int64_t k, Range blocks, T* packed) {
-  constexpr int kStrip = 64 / sizeof(T);  // read whole cache lines
+  constexpr int kLane = kLanes<T>;
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-    T* to = packed + block * k * gates * kLanes<T>;
-    const int64_t u = block * kLanes<T>;
-    const int64_t n = min(kLanes<T>, units - u);
-    for (int64_t k0 = 0; k0 < k; k0 += kStrip) {
-      const int64_t k1 = min(k, k0 + kStrip);
+    T* to = packed + block * k * gates * kLane;
+    const int64_t u = block * kLane;
+    const int64_t n = min(kLane, units - u);
+    for (int64_t k0 = 0; k0 < k; k0 += kLane) {
+      const int some = static_cast<int>(min(kLane, k - k0));
       for (int g = 0; g < gates; ++g) {
-        for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-          const T* from = w + (g * units + u + (lane < n ? lane : 0)) * k;
-          for (int64_t i = k0; i < k1; ++i) {
-            to[(i * gates + g) * kLanes<T> + lane] = lane < n ? from[i] : T(0);
-          }
+        Vec<T> square[kLane] = {};
+        for (int64_t lane = 0; lane < n; ++lane) {
+          square[lane] = frnn::load<Vec<T>>(w + (g * units + u + lane) * k + k0, some);
+        }
+        if constexpr (kLane > 1) {
+          exchange<kLane / 2, T>(square, std::make_integer_sequence<int, kLane>{});
+        }
+        for (int i = 0; i < some; ++i) {
+          frnn::store(to + ((k0 + i) * gates + g) * kLane, square[i]);
         }
       }
     }
@@ -189,27 +209,59 @@ Vec<T> dot_products(const T* __restrict__ a, const T* __restrict__ w, int64_t k,
   return sum;
 }
 
+// Weights that were packed beforehand. A product asks for some blocks of them, and for those that
+// it will take after these.
+template <class T>
+struct Packed {
+  const T* data;
+  int64_t size;  // of a block
+
+  const T* get(int64_t block, int) const { return data + block * size; }
+  const T* next(const T* w, int64_t blocks) const { return w + blocks * size; }
+};
+
+// Weights w [G*N, K] that a single product needs: it packs each block when its turn comes, to a
+// place that stays in the cache.
+template <class T>
+struct PackedOnce {
+  const T* w;
+  int gates;
+  int64_t units, k;
+  T* place;  // for the most blocks at a time
+
+  const T* get(int64_t block, int count) const {
+    const Range blocks{block, block + count};
+    pack_rows(w, gates, units, k, blocks, place - block * k * gates * kLanes<T>);
+    return place;
+  }
+  const T* next(const T* packed, int64_t) const { return packed; }
+};
+
 // Some rows and blocks of a product.
 struct Tile {
   int64_t row, block;  // the first ones
   int rows, blocks;
 };
 
+// Blocks a product takes at a time, at most.
+template <int kGates>
+constexpr int kMostBlocks =
+    Shape<kGates>::kBlocks > Shape<kGates>::kBlocksOfOneRow ? Shape<kGates>::kBlocks
+                                                            : Shape<kGates>::kBlocksOfOneRow;
+
 // Runs the product of rows a [.., lda] with packed blocks and hands the sums over, tile by tile:
 // finish(tile, sum[row][block][gate]). fetch(row, block), before the product of a block, is the
 // time to prefetch what finish will use. wanted(row) tells whether the row's sums
 // matter; if not they are unspecified. `backwards` walks the blocks from the end: alternating it
 // from step to step finds the blocks used last still in the cache.
-template <int kGates, class T, class Wanted, class Fetch, class Finish>
-void product(const T* a, int64_t lda, Range rows, int64_t k, const T* packed, Range blocks,
+template <int kGates, class T, class Weights, class Wanted, class Fetch, class Finish>
+void product(const T* a, int64_t lda, Range rows, int64_t k, const Weights& weights, Range blocks,
              bool backwards, const Wanted& wanted, const Fetch& fetch, const Finish& finish) {
   using S = Shape<kGates>;
-  constexpr int kMost = S::kBlocks > S::kBlocksOfOneRow ? S::kBlocks : S::kBlocksOfOneRow;
-  alignas(64) Vec<T> sum[kRowBlock * kMost * kGates];
+  alignas(64) Vec<T> sum[kRowBlock * kMostBlocks<kGates> * kGates];
   const auto some_blocks = [&]<int kBlocks>(int64_t block) {
-    const int64_t size = k * kGates * kLanes<T>;
-    const T* w = packed + block * size;
-    const T* next = backwards ? w - kBlocks * size : w + kBlocks * size;
+    const T* w = weights.get(block, kBlocks);
+    const T* next = weights.next(w, backwards ? -kBlocks : kBlocks);
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int n = static_cast<int>(min(kRowBlock, rows.end - r0));
       uint64_t mask = 0;
