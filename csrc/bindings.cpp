@@ -38,13 +38,14 @@ ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTen
                                  OptionalTensor b_hh, OptionalTensor w_hr, Tensor h0,
                                  OptionalTensor c0, OptionalTensor lengths, OptionalTensor resets,
                                  int64_t cell_index, bool reverse, bool training,
-                                 bool cell_states) {
+                                 bool cell_states, bool bfloat16) {
   return dispatch("x", x, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::ForwardArgs<T> args{};
     ForwardResult result = prepare_forward(args, cell, x.scalar_type(), "x", x, w_hh, b_hh, w_hr,
                                            h0, c0, lengths, resets, reverse, training, cell_states);
     prefer_huge_pages<T>(result);
+    args.bfloat16 = bfloat16;
     args.i = x.size(2);
     STD_TORCH_CHECK(args.i >= 1, "input size is 0, expected at least 1");
     const Check check(x);
@@ -112,8 +113,8 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
   library.def(
       "recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, int cell, "
-      "bool reverse, bool training, bool cell_states) -> (Tensor y, Tensor h_n, Tensor c_n, "
-      "Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m)");
+      "bool reverse, bool training, bool cell_states, bool bfloat16) -> (Tensor y, Tensor h_n, "
+      "Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m)");
   library.def(
       "recurrence_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor x, "
       "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor h_prev, Tensor c_prev, Tensor saved, "

@@ -43,6 +43,8 @@ struct ForwardArgs : SequenceArgs<S> {
   const S* h0;    // [B, P] in
   const S* c0;    // [S-1, B, H] in, or null if S == 1
 
+  bool bfloat16;  // x and weights hold bfloat16 values: h may be rounded to them for its product
+
   S* y;    // [T, B, P] out, 0 at steps not computed
   S* h_n;  // [B, P] out, the state after each row's own last step (h0 if it has none)
   S* c_n;  // [S-1, B, H] out, or null if S == 1

@@ -14,7 +14,7 @@ from fusedrnn.testing import Case, check_case, make_inputs, run_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RUNNERS = [f"cpu-{isa}" for isa in ("base", "avx2", "avx512")] + ["reference"]
+RUNNERS = [f"cpu-{isa}" for isa in ("base", "avx2", "avx512", "amx")] + ["reference"]
 
 
 @pytest.fixture(params=RUNNERS)

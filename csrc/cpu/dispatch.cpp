@@ -7,8 +7,26 @@
 
 #include "cpu/engine.h"
 
+#if defined(FRNN_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace frnn::cpu {
 namespace {
+
+#if defined(FRNN_AMX)
+// Whether the processor has tiles of bfloat16 and the kernel lets this process use them.
+bool tiles_granted() {
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // in edx of leaf 7
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;   // of arch_prctl
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // Slowest first. __builtin_cpu_supports also asks the operating system for the registers.
 std::vector<const Engine*> usable_engines() {
@@ -19,6 +37,9 @@ std::vector<const Engine*> usable_engines() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       engines.push_back(&kAvx512Engine);
+#if defined(FRNN_AMX)
+      if (__builtin_cpu_supports("avx512bf16") && tiles_granted()) engines.push_back(&kAmxEngine);
+#endif
     }
   }
 #endif

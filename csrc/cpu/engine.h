@@ -17,5 +17,6 @@ struct Engine {
 extern const Engine kBaseEngine;
 extern const Engine kAvx2Engine;    // x86-64 only
 extern const Engine kAvx512Engine;  // x86-64 only
+extern const Engine kAmxEngine;     // if FRNN_AMX
 
 }  // namespace frnn::cpu

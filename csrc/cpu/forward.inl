@@ -26,6 +26,7 @@ class Forward {
   // One thread's part: `each` visits its slices, `meet` waits for all the others.
   template <class Each, class Meet>
   void work(const Each& each, const Meet& meet) {
+    [[maybe_unused]] const TileScope scope(tiles_);
     each([&](int i) { pack(slice(i)); });
     each([&](int i) { start(slice(i)); });
     meet();
@@ -49,14 +50,24 @@ class Forward {
                carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0)),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(a_.t * a_.b >= kPackedRows),
-        once_ih_(plan.by_units && a_.t <= chunk_),
-        once_hh_(plan.by_units && a_.t == 1) {
+        tiles_(kHasTiles && sizeof(T) == 4 && a_.bfloat16 && packed_),
+        once_ih_(!tiles_ && plan.by_units && a_.t <= chunk_),
+        once_hh_(!tiles_ && plan.by_units && a_.t == 1) {
     const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;
     const int64_t some = plan.slices * kMostBlocks<kGates> * lanes;  // units of the slices' blocks
     gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
     if (!packed_) return;
-    w_ih_ = carver.take<T>((once_ih_ ? some : units) * kGates * a_.i);
-    w_hh_ = carver.take<T>((once_hh_ ? some : units) * kGates * a_.p);
+    if (tiles_) {
+      const int64_t of_i = tiles_along(a_.i), of_p = tiles_along(a_.p),
+                    gates = kGates * units / lanes;
+      w_ih_ = carver.take<T>(gates * of_i * kTileNumbers);
+      w_hh_ = carver.take<T>(gates * of_p * kTileNumbers);
+      rows_size_ = row_tiles(min(chunk_, a_.t) * a_.b) * (of_i > of_p ? of_i : of_p) * kTileNumbers;
+      rows_ = carver.take<T>(plan.slices * rows_size_);
+    } else {
+      w_ih_ = carver.take<T>((once_ih_ ? some : units) * kGates * a_.i);
+      w_hh_ = carver.take<T>((once_hh_ ? some : units) * kGates * a_.p);
+    }
     if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * a_.h);
   }
 
@@ -64,9 +75,16 @@ class Forward {
 
   void pack(const Slice& slice) const {
     if (!packed_) return;
+    if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      if (tiles_) {
+        pack_tiles(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
+        pack_tiles(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
+        return;
+      }
+    }
     if (!once_ih_) pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
     if (!once_hh_) pack_rows(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
-    if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
   }
 
   // Weights [G*H, k] packed by this slice in its own part of `places`.
@@ -125,6 +143,12 @@ class Forward {
         }
       };
       const T* x = a_.x + begin * a_.b * a_.i;
+      if constexpr (kHasTiles && sizeof(T) == 4) {
+        if (tiles_) {
+          return product_of_tiles<kGates>(x, a_.i, rows, a_.i, w_ih_, slice.hidden, false,
+                                          rows_ + slice.index * rows_size_, wanted, fetch, finish);
+        }
+      }
       const auto multiply = [&](const auto& weights) {
         product<kGates, T>(x, a_.i, rows, a_.i, weights, slice.hidden, false, wanted, fetch,
                            finish);
@@ -158,6 +182,12 @@ class Forward {
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
     const auto finish = [&](const Tile& tile, const V* gh) { finish_cells(s, tile, gx, gh); };
     const T* h = steps_.h_in(s);
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      if (tiles_) {
+        return product_of_tiles<kGates>(h, a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2,
+                                        rows_ + slice.index * rows_size_, computed, fetch, finish);
+      }
+    }
     const auto multiply = [&](const auto& weights) {
       product<kGates, T>(h, a_.p, slice.rows, a_.p, weights, slice.hidden, s % 2, computed, fetch,
                          finish);
@@ -236,10 +266,13 @@ class Forward {
   const frnn::ForwardSteps<Cell, V, T, T> steps_;
   const int64_t chunk_;  // steps of a chunk of the input projection
   const bool packed_;    // whether the weights are packed
+  const bool tiles_;     // .. for bfloat16 products
   const bool once_ih_;   // .. not beforehand, since all of them are needed only once
   const bool once_hh_;
   T* w_ih_ = nullptr;  // packed
   T* gx_ = nullptr;    // one chunk
   T* w_hh_ = nullptr;  // packed
   T* w_hr_ = nullptr;  // packed
+  T* rows_ = nullptr;  // tiles of rows, of each slice
+  int64_t rows_size_ = 0;
 };

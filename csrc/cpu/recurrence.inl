@@ -21,6 +21,28 @@ using frnn::StepGradients;
 #include "cpu/gemm.inl"
 #include "cpu/outer.inl"
 
+// Products of bfloat16 values, where the instruction set has tiles for them; T is float. A tile
+// takes as much memory as kTileNumbers of T.
+constexpr int64_t kTileNumbers = 256;
+constexpr int64_t tiles_along(int64_t k) { return (k + 31) / 32; }
+constexpr int64_t row_tiles(int64_t rows) { return (rows + 15) / 16; }
+template <class T>
+void pack_tiles(const T* w, int gates, int64_t units, int64_t k, Range blocks, T* packed);
+template <int kGates, class T, class Wanted, class Fetch, class Finish>
+void product_of_tiles(const T* a, int64_t lda, Range rows, int64_t k, const T* packed, Range blocks,
+                      bool backwards, T* scratch, const Wanted& wanted, const Fetch& fetch,
+                      const Finish& finish);
+
+#if defined(__AMX_BF16__)
+constexpr bool kHasTiles = true;
+#include "cpu/amx.inl"
+#else
+constexpr bool kHasTiles = false;
+struct TileScope {
+  explicit TileScope(bool) {}
+};
+#endif
+
 // The part of the work one slice owns: rows x blocks of units; when the units are divided, all
 // rows and its share of the blocks, else the other way round.
 struct Slice {

@@ -128,6 +128,7 @@ def _forward(
     reverse: bool,
     training: bool,
     cell_states: bool,
+    bfloat16: bool,
 ) -> tuple[Tensor, ...]:
     *_, additive = facts_of(cell)
     bias = b_ih

@@ -113,6 +113,10 @@ class Ops:
         return None
 
     def forward(self, call: Call, training: bool) -> Run:
+        return self._forward(call, training, False)
+
+    def _forward(self, call: Call, training: bool, bfloat16: bool) -> Run:
+        """``bfloat16``: float32 tensors hold bfloat16 values, and h may be rounded to them."""
         cell, x, weights, h0, c0, seq, reverse, cell_states = call
         tensors = (x, *weights, h0, c0, *seq)
         y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
@@ -121,6 +125,7 @@ class Ops:
             reverse,
             training,
             cell_states,
+            bfloat16,
         )
         return Run(y, h_n, c_n, c, (h_prev, c_prev, saved, m))
 
@@ -166,7 +171,8 @@ class Native(Ops):
         dtype = call.x.dtype
         if compute_dtype(dtype) == dtype:
             return super().forward(call, training)
-        *outputs, reserve = super().forward(call.to(compute_dtype(dtype)), training)
+        wide = call.to(compute_dtype(dtype))
+        *outputs, reserve = self._forward(wide, training, dtype == torch.bfloat16)
         y, h_n, c_n, c = (t.to(dtype) for t in outputs)
         return Run(y, h_n, c_n, c, reserve)
 
@@ -196,6 +202,7 @@ def _fake_forward(
     reverse: bool,
     training: bool,
     cell_states: bool,
+    bfloat16: bool,
 ) -> tuple[Tensor, ...]:
     steps, batch, proj = x.shape[0], x.shape[1], w_hh.shape[1]
     gates, _, planes, _ = facts_of(cell)
