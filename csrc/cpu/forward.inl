@@ -50,7 +50,8 @@ class Forward {
                carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0)),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(a_.t * a_.b >= kPackedRows),
-        tiles_(kHasTiles && sizeof(T) == 4 && a_.bfloat16 && packed_),
+        tiles_(kHasTiles && sizeof(T) == 4 && a_.bfloat16 && a_.h >= kTileUnits &&
+               a_.p >= kTileUnits && packed_),
         once_ih_(!tiles_ && plan.by_units && a_.t <= chunk_),
         once_hh_(!tiles_ && plan.by_units && a_.t == 1) {
     const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;

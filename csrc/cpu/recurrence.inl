@@ -24,6 +24,8 @@ using frnn::StepGradients;
 // Products of bfloat16 values, where the instruction set has tiles for them; T is float. A tile
 // takes as much memory as kTileNumbers of T.
 constexpr int64_t kTileNumbers = 256;
+// Fewer units than a tile has rows are left to the vectors.
+constexpr int64_t kTileUnits = 16;
 constexpr int64_t tiles_along(int64_t k) { return (k + 31) / 32; }
 constexpr int64_t row_tiles(int64_t rows) { return (rows + 15) / 16; }
 template <class T>
