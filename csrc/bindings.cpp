@@ -37,8 +37,8 @@ void prefer_huge_pages(const std::tuple<Tensors...>& results) {
 ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
                                  OptionalTensor b_hh, OptionalTensor w_hr, Tensor h0,
                                  OptionalTensor c0, OptionalTensor lengths, OptionalTensor resets,
-                                 int64_t cell_index, bool reverse, bool training,
-                                 bool cell_states, bool bfloat16) {
+                                 int64_t cell_index, bool reverse, bool training, bool cell_states,
+                                 bool bfloat16) {
   return dispatch("x", x, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::ForwardArgs<T> args{};
