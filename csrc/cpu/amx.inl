@@ -3,7 +3,8 @@
 // an anonymous namespace, in the translation unit that is compiled for AMX.
 //
 // A tile is 16 rows of 64 bytes. One of the rows' factor holds 16 of them by 32 of k; one of the
-// weights holds 16 pairs of k by 16 units. Both are packed tile by tile, along k.
+// weights holds 16 pairs of k by 16 units. Both are packed tile by tile, along k. The instructions
+// take subnormal values for zeros.
 
 constexpr int kTileRows = 16, kTileDepth = 32, kTileValues = kTileRows * kTileDepth;
 
