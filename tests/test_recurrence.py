@@ -83,14 +83,21 @@ def test_lstm_cell_states_and_projection(feature, proj, dtype, runner):
     check(Case(LSTM, T=9, B=5, I=4, H=19, P=proj, dtype=dtype, cell_states=True, **feature), runner)
 
 
+@pytest.mark.parametrize("hidden, proj", [(32, 16), (33, 17), (40, 20)])
+def test_projection_in_bfloat16(hidden, proj, runner):
+    """Sizes that fill tiles, and that do not."""
+    check(Case(CELLS["lstm"], 5, 9, 7, hidden, P=proj, dtype=torch.bfloat16, lengths=True), runner)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 @pytest.mark.parametrize("shape", [(20, 1, 8, 130), (20, 40, 8, 72), (20, 3, 8, 260)], ids=str)
-def test_threads(cell, shape, threads, runner):
+def test_threads(cell, shape, threads, dtype, runner):
     """Any number of threads, and the same numbers whatever it is."""
     if isinstance(runner, Reference):
         pytest.skip("the reference has no threads of its own")
-    case = Case(cell, *shape, lengths=True)
+    case = Case(cell, *shape, dtype=dtype, lengths=True)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

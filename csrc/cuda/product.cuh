@@ -229,6 +229,7 @@ struct Memory {
   static constexpr int kWarpBytes =
       kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
   static constexpr int kBytes = kWarps * kWarpBytes;
+  static_assert(kBytes <= 99 * 1024, "more than a block may have on 8.6, 8.9 and 12.0");
 };
 
 // One factor of a product, as rows that are contiguous along k: those of a lane are row +

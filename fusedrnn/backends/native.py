@@ -165,8 +165,8 @@ class Native(Ops):
         return self._lacks(request)
 
     def algorithm(self, request: Request, rows: int) -> str:
-        computed = str(compute_dtype(request.dtype)).removeprefix("torch.")
-        return f"standard in {computed} on {isa()}, one parallel region a sequence"
+        stored = str(compute_dtype(request.dtype)).removeprefix("torch.")
+        return f"standard on {isa()}, states in {stored}, one parallel region a sequence"
 
     def forward(self, call: Call, training: bool) -> Run:
         dtype = call.x.dtype
