@@ -4,8 +4,8 @@
 
 LOG is what `nvcc --version` printed, and the build of LIBRARY with -Xptxas=-v. The baseline has a
 row for each kernel and a column for each GPU: registers / bytes spilled / bytes of static shared
-memory. It belongs to the version of nvcc in its first line; --write makes it anew. Whatever it says,
-only float64 may spill, and products must be on the tensor cores that their arithmetic is for.
+memory. It belongs to the version of nvcc in its first line; --write makes it anew. Whatever it
+says, only float64 may spill, and products must be on the tensor cores that their arithmetic is for.
 """
 
 from __future__ import annotations
