@@ -9,6 +9,9 @@
 //
 // kPlain promises that the row is computed from the step before and goes on into the next one, so
 // that nothing need be asked: no lengths, no resets, not the first or last step.
+//
+// Steps are offered whole, with all that passes between them in arrays, and in parts, for a driver
+// that carries it in registers and has something to send before it stores.
 #pragma once
 
 #include "timeline.h"
@@ -38,7 +41,7 @@ class ForwardSteps {
 
  public:
   // What a driver provides when backward will not ask for it: h [2, B, P] and states [S-1, B, H]
-  // between steps, m [B, H].
+  // between steps, both null if it carries them; m [B, H].
   FRNN_FN ForwardSteps(const ForwardArgs<S, A>& args, S* h, A* states, S* m)
       : a_(args), timeline_(args), h_(h), states_(states), m_(m) {}
 
@@ -56,13 +59,20 @@ class ForwardSteps {
   // What enters step 0, and the final state of a row without steps: h at p, within [B, P], or the
   // other states at p, within [B, H].
   FRNN_FN void start_h(const Place& p) const {
-    start(p, a_.h0, a_.t > 0 ? h_in(0) : nullptr, a_.h_n);
+    start(p, a_.h0, keeps(0) ? h_in(0) : nullptr, a_.h_n);
   }
   FRNN_FN void start_others(const Place& p) const {
     for (int j = 1; j < kStates; ++j) {
       const int64_t plane = (j - 1) * a_.b * a_.h;
-      start(p, a_.c0 + plane, a_.t > 0 ? state_in(0, j) : nullptr, a_.c_n + plane);
+      start(p, a_.c0 + plane, keeps(0) ? state_in(0, j) : nullptr, a_.c_n + plane);
     }
+  }
+
+  // The state j at p, within [B, H], that enters step s, where step s - 1 left x; s > 0 if plain.
+  template <bool kPlain>
+  FRNN_FN V entering(int64_t s, const Place& p, int j, V x) const {
+    const S* initial = j == 0 ? a_.h0 : a_.c0 + (j - 1) * a_.b * a_.h;
+    return kPlain ? x : entering(timeline_.entry(s, p.row), p, initial, x);
   }
 
   // What the cell at step s reads beside its two products.
@@ -74,22 +84,54 @@ class ForwardSteps {
     Inputs in{};
     if (Cell::kReadsH) in.state[0] = load<V>(h_in(s) + p.offset, p.n);
     for (int j = 1; j < kStates; ++j) in.state[j] = load<V>(state_in(s, j) + p.offset, p.n);
+    read_bias(p, in);
+    return in;
+  }
+  FRNN_FN void read_bias(const Place& p, Inputs& in) const {
     for (int g = 0; g < kGates; ++g) {
       if (!Cell::kAdditive && a_.b_hh) in.b_hh[g] = load<V>(a_.b_hh + g * a_.h + p.unit, p.n);
     }
-    return in;
   }
 
   // The cell at step s; its output goes to m, or is the step's.
   template <bool kPlain>
   FRNN_FN void finish_cell(int64_t s, const Place& p, const V* gx, const V* gh,
                            const Inputs& in) const {
-    const bool computed = kPlain || timeline_.computed(s, p.row);
-    const V h = computed ? step<kPlain>(s, p, gx, gh, in) : skip(s, p);
+    keep<kPlain>(s, p, compute<kPlain>(s, p, gx, gh, in));
+  }
+
+  // What the cell at step s makes of it, zeros if the step is not computed; and its way to arrays.
+  struct Outcome {
+    V out[kStates], saved[Cell::kSaved];
+  };
+  template <bool kPlain>
+  FRNN_FN Outcome compute(int64_t s, const Place& p, const V* gx, const V* product,
+                          const Inputs& in) const {
+    if (!kPlain && !timeline_.computed(s, p.row)) return {};
+    Outcome result;
+    V gh[kGates];
+    for (int g = 0; g < kGates; ++g) gh[g] = Cell::kAdditive ? product[g] : product[g] + in.b_hh[g];
+    Cell::forward(gx, gh, in.state, result.out, result.saved);
+    return result;
+  }
+  template <bool kPlain>
+  FRNN_FN void keep(int64_t s, const Place& p, const Outcome& result) const {
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    if (a_.saved) {
+      for (int r = 0; r < Cell::kSaved; ++r) {
+        store(a_.saved + (r * a_.t + t) * plane + p.offset, result.saved[r], p.n);
+      }
+    }
+    if (kStates > 1 && a_.c) store(a_.c + t * plane + p.offset, result.out[kStates > 1], p.n);
+    for (int j = 1; j < kStates; ++j) {
+      const int64_t offset = (j - 1) * plane;
+      A* next = keeps(s + 1) ? state_in(s + 1, j) : nullptr;
+      pass_on<kPlain>(s, p, result.out[j], a_.c0 + offset, next, a_.c_n + offset);
+    }
     if (a_.w_hr) {
-      store(m_at(s) + p.offset, h, p.n);
+      store(m_at(s) + p.offset, result.out[0], p.n);
     } else {
-      finish_output<kPlain>(s, p, h);
+      finish_output<kPlain>(s, p, result.out[0]);
     }
   }
 
@@ -98,7 +140,7 @@ class ForwardSteps {
   FRNN_FN void finish_output(int64_t s, const Place& p, V h) const {
     if (!kPlain && !timeline_.computed(s, p.row)) h = V{};
     store(a_.y + timeline_.time(s) * a_.b * a_.p + p.offset, h, p.n);
-    pass_on<kPlain>(s, p, h, a_.h0, s + 1 < a_.t ? h_in(s + 1) : nullptr, a_.h_n);
+    pass_on<kPlain>(s, p, h, a_.h0, keeps(s + 1) ? h_in(s + 1) : nullptr, a_.h_n);
   }
 
  private:
@@ -110,70 +152,30 @@ class ForwardSteps {
                      : states_ + (j - 1) * plane;
   }
 
+  // Whether what enters step s has a place in an array.
+  FRNN_FN bool keeps(int64_t s) const { return s < a_.t && (a_.h_prev || h_); }
+
+  FRNN_FN V entering(Entry entry, const Place& p, const S* initial, V carried) const {
+    if (entry == Entry::kInitial) return load<V>(initial + p.offset, p.n);
+    return entry == Entry::kCarried ? carried : V{};
+  }
+
   template <class E>
-  FRNN_FN void start(const Place& p, const S* initial, E* entering, S* final) const {
-    const V x = load<V>(initial + p.offset, p.n);
-    if (timeline_.length(p.row) == 0) store(final + p.offset, x, p.n);
-    if (entering == nullptr) return;
-    const bool take = timeline_.entry(0, p.row) == Entry::kInitial;
-    store(entering + p.offset, take ? x : V{}, p.n);
+  FRNN_FN void start(const Place& p, const S* initial, E* next, S* final) const {
+    if (timeline_.length(p.row) == 0) {
+      store(final + p.offset, load<V>(initial + p.offset, p.n), p.n);
+    }
+    if (next) store(next + p.offset, entering(timeline_.entry(0, p.row), p, initial, V{}), p.n);
   }
 
   // Sends a state computed at step s to where it goes: into the next step, to the final states.
   template <bool kPlain, class E>
   FRNN_FN void pass_on(int64_t s, const Place& p, V x, const S* initial, E* next, S* final) const {
-    if (kPlain) return store(next + p.offset, x, p.n);
-    if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) store(final + p.offset, x, p.n);
-    if (s + 1 == a_.t) return;
-    const Entry entry = timeline_.entry(s + 1, p.row);
-    if (entry == Entry::kInitial) {
-      x = load<V>(initial + p.offset, p.n);
-    } else if (entry != Entry::kCarried) {
-      x = V{};
+    if (!kPlain) {
+      if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) store(final + p.offset, x, p.n);
+      x = entering(timeline_.entry(s + 1, p.row), p, initial, x);
     }
-    store(next + p.offset, x, p.n);
-  }
-
-  template <bool kPlain>
-  FRNN_FN V step(int64_t s, const Place& p, const V* gx, const V* product, const Inputs& in) const {
-    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
-    V gh[kGates], out[kStates], saved[Cell::kSaved];
-    for (int g = 0; g < kGates; ++g) gh[g] = Cell::kAdditive ? product[g] : product[g] + in.b_hh[g];
-
-    Cell::forward(gx, gh, in.state, out, saved);
-
-    if (a_.saved) {
-      for (int r = 0; r < Cell::kSaved; ++r) {
-        store(a_.saved + (r * a_.t + t) * plane + p.offset, saved[r], p.n);
-      }
-    }
-    if (kStates > 1 && a_.c) store(a_.c + t * plane + p.offset, out[kStates > 1], p.n);
-    pass_on_others<kPlain>(s, p, out);
-    return out[0];
-  }
-
-  // What a step leaves behind that is not computed.
-  FRNN_FN V skip(int64_t s, const Place& p) const {
-    const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
-    if (a_.saved) {
-      for (int r = 0; r < Cell::kSaved; ++r) {
-        store(a_.saved + (r * a_.t + t) * plane + p.offset, V{}, p.n);
-      }
-    }
-    if (kStates > 1 && a_.c) store(a_.c + t * plane + p.offset, V{}, p.n);
-    const V zero[kStates] = {};
-    pass_on_others<false>(s, p, zero);
-    return V{};
-  }
-
-  template <bool kPlain>
-  FRNN_FN void pass_on_others(int64_t s, const Place& p, const V* state) const {
-    const int64_t plane = a_.b * a_.h;
-    for (int j = 1; j < kStates; ++j) {
-      const int64_t offset = (j - 1) * plane;
-      A* next = s + 1 < a_.t ? state_in(s + 1, j) : nullptr;
-      pass_on<kPlain>(s, p, state[j], a_.c0 + offset, next, a_.c_n + offset);
-    }
+    if (next) store(next + p.offset, x, p.n);
   }
 
   const ForwardArgs<S, A>& a_;
@@ -239,8 +241,13 @@ class BackwardSteps {
   };
   template <bool kPlain>
   FRNN_FN OfH read_h(int64_t s, const Place& p) const {
-    OfH in{};
+    OfH in = read_upstream<kPlain>(s, p);
     if (Cell::kReadsH) in.carried = load<V>(a_.dh0 + p.offset, p.n);
+    return in;
+  }
+  template <bool kPlain>
+  FRNN_FN OfH read_upstream(int64_t s, const Place& p) const {
+    OfH in{};
     if (!kPlain) {
       if (s < 0 || !timeline_.computed(s, p.row)) return in;
       if (timeline_.last(s, p.row)) in.last = load_or_zero<V>(a_.dh_n, p.offset, p.n);
@@ -251,10 +258,20 @@ class BackwardSteps {
 
   // What the cell at step s reads beside the gradient of its output; p is within [B, H].
   struct OfCell {
-    V saved[Cell::kSaved], state[kStates], dout[kStates];
+    V saved[Cell::kSaved], state[kStates];
+    V dout[kStates];     // from outside, of the other states
+    V carried[kStates];  // from the step after, of the other states; 0 at a row's last step
   };
   template <bool kPlain>
   FRNN_FN OfCell read_cell(int64_t s, const Place& p) const {
+    OfCell in = read_saved<kPlain>(s, p);
+    for (int j = 1; j < kStates; ++j) {
+      in.carried[j] = load<V>(a_.dc0 + (j - 1) * a_.b * a_.h + p.offset, p.n);
+    }
+    return in;
+  }
+  template <bool kPlain>
+  FRNN_FN OfCell read_saved(int64_t s, const Place& p) const {
     OfCell in{};
     if (!kPlain && !timeline_.computed(s, p.row)) return in;
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
@@ -264,9 +281,8 @@ class BackwardSteps {
     if (Cell::kReadsH) in.state[0] = load<V>(a_.h_prev + t * plane + p.offset, p.n);
     const bool last = !kPlain && timeline_.last(s, p.row);
     for (int j = 1; j < kStates; ++j) {
-      const int64_t offset = (j - 1) * plane + p.offset;
       in.state[j] = load<V>(a_.c_prev + ((j - 1) * a_.t + t) * plane + p.offset, p.n);
-      in.dout[j] = last ? load_or_zero<V>(a_.dc_n, offset, p.n) : load<V>(a_.dc0 + offset, p.n);
+      if (last) in.dout[j] = load_or_zero<V>(a_.dc_n, (j - 1) * plane + p.offset, p.n);
     }
     if (kStates > 1) in.dout[kStates > 1] += load_or_zero<V>(a_.dc, t * plane + p.offset, p.n);
     return in;
@@ -291,14 +307,46 @@ class BackwardSteps {
   template <bool kPlain>
   FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const OfCell& in,
                            const StepGradients<S>& to) const {
-    if (kPlain || timeline_.computed(s, p.row)) {
-      step<kPlain>(s, p, dh, in, to);
-    } else {
-      skip(p, to);
+    const Outcome result = compute<kPlain>(s, p, dh, in);
+    keep_gates(p, result, to);
+    keep_carried<kPlain>(s, p, result);
+  }
+
+  // What the cell at step s makes of it, zeros if the step is not computed or begins a sequence;
+  // and its way to arrays.
+  struct Outcome {
+    V dgx[kGates], dgh[kGates];
+    V carried[kStates];  // to the step before; that of h only if the cell reads it
+  };
+  template <bool kPlain>
+  FRNN_FN Outcome compute(int64_t s, const Place& p, V dh, const OfCell& in) const {
+    Outcome result{};
+    if (!kPlain && !timeline_.computed(s, p.row)) return result;
+    V dout[kStates];
+    dout[0] = dh;
+    for (int j = 1; j < kStates; ++j) dout[j] = in.dout[j] + in.carried[j];
+    Cell::backward(in.state, in.saved, dout, result.dgx, result.dgh, result.carried);
+    if (!kPlain && timeline_.entry(s, p.row) == Entry::kZero) {
+      for (int j = 0; j < kStates; ++j) result.carried[j] = V{};
+    }
+    return result;
+  }
+  FRNN_FN void keep_gates(const Place& p, const Outcome& result, const StepGradients<S>& to) const {
+    const int64_t gates = p.row * kGates * a_.h + p.unit;
+    for (int g = 0; g < kGates; ++g) {
+      store(to.dgx + gates + g * a_.h, result.dgx[g], p.n);
+      if (!Cell::kAdditive) store(to.dgh + gates + g * a_.h, result.dgh[g], p.n);
+    }
+  }
+  template <bool kPlain>
+  FRNN_FN void keep_carried(int64_t s, const Place& p, const Outcome& result) const {
+    if (!kPlain && !timeline_.computed(s, p.row)) return;
+    if (Cell::kReadsH) store(a_.dh0 + p.offset, result.carried[0], p.n);
+    for (int j = 1; j < kStates; ++j) {
+      store(a_.dc0 + (j - 1) * a_.b * a_.h + p.offset, result.carried[j], p.n);
     }
   }
 
- private:
   // The whole gradient of h at step s, 0 if it is not computed; what flows back into the initial
   // state is stored there.
   template <bool kPlain>
@@ -316,36 +364,7 @@ class BackwardSteps {
     return kPlain ? back + in.dy : back + in.last + in.dy;
   }
 
-  template <bool kPlain>
-  FRNN_FN void step(int64_t s, const Place& p, V dh, const OfCell& in,
-                    const StepGradients<S>& to) const {
-    const int64_t plane = a_.b * a_.h;
-    V dout[kStates], dgx[kGates], dgh[kGates], ds[kStates];
-    dout[0] = dh;
-    for (int j = 1; j < kStates; ++j) dout[j] = in.dout[j];
-
-    Cell::backward(in.state, in.saved, dout, dgx, dgh, ds);
-
-    const int64_t gates = p.row * kGates * a_.h + p.unit;
-    for (int g = 0; g < kGates; ++g) {
-      store(to.dgx + gates + g * a_.h, dgx[g], p.n);
-      if (!Cell::kAdditive) store(to.dgh + gates + g * a_.h, dgh[g], p.n);
-    }
-    const bool cut = !kPlain && timeline_.entry(s, p.row) == Entry::kZero;
-    if (Cell::kReadsH) store(a_.dh0 + p.offset, cut ? V{} : ds[0], p.n);
-    for (int j = 1; j < kStates; ++j) {
-      store(a_.dc0 + (j - 1) * plane + p.offset, cut ? V{} : ds[j], p.n);
-    }
-  }
-
-  FRNN_FN void skip(const Place& p, const StepGradients<S>& to) const {
-    const int64_t gates = p.row * kGates * a_.h + p.unit;
-    for (int g = 0; g < kGates; ++g) {
-      store(to.dgx + gates + g * a_.h, V{}, p.n);
-      if (!Cell::kAdditive) store(to.dgh + gates + g * a_.h, V{}, p.n);
-    }
-  }
-
+ private:
   const BackwardArgs<S, A>& a_;
   const Timeline<S> timeline_;
 };
