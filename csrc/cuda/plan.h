@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the standard algorithm divides a product among blocks. Plain C++, and a pure function of the
-// product's shape and the device.
+// Which algorithm runs a call, and how it is divided among blocks. Plain C++, and pure functions of
+// the call's shape and the device.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,8 @@ constexpr int most_tiles(Arithmetic arithmetic) {
 }
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- The standard algorithm.
 
 // What a block owns: groups of eight units, with all their gates, and tiles of eight rows.
 struct Shape {
@@ -85,6 +87,111 @@ constexpr Plan plan_of(int64_t rows, int64_t units, int gates, Arithmetic arithm
   const int size = size_of(rows, units, gates, arithmetic, multiprocessors);
   const Shape shape = shape_of(gates, size, arithmetic);
   return {shape, blocks_of(rows, units, shape)};
+}
+
+// ---- The cluster algorithm.
+
+struct Device {
+  int multiprocessors;
+  int capability;     // 90 for 9.0
+  int shared_memory;  // bytes that a block may have
+};
+
+// A cluster of blocks owns a few tiles of rows for all steps, and a block of it some units.
+struct ClusterShape {
+  int blocks;  // of a cluster: 1 or kClusterBlocks, or 0 where the algorithm cannot be used
+  int tiles;   // of a cluster
+  int warps;   // of a block
+  int units;   // of a block: its warps have eight or sixteen each
+
+  // Shared memory of a block: two operands for each tile, which are h in forward and the gates'
+  // gradients in backward, and what begins at these offsets.
+  int chunks;  // of an operand
+  int weights, exchange, barriers, bytes;
+};
+
+constexpr int kClusterBlocks = 8;   // more are not portable, and send at half the rate
+constexpr int kMostWarps = 8;       // so that a thread has 255 registers
+constexpr int kMostTiles = 2;       // of which one is sent while the other is multiplied
+constexpr int kChunkBytes = 8 * 64;  // eight rows, k in 64 bytes: a piece of 16 bytes for each lane
+
+constexpr int value_bytes(Arithmetic arithmetic) {
+  switch (arithmetic) {
+    case Arithmetic::kFloat16:
+    case Arithmetic::kBfloat16:
+      return 2;
+    case Arithmetic::kTf32:
+    case Arithmetic::kFloat32:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+// Of a warp. In forward it owns its units' rows of W_hh, along k all units of the cluster. In
+// backward it owns, of each block's units, the groups of its own number, along k the gates of its
+// own block's units: what it sums for them goes to the warp of the same number.
+constexpr int cluster_groups(int gates, int blocks, bool backward) {
+  return blocks == 1 || (!backward && gates < 4) ? 2 : 1;
+}
+constexpr int cluster_slots(int gates, int blocks, bool backward) {
+  return cluster_groups(gates, blocks, backward) * (backward ? blocks : gates);
+}
+
+// Chunks of weights that are kept in registers, at most 128 of them; the others are in shared
+// memory.
+constexpr int cluster_held(int gates, int blocks, bool backward) {
+  const int fit = 32 / cluster_slots(gates, blocks, backward);
+  return backward || fit < 8 ? fit : 8;
+}
+
+constexpr ClusterShape cluster_shape_of(int blocks, int tiles, int warps, int gates,
+                                        Arithmetic arithmetic, bool backward) {
+  const int size = value_bytes(arithmetic), slots = cluster_slots(gates, blocks, backward);
+  const int held = cluster_held(gates, blocks, backward);
+  ClusterShape shape{};
+  shape.blocks = blocks;
+  shape.tiles = tiles;
+  shape.warps = warps;
+  shape.units = warps * cluster_groups(gates, blocks, backward) * kSlotRows;
+  const int k = (backward ? gates : blocks) * shape.units;
+  shape.chunks = static_cast<int>(divide_up(k * size, 64));
+  if (shape.chunks < held) shape.chunks = held;
+  shape.weights = tiles * 2 * shape.chunks * kChunkBytes;
+  shape.exchange = shape.weights + warps * (shape.chunks - held) * slots * kChunkBytes;
+  // In backward the blocks' sums, float [2, blocks, units, 8] of each tile; in forward what is sent.
+  const int values = shape.units * kTileColumns;
+  const int exchange = backward ? tiles * 2 * blocks * values * 4 : values * size;
+  shape.barriers = shape.exchange + (blocks == 1 ? 0 : exchange);
+  shape.bytes = shape.barriers + tiles * 2 * (backward ? warps : 1) * 8;
+  return shape;
+}
+
+// How many clusters a device runs at once, one block on a multiprocessor. Of eight blocks: the
+// multiprocessors come in groups that clusters do not cross, so that some are left over (15
+// clusters on the 132 of an H200).
+constexpr int64_t clusters_at_once(int blocks, int multiprocessors) {
+  return blocks == 1 ? multiprocessors : multiprocessors / blocks * 15 / 16;
+}
+
+// The shape for forward or backward of `units` units with so many gates and of `rows` rows. One
+// block where its registers hold all weights, since nothing need be sent then. A second tile makes
+// a step longer, though not twice as long; it is for rows that would have to wait for a cluster.
+constexpr ClusterShape cluster_shape(int64_t rows, int64_t units, int gates, Arithmetic arithmetic,
+                                     bool backward, const Device& device) {
+  constexpr ClusterShape kNone{};
+  const bool tensor_cores = arithmetic != Arithmetic::kFloat32 && arithmetic != Arithmetic::kFloat64;
+  if (device.capability < 90 || !tensor_cores) return kNone;
+  const int blocks = units * value_bytes(arithmetic) <= 256 ? 1 : kClusterBlocks;
+  const int groups = cluster_groups(gates, blocks, backward);
+  const int64_t warps = divide_up(units, blocks * groups * kSlotRows);
+  const int64_t tiles = divide_up(rows, kTileColumns);
+  const int64_t at_once = clusters_at_once(blocks, device.multiprocessors);
+  const int each = tiles <= at_once ? 1 : kMostTiles;
+  if (warps > kMostWarps || tiles > 2 * at_once * each) return kNone;
+  const ClusterShape shape = cluster_shape_of(blocks, each, static_cast<int>(warps), gates,
+                                              arithmetic, backward);
+  return shape.bytes <= device.shared_memory ? shape : kNone;
 }
 
 }  // namespace frnn::cuda

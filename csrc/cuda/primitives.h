@@ -17,6 +17,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "cuda/plan.h"
+
 namespace frnn::cuda {
 
 struct Launch {
@@ -62,24 +64,24 @@ namespace frnn::cuda {
 
 // ---- Launch.
 
-// How many multiprocessors the current device has.
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) {
-    cudaGetLastError();
-    throw std::runtime_error(std::string("CUDA device: ") + cudaGetErrorString(error));
-  }
-  return count;
-}
-
 inline void check(const char* kernel, cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next caller would be told of it again
   throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorString(error));
+}
+
+// The current device.
+inline Device current_device() {
+  int index = 0;
+  check("of a device", cudaGetDevice(&index));
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check("of a device", cudaDeviceGetAttribute(&value, attribute, index));
+    return value;
+  };
+  return {ask(cudaDevAttrMultiProcessorCount),
+          10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor),
+          ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 // Lets a kernel on the current device have as many bytes of dynamic shared memory, for all later
@@ -91,42 +93,63 @@ void allow_shared_memory(const char* name, void (*kernel)(P...), size_t bytes) {
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
+// A launch as the runtime wants it; a kernel of a cluster of more than 8 blocks is allowed to be one.
+struct Configuration {
+  cudaLaunchAttribute attributes[3];
+  cudaLaunchConfig_t config = {};
+
+  Configuration(const char* name, const void* function, const Launch& how) {
+    if (how.cluster > 8) {
+      check(name,
+            cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    }
+    config.gridDim = how.grid;
+    config.blockDim = how.block;
+    config.dynamicSmemBytes = how.smem;
+    config.stream = how.stream;
+    config.attrs = attributes;
+    if (how.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+      attribute.val.clusterDim.y = 1;
+      attribute.val.clusterDim.z = 1;
+    }
+    if (how.cooperative) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+    if (how.programmatic) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+  Configuration(const Configuration&) = delete;
+  Configuration& operator=(const Configuration&) = delete;
+};
+
+// How many clusters of such a launch the current device can hold at once; 0 if none, ever.
+template <class... P>
+int resident_clusters(const char* name, void (*kernel)(P...), const Launch& how) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const Configuration of(name, function, how);
+  int clusters = 0;
+  check(name, cudaOccupancyMaxActiveClusters(&clusters, function, &of.config));
+  return clusters;
+}
+
 // Launches kernel(args...) as described; a failure throws and names the kernel.
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), const Launch& how, A&&... args) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (how.cluster > 8) {
-    check(name, cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  }
-  cudaLaunchAttribute attributes[3];
-  cudaLaunchConfig_t config = {};
-  config.gridDim = how.grid;
-  config.blockDim = how.block;
-  config.dynamicSmemBytes = how.smem;
-  config.stream = how.stream;
-  config.attrs = attributes;
-  if (how.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(how.cluster);
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
-  }
-  if (how.cooperative) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
-  if (how.programmatic) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-  }
+  const Configuration of(name, function, how);
   std::tuple<P...> values(static_cast<A&&>(args)...);
   std::apply(
       [&](P&... value) {
         void* pointers[sizeof...(P) + 1] = {const_cast<void*>(static_cast<const void*>(&value))...};
-        check(name, cudaLaunchKernelExC(&config, function, pointers));
+        check(name, cudaLaunchKernelExC(&of.config, function, pointers));
       },
       values);
 }

@@ -52,15 +52,22 @@ __device__ __forceinline__ void copy_parts(Piece<S>* to, const S* row, int64_t k
   }
 }
 
-// From shared memory, by one instruction.
+// By one instruction.
 template <class S>
 __device__ __forceinline__ Piece<S> read_piece(const Piece<S>* p) {
   return __builtin_bit_cast(Piece<S>, *reinterpret_cast<const uint4*>(p));
 }
 
-// ---- Arithmetics: the type of storage, that of sums and states, and the sums of kSlots slots and
-// kTiles tiles. kColumns is how many columns of a tile a lane must be given the pieces of: one, g,
-// or all eight.
+// For a product in the arithmetic M.
+template <class M, class S>
+__device__ __forceinline__ Piece<S> operand(Piece<S> piece) {
+  FRNN_UNROLL for (int i = 0; i < Piece<S>::kValues; ++i) piece.v[i] = M::operand(piece.v[i]);
+  return piece;
+}
+
+// ---- Arithmetics: the type of storage, that of sums and states, what becomes of a value that
+// enters a product, and the sums of kSlots slots and kTiles tiles of such values. kColumns is how
+// many columns of a tile a lane must be given the pieces of: one, g, or all eight.
 
 // As m16n8 instructions leave them: two slots each.
 template <int kSlots, int kTiles>
@@ -74,9 +81,14 @@ struct PairSums {
   __device__ __forceinline__ void finish() {}
 };
 
+template <class S>
+struct AsItIs {
+  __device__ __forceinline__ static S operand(S x) { return x; }
+};
+
 // 16-bit storage, sums in fp32.
 template <class S_>
-struct Half {
+struct Half : AsItIs<S_> {
   using S = S_;
   using V = float;
   static constexpr Arithmetic kArithmetic =
@@ -110,16 +122,20 @@ struct Tf32 {
   using V = float;
   static constexpr Arithmetic kArithmetic = Arithmetic::kTf32;
   static constexpr int kColumns = 1;
+  __device__ __forceinline__ static float operand(float x) {
+    return __builtin_bit_cast(float, to_tf32(x));
+  }
 
   template <int kSlots, int kTiles>
   struct Sums : PairSums<kSlots, kTiles> {
     __device__ __forceinline__ void add(const Piece<S> (&a)[kSlots], int n,
                                         const Piece<S> (&b)[1]) {
+      const uint32_t* b0 = reinterpret_cast<const uint32_t*>(&b[0]);
       FRNN_UNROLL for (int s = 0; s < kSlots; s += 2) {
+        const uint32_t* a0 = reinterpret_cast<const uint32_t*>(&a[s]);
+        const uint32_t* a1 = reinterpret_cast<const uint32_t*>(&a[s + 1]);
         FRNN_UNROLL for (int i = 0; i < 4; i += 2) {
-          const uint32_t x[4] = {to_tf32(a[s].v[i]), to_tf32(a[s + 1].v[i]), to_tf32(a[s].v[i + 1]),
-                                 to_tf32(a[s + 1].v[i + 1])};
-          const uint32_t y[2] = {to_tf32(b[0].v[i]), to_tf32(b[0].v[i + 1])};
+          const uint32_t x[4] = {a0[i], a1[i], a0[i + 1], a1[i + 1]}, y[2] = {b0[i], b0[i + 1]};
           mma_tf32(this->d[s / 2][n], x, y);
         }
       }
@@ -127,7 +143,7 @@ struct Tf32 {
   };
 };
 
-struct Fp64 {
+struct Fp64 : AsItIs<double> {
   using S = double;
   using V = double;
   static constexpr Arithmetic kArithmetic = Arithmetic::kFloat64;
@@ -152,7 +168,7 @@ struct Fp64 {
 
 // IEEE float without tensor cores: a lane forms its k's share of all eight columns, and the four
 // lanes of a row add their shares at the end.
-struct Fp32 {
+struct Fp32 : AsItIs<float> {
   using S = float;
   using V = float;
   static constexpr Arithmetic kArithmetic = Arithmetic::kFloat32;
@@ -310,11 +326,12 @@ __device__ __forceinline__ void product(int64_t k_end, int copied, const Weights
     fetch_rows(round + kStages - 1);
     Piece<S> a[kSlots];
     FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) a[slot] =
-        read_piece(place(round, slot, lane));
+        operand<M>(read_piece(place(round, slot, lane)));
     FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       Piece<S> b[M::kColumns];
       FRNN_UNROLL for (int c = 0; c < M::kColumns; ++c) {
-        b[c] = read_piece(place(round, kSlots + tile, M::kColumns == 1 ? lane : c * 4 + lane % 4));
+        b[c] = operand<M>(
+            read_piece(place(round, kSlots + tile, M::kColumns == 1 ? lane : c * 4 + lane % 4)));
       }
       sums.add(a, tile, b);
     }

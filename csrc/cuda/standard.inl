@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launches of the standard algorithm. Every arithmetic includes this text in a translation unit
-// of its own, so that they are compiled side by side.
-#include <initializer_list>
+// The launches of the standard algorithm.
 #include <stdexcept>
 #include <string>
 
-#include "cells/cell.h"
 #include "cuda/driver.h"
 #include "cuda/standard.cuh"
 
@@ -42,7 +39,7 @@ StepKernel<Args> choose(const char* name, int64_t rows, int64_t units, void* str
                .smem = Memory<M, kGates, kShape.groups, kShape.tiles>::kBytes,
                .stream = static_cast<cudaStream_t>(stream)};
   };
-  switch (size_of(rows, units, kGates, M::kArithmetic, multiprocessors())) {
+  switch (size_of(rows, units, kGates, M::kArithmetic, current_device().multiprocessors)) {
     case 0:
       take.template operator()<0>();
       break;
@@ -63,15 +60,6 @@ void run_start(const char* name, void (*kernel)(Args), const Args& args, void* s
                    .block = dim3(kThreads),
                    .stream = static_cast<cudaStream_t>(stream)};
   launch(name, kernel, how, args);
-}
-
-// The most bytes, 16, 8 or 4, that divide all these sizes and addresses; else 0.
-int common_unit(std::initializer_list<int64_t> sizes, std::initializer_list<const void*> arrays) {
-  uint64_t bits = 16;
-  for (const int64_t size : sizes) bits |= static_cast<uint64_t>(size);
-  for (const void* array : arrays) bits |= reinterpret_cast<uintptr_t>(array);
-  const uint64_t lowest = bits & -bits;
-  return lowest < 4 ? 0 : static_cast<int>(lowest);
 }
 
 // A step's kernels may start before the ones ahead end, the first excepted: what is ahead of it
@@ -131,14 +119,14 @@ void run_backward(Backward<typename M::S, typename M::V> f, void* stream) {
 
 template <class M>
 void forward_in(int cell, const Forward<void, void>& args, void* stream) {
-  const auto typed = __builtin_bit_cast(Forward<typename M::S, typename M::V>, args);
-  Cells::dispatch(cell, [&]<class Cell>() { run_forward<Cell, M>(typed, stream); });
+  with_types<M>(cell, args,
+                [&]<class Cell>(const auto& typed) { run_forward<Cell, M>(typed, stream); });
 }
 
 template <class M>
 void backward_in(int cell, const Backward<void, void>& args, void* stream) {
-  const auto typed = __builtin_bit_cast(Backward<typename M::S, typename M::V>, args);
-  Cells::dispatch(cell, [&]<class Cell>() { run_backward<Cell, M>(typed, stream); });
+  with_types<M>(cell, args,
+                [&]<class Cell>(const auto& typed) { run_backward<Cell, M>(typed, stream); });
 }
 
 }  // namespace

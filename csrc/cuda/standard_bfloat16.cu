@@ -3,7 +3,6 @@
 
 namespace frnn::cuda {
 
-const Driver kStandardBfloat16 = {forward_in<Half<__nv_bfloat16>>,
-                                  backward_in<Half<__nv_bfloat16>>};
+const Standard kStandardBfloat16 = {forward_in<Half<__nv_bfloat16>>, backward_in<Half<__nv_bfloat16>>};
 
 }  // namespace frnn::cuda

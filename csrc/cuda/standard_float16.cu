@@ -3,6 +3,6 @@
 
 namespace frnn::cuda {
 
-const Driver kStandardFloat16 = {forward_in<Half<__half>>, backward_in<Half<__half>>};
+const Standard kStandardFloat16 = {forward_in<Half<__half>>, backward_in<Half<__half>>};
 
 }  // namespace frnn::cuda

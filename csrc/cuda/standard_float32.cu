@@ -3,6 +3,6 @@
 
 namespace frnn::cuda {
 
-const Driver kStandardFloat32 = {forward_in<Fp32>, backward_in<Fp32>};
+const Standard kStandardFloat32 = {forward_in<Fp32>, backward_in<Fp32>};
 
 }  // namespace frnn::cuda

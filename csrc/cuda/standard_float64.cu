@@ -3,6 +3,6 @@
 
 namespace frnn::cuda {
 
-const Driver kStandardFloat64 = {forward_in<Fp64>, backward_in<Fp64>};
+const Standard kStandardFloat64 = {forward_in<Fp64>, backward_in<Fp64>};
 
 }  // namespace frnn::cuda

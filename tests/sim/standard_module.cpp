@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The standard algorithm of csrc/cuda on the simulator, for pytest. Arrays come as address and
+// The kernels of csrc/cuda on the simulator, for pytest. Arrays come as address and
 // bytes by the names of the C++ interface, address 0 for null.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "cuda/primitives.h"
 #include "cuda/standard.h"
 #include "guards.h"
 #include "sim.h"
@@ -76,6 +77,10 @@ void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int
 
 PYBIND11_MODULE(cuda_standard_sim, m) {
   m.def("set_seed", &frnn::sim::set_seed);
+  m.def("set_device", [](int multiprocessors, int capability) {
+    simulated_device.multiprocessors = multiprocessors;
+    simulated_device.capability = capability;
+  });
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);
 }

@@ -1,0 +1,540 @@
+// SPDX-License-Identifier: Apache-2.0
+// The cluster algorithm: one kernel runs all steps. A cluster of blocks owns a few rows from
+// beginning to end, and its registers and shared memory all of W_hh; clusters know nothing of each
+// other.
+//
+// A block owns some units with all their gates. In forward its product with h is of all units of
+// the cluster, and what its units become goes to every block. In backward its product with the
+// gradient of its own gates is of all units, and each block is sent its units' share, which it adds
+// up in a fixed order. What is sent arrives in shared memory by st.async, which an mbarrier counts;
+// there are two buffers of everything, and no other barrier between blocks:
+//
+//   Data of step n + 2 is sent by a warp that has all of step n + 1 of its peers, and they sent that
+//   after they had read step n.
+//
+// A single block needs no exchange, and its warps meet at the block's barrier.
+#pragma once
+
+#include "cuda/product.cuh"
+#include "cuda/standard.h"
+#include "steps.h"
+
+namespace frnn::cuda {
+
+constexpr int kClusterThreads = kMostWarps * kWarpSize;
+
+template <class Cell, int kBlocks, bool kBackward>
+struct ClusterSizes {
+  static constexpr int kGroups = cluster_groups(Cell::kGates, kBlocks, kBackward);
+  static constexpr int kSlots = cluster_slots(Cell::kGates, kBlocks, kBackward);
+  static constexpr int kHeld = cluster_held(Cell::kGates, kBlocks, kBackward);
+  static constexpr int kResults = kGroups * 2;  // of a lane and tile
+};
+
+// ---- Where a thread is: lane (g, q) of a warp owns unit g of each of its groups, at the columns
+// 2q and 2q + 1 of each of its cluster's tiles.
+
+template <int kBlocks, int kGroups, int kTiles>
+struct Seat {
+  int lane, warp, rank, units;  // of the block, a warp and rank being numbers in block and cluster
+  int64_t row;                  // the first of the cluster
+
+  __device__ __forceinline__ explicit Seat(const ClusterShape& shape)
+      : lane(threadIdx.x % kWarpSize),
+        warp(threadIdx.x / kWarpSize),
+        rank(blockIdx.x % kBlocks),
+        units(shape.units),
+        row(int64_t{blockIdx.x / kBlocks} * kTiles * kTileColumns) {}
+
+  // The unit of a group, within the block and within the cluster.
+  __device__ __forceinline__ int own_unit(int group) const {
+    return (warp * kGroups + group) * kSlotRows + lane / 4;
+  }
+  __device__ __forceinline__ int64_t unit(int group) const {
+    return int64_t{rank} * units + own_unit(group);
+  }
+  // Result i of the 2 * kGroups of a tile; false: outside.
+  __device__ __forceinline__ bool find(int tile, int i, int64_t rows, int64_t all, Place& p) const {
+    p.row = row + tile * kTileColumns + lane % 4 * 2 + i % 2;
+    p.unit = unit(i / 2);
+    p.offset = p.row * all + p.unit;
+    p.n = 1;
+    return p.row < rows && p.unit < all;
+  }
+  // How many rows a tile has.
+  __device__ __forceinline__ int rows_of(int tile, int64_t rows) const {
+    const int64_t rest = rows - row - tile * kTileColumns;
+    return rest < kTileColumns ? (rest > 0 ? static_cast<int>(rest) : 0) : kTileColumns;
+  }
+};
+
+// The steps at which any row of a cluster is computed.
+struct Span {
+  int64_t begin, end;
+};
+template <class S>
+__device__ __forceinline__ Span span_of(const Timeline<S>& timeline, const SequenceArgs<S>& args,
+                                        int64_t row, int rows) {
+  if (timeline.full()) return {0, args.t};
+  int64_t longest = 0;
+  for (int64_t r = row; r < row + rows && r < args.b; ++r) {
+    const int64_t length = timeline.length(r);
+    longest = length > longest ? length : longest;
+  }
+  return args.reverse ? Span{args.t - longest, args.t} : Span{0, longest};
+}
+
+// ---- A warp's weights: kHeld chunks in registers, the others in shared memory.
+
+template <class S, int kSlots, int kHeld>
+struct ClusterWeights {
+  Piece<S> held[kHeld][kSlots];
+  Piece<S>* rest;  // [chunks - kHeld, kSlots, 32]
+
+  // row(slot) is the lane's row of a slot and value(chunk, row) its piece of it.
+  template <class M, class Value>
+  __device__ __forceinline__ void load(Piece<S>* shared, int chunks, const Value& value) {
+    const int lane = threadIdx.x % kWarpSize;
+    rest = shared + lane;
+    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
+      FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+        held[c][slot] = operand<M>(value(c, slot));
+      }
+    }
+    FRNN_ROLLED for (int c = kHeld; c < chunks; ++c) {
+      FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+        rest[((c - kHeld) * kSlots + slot) * kWarpSize] = operand<M>(value(c, slot));
+      }
+    }
+  }
+};
+
+// The sums of kSlots slots over all chunks of an operand of eight rows. Few slots are summed in
+// several parts, since an instruction waits for the one before on the same sums.
+template <class M, int kSlots, int kHeld>
+struct ClusterProduct {
+  using S = typename M::S;
+  static constexpr int kParts = kSlots >= 8 ? 1 : kSlots >= 4 ? 2 : 4;
+  typename M::template Sums<kSlots, 1> parts[kParts];
+
+  __device__ __forceinline__ void run(const ClusterWeights<S, kSlots, kHeld>& weights,
+                                      const Piece<S>* operand, int chunks) {
+    operand += threadIdx.x % kWarpSize;
+    Piece<S> b[kHeld][1];
+    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) b[c][0] = read_piece(operand + c * kWarpSize);
+    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
+      parts[c % kParts].add(weights.held[c], 0, b[c]);
+    }
+    const Piece<S>* rest = weights.rest;
+    FRNN_ROLLED for (int c = kHeld; c < chunks; c += kParts) {
+      FRNN_UNROLL for (int part = 0; part < kParts; ++part) {
+        if (c + part >= chunks) break;
+        Piece<S> a[kSlots], x[1] = {read_piece(operand + (c + part) * kWarpSize)};
+        FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+          a[slot] = read_piece(rest + slot * kWarpSize);
+        }
+        rest += kSlots * kWarpSize;
+        parts[part].add(a, 0, x);
+      }
+    }
+  }
+  __device__ __forceinline__ float get(int slot, int column) const {
+    float sum = parts[0].get(slot, 0, column);
+    FRNN_UNROLL for (int i = 1; i < kParts; ++i) sum += parts[i].get(slot, 0, column);
+    return sum;
+  }
+};
+
+// Value k of row `column` of an operand.
+template <class S>
+__device__ __forceinline__ S& operand_at(Piece<S>* operand, int k, int column) {
+  constexpr int kValues = Piece<S>::kValues;
+  return operand[(k / kValues / 4 * 8 + column) * 4 + k / kValues % 4].v[k % kValues];
+}
+
+template <class T>
+__device__ __forceinline__ void clear(T* array, int64_t n) {
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) array[i] = T{};
+}
+
+// Initialised mbarriers, seen by all that will use them; and all shared memory written before.
+template <int kBlocks>
+__device__ __forceinline__ void begin_exchange(uint64_t* barriers, int n) {
+#if FRNN_HAVE_CLUSTER
+  if constexpr (kBlocks > 1) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < n; ++i) mbarrier_init(barriers + i, 1);
+      fence_mbarrier_init();
+    }
+    cluster_arrive();
+    cluster_wait();
+  }
+#endif
+  __syncthreads();
+}
+
+// ---- Forward.
+
+template <class Cell, class M, int kBlocks, int kTiles>
+__global__ void __launch_bounds__(kClusterThreads, 1)
+    forward_cluster(const __grid_constant__ Forward<typename M::S, typename M::V> f,
+                    const __grid_constant__ ClusterShape shape) {
+#if FRNN_HAVE_CLUSTER
+  using S = typename M::S;
+  using V = typename M::V;
+  using Steps = ForwardSteps<Cell, V, S, V>;
+  constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+  using Sizes = ClusterSizes<Cell, kBlocks, false>;
+  constexpr int kGroups = Sizes::kGroups, kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
+  constexpr int kResults = Sizes::kResults, kValues = Piece<S>::kValues;
+  FRNN_DYN_SMEM(shared);
+  const Seat<kBlocks, kGroups, kTiles> seat(shape);
+  const int chunks = shape.chunks;
+  const auto h_of = [&](int tile, int64_t n) {
+    return reinterpret_cast<Piece<S>*>(shared) + (tile * 2 + n % 2) * chunks * kWarpSize;
+  };
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + shape.barriers);
+  const Steps steps(f, nullptr, nullptr, nullptr);
+  const Timeline<S>& timeline = steps.timeline();
+  const Span span = span_of(timeline, f, seat.row, kTiles * kTileColumns);
+
+  ClusterWeights<S, kSlots, kHeld> weights;
+  {
+    const auto first = reinterpret_cast<Piece<S>*>(shared + shape.weights) +
+                       seat.warp * (chunks - kHeld) * kSlots * kWarpSize;
+    const auto row = [&](int slot) {
+      return f.w_hh + (slot % kGates * f.h + seat.unit(slot / kGates)) * f.h;
+    };
+    const auto k = [&](int chunk) { return (chunk * 4 + seat.lane % 4) * kValues; };
+    const auto end = [&](int slot) { return seat.unit(slot / kGates) < f.h ? f.h : 0; };
+    if (f.copied == 16) {
+      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
+        return k(chunk) < end(slot)
+                   ? read_piece(reinterpret_cast<const Piece<S>*>(row(slot) + k(chunk)))
+                   : Piece<S>{};
+      });
+    } else {
+      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
+        return load_piece(row(slot), k(chunk), end(slot));
+      });
+    }
+  }
+
+  // What enters the first step.
+  clear(h_of(0, 0), int64_t{kTiles} * 2 * chunks * kWarpSize);
+  __syncthreads();
+  const int64_t initial = int64_t{kTiles} * kTileColumns * f.h;
+  for (int64_t i = threadIdx.x; i < initial; i += blockDim.x) {
+    const Place p = place<1>(seat.row + i / f.h, i % f.h, f.h);
+    if (p.row >= f.b) break;
+    const int column = static_cast<int>(i / f.h);
+    const V h = steps.template entering<false>(span.begin, p, 0, V(0));
+    operand_at(h_of(column / kTileColumns, 0), static_cast<int>(p.unit), column % kTileColumns) =
+        M::operand(static_cast<S>(h));
+  }
+  typename Steps::Inputs in[kTiles][kResults] = {};
+  S gx[kTiles][kResults][kGates];
+  const auto each = [&](int tile, const auto& body) {
+    FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+      Place p;
+      if (seat.find(tile, i, f.b, f.h, p)) body(i, p);
+    }
+  };
+  const auto read_gx = [&](int64_t s, int tile) {
+    each(tile, [&](int i, const Place& p) {
+      const S* row = f.gx + (timeline.time(s) * f.b + p.row) * kGates * f.h + p.unit;
+      FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gx[tile][i][gate] = row[gate * f.h];
+    });
+  };
+  FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+    each(tile, [&](int i, const Place& p) {
+      steps.start_h(p);
+      steps.start_others(p);
+      for (int j = 0; j < kStates; ++j) {
+        in[tile][i].state[j] = steps.template entering<false>(span.begin, p, j, V(0));
+      }
+      steps.read_bias(p, in[tile][i]);
+      for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
+    });
+    if (span.begin < span.end) read_gx(span.begin, tile);
+  }
+  begin_exchange<kBlocks>(barriers, kTiles * 2);
+
+  for (int64_t s = span.begin; s < span.end; ++s) {
+    const int64_t n = s - span.begin;
+    const bool plain = timeline.full() && s + 1 < f.t, more = s + 1 < span.end;
+    FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+      const int rows = seat.rows_of(tile, f.b);
+      if (rows == 0) break;
+      uint64_t* const next = barriers + tile * 2 + (n + 1) % 2;
+      if constexpr (kBlocks == 1) {
+        __syncthreads();
+      } else {
+        if (n > 0) mbarrier_wait(barriers + tile * 2 + n % 2, (n - 1) / 2 % 2);
+        if (more && threadIdx.x == 0) {
+          mbarrier_arrive_expect_tx(next, rows * kBlocks * seat.units * sizeof(S));
+        }
+      }
+      ClusterProduct<M, kSlots, kHeld> product;
+      product.run(weights, h_of(tile, n), chunks);
+
+      typename Steps::Outcome result[kResults] = {};
+      S h[kResults] = {};
+      each(tile, [&](int i, const Place& p) {
+        V of_x[kGates], of_h[kGates];
+        FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+          of_x[gate] = load<V>(&gx[tile][i][gate], 1);
+          of_h[gate] = product.get(i / 2 * kGates + gate, i % 2);
+        }
+        typename Steps::Inputs& entered = in[tile][i];
+        if (plain) {
+          result[i] = steps.template compute<true>(s, p, of_x, of_h, entered);
+          for (int j = 0; j < kStates; ++j) entered.state[j] = result[i].out[j];
+        } else {
+          result[i] = steps.template compute<false>(s, p, of_x, of_h, entered);
+          for (int j = 0; j < kStates && more; ++j) {
+            entered.state[j] = steps.template entering<false>(s + 1, p, j, result[i].out[j]);
+          }
+        }
+        h[i] = static_cast<S>(entered.state[0]);
+        entered.state[0] = static_cast<V>(h[i]);
+      });
+
+      if (more) {
+        Piece<S>* const to = h_of(tile, n + 1);
+        if constexpr (kBlocks == 1) {
+          FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+            operand_at(to, seat.own_unit(i / 2), seat.lane % 4 * 2 + i % 2) = M::operand(h[i]);
+          }
+        } else {
+          // A row of eight units of each group, in pieces of 16 bytes.
+          constexpr int kOfRow = kSlotRows / kValues, kPieces = kGroups * kTileColumns * kOfRow;
+          const auto stage = reinterpret_cast<Piece<S>*>(shared + shape.exchange) +
+                             seat.warp * kPieces;
+          FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+            const int column = i / 2 * kTileColumns + seat.lane % 4 * 2 + i % 2;
+            const int unit = seat.lane / 4;
+            stage[column * kOfRow + unit / kValues].v[unit % kValues] = M::operand(h[i]);
+          }
+          __syncwarp();
+          FRNN_UNROLL for (int i = 0; i < kPieces * kBlocks; i += kWarpSize) {
+            const int piece = (i + seat.lane) % kPieces, to_rank = (i + seat.lane) / kPieces;
+            const int column = piece / kOfRow % kTileColumns;
+            const int group = piece / kOfRow / kTileColumns;
+            const int unit = seat.rank * seat.units +
+                             (seat.warp * kGroups + group) * kSlotRows + piece % kOfRow * kValues;
+            const uint4 value = *reinterpret_cast<const uint4*>(stage + piece);
+            if (column < rows) {
+              store_async(map_rank(&operand_at(to, unit, column), to_rank), value,
+                          map_rank(next, to_rank));
+            }
+          }
+          __syncwarp();
+        }
+      }
+      each(tile, [&](int i, const Place& p) {
+        if (plain) {
+          steps.template keep<true>(s, p, result[i]);
+        } else {
+          steps.template keep<false>(s, p, result[i]);
+        }
+      });
+      if (more) read_gx(s + 1, tile);
+    }
+  }
+
+  FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+    each(tile, [&](int, const Place& p) {
+      for (int64_t s = span.end; s < f.t; ++s) steps.template keep<false>(s, p, {});
+    });
+  }
+#endif
+}
+
+// ---- Backward.
+
+template <class Cell, class M, int kBlocks, int kTiles>
+__global__ void __launch_bounds__(kClusterThreads, 1)
+    backward_cluster(const __grid_constant__ Backward<typename M::S, typename M::V> f,
+                     const __grid_constant__ ClusterShape shape) {
+#if FRNN_HAVE_CLUSTER
+  using S = typename M::S;
+  using V = typename M::V;
+  using Steps = BackwardSteps<Cell, V, S, V>;
+  constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+  using Sizes = ClusterSizes<Cell, kBlocks, true>;
+  constexpr int kGroups = Sizes::kGroups, kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
+  constexpr int kResults = Sizes::kResults, kValues = Piece<S>::kValues;
+  FRNN_DYN_SMEM(shared);
+  const Seat<kBlocks, kGroups, kTiles> seat(shape);
+  const int chunks = shape.chunks, units = shape.units;
+  const auto dgates_of = [&](int tile, int64_t n) {
+    return reinterpret_cast<Piece<S>*>(shared) + (tile * 2 + n % 2) * chunks * kWarpSize;
+  };
+  // [blocks, units, 8]: each block's share of the product of step n.
+  const auto sums_of = [&](int tile, int64_t n) {
+    return reinterpret_cast<float*>(shared + shape.exchange) +
+           (tile * 2 + n % 2) * kBlocks * units * kTileColumns;
+  };
+  const auto barrier_of = [&](int tile, int64_t n) {
+    return reinterpret_cast<uint64_t*>(shared + shape.barriers) +
+           (tile * 2 + n % 2) * shape.warps + seat.warp;
+  };
+  const Steps steps(f);
+  const Timeline<S>& timeline = steps.timeline();
+  const Span span = span_of(timeline, f, seat.row, kTiles * kTileColumns);
+
+  ClusterWeights<S, kSlots, kHeld> weights;
+  {
+    const auto first = reinterpret_cast<Piece<S>*>(shared + shape.weights) +
+                       seat.warp * (chunks - kHeld) * kSlots * kWarpSize;
+    // Slot (rank, group): a unit of another block; k: gate and unit of this one.
+    const auto unit = [&](int slot) {
+      return int64_t{slot / kGroups} * units + seat.own_unit(slot % kGroups);
+    };
+    const auto load = [&](const auto& read) {
+      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
+        const int k = (chunk * 4 + seat.lane % 4) * kValues, gate = k / units;
+        const int64_t of_gate = int64_t{seat.rank} * units + k % units;
+        const S* row = f.w_hh_t + (unit(slot) * kGates + gate) * f.h;
+        return read(row, of_gate, unit(slot) < f.h && gate < kGates ? f.h : 0);
+      });
+    };
+    if (f.copied == 16) {
+      load([](const S* row, int64_t k, int64_t end) {
+        return k < end ? read_piece(reinterpret_cast<const Piece<S>*>(row + k)) : Piece<S>{};
+      });
+    } else {
+      load([](const S* row, int64_t k, int64_t end) { return load_piece(row, k, end); });
+    }
+  }
+  clear(dgates_of(0, 0), int64_t{kTiles} * 2 * chunks * kWarpSize);
+
+  typename Steps::OfH of_h[kTiles][kResults] = {};
+  typename Steps::OfCell of_cell[kTiles][kResults] = {};
+  V carried[kTiles][kResults][kStates] = {};
+  V product[kTiles][kResults] = {};
+  const auto each = [&](int tile, const auto& body) {
+    FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+      Place p;
+      if (seat.find(tile, i, f.b, f.h, p)) body(i, p);
+    }
+  };
+  const auto plain_at = [&](int64_t s) { return timeline.full() && s > 0 && s + 1 < f.t; };
+  const auto read = [&](int64_t s, int tile) {
+    each(tile, [&](int i, const Place& p) {
+      if (plain_at(s)) {
+        of_h[tile][i] = steps.template read_upstream<true>(s, p);
+        of_cell[tile][i] = steps.template read_saved<true>(s, p);
+      } else {
+        of_h[tile][i] = steps.template read_upstream<false>(s, p);
+        if (s >= 0) of_cell[tile][i] = steps.template read_saved<false>(s, p);
+      }
+    });
+  };
+  const auto gates_at = [&](int64_t s) {
+    const int64_t gates = timeline.time(s) * f.b * kGates * f.h;
+    return StepGradients<S>{f.dgx + gates, f.dgh + gates, nullptr};
+  };
+  const auto skip = [&](int64_t s, const Place& p) { steps.keep_gates(p, {}, gates_at(s)); };
+  FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+    each(tile, [&](int, const Place& p) {
+      steps.start_h(p);
+      steps.start_others(p);
+      for (int64_t s = span.end; s < f.t; ++s) skip(s, p);
+      for (int64_t s = 0; s < span.begin; ++s) skip(s, p);
+    });
+    if (span.begin < span.end) read(span.end - 1, tile);
+  }
+  begin_exchange<kBlocks>(barrier_of(0, 0) - seat.warp, kTiles * 2 * shape.warps);
+  if (span.begin == span.end) return;
+
+  for (int64_t s = span.end - 1; s >= span.begin - 1; --s) {
+    const int64_t n = span.end - 1 - s;
+    const bool plain = plain_at(s), more = s >= span.begin;
+    FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+      const int rows = seat.rows_of(tile, f.b);
+      if (rows == 0) break;
+      if constexpr (kBlocks > 1) {
+        if (n > 0) {
+          mbarrier_wait(barrier_of(tile, n), (n - 1) / 2 % 2);
+          FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+            const float* sums = sums_of(tile, n) + seat.own_unit(i / 2) * kTileColumns +
+                                seat.lane % 4 * 2 + i % 2;
+            product[tile][i] = 0;
+            FRNN_UNROLL for (int r = 0; r < kBlocks; ++r) {
+              product[tile][i] += sums[r * units * kTileColumns];
+            }
+          }
+        }
+        // Rows are sent by fours.
+        if (more && seat.lane == 0) {
+          const int bytes = kBlocks * kSlotRows * (rows > 4 ? 8 : 4) * static_cast<int>(sizeof(V));
+          mbarrier_arrive_expect_tx(barrier_of(tile, n + 1), bytes);
+        }
+      }
+
+      typename Steps::Outcome result[kResults] = {};
+      each(tile, [&](int i, const Place& p) {
+        typename Steps::OfH& h = of_h[tile][i];
+        typename Steps::OfCell& cell = of_cell[tile][i];
+        h.carried = carried[tile][i][0];
+        for (int j = 0; j < kStates; ++j) cell.carried[j] = carried[tile][i][j];
+        if (plain) {
+          const V dh = steps.template gradient_of_h<true>(s, p, product[tile][i], h);
+          result[i] = steps.template compute<true>(s, p, dh, cell);
+        } else {
+          const V dh = steps.template gradient_of_h<false>(s, p, product[tile][i], h);
+          if (more) result[i] = steps.template compute<false>(s, p, dh, cell);
+        }
+        for (int j = 0; j < kStates; ++j) carried[tile][i][j] = result[i].carried[j];
+      });
+      if (!more) continue;
+
+      FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+        FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+          operand_at(dgates_of(tile, n), gate * units + seat.own_unit(i / 2),
+                     seat.lane % 4 * 2 + i % 2) =
+              M::operand(static_cast<S>(result[i].dgh[gate]));
+        }
+      }
+      __syncthreads();
+      ClusterProduct<M, kSlots, kHeld> sums;
+      sums.run(weights, dgates_of(tile, n), chunks);
+      if constexpr (kBlocks == 1) {
+        FRNN_UNROLL for (int i = 0; i < kResults; ++i) product[tile][i] = sums.get(i / 2, i % 2);
+      } else {
+        // Of two slots, for two blocks, an even lane sends the first to four columns, its own and
+        // its neighbour's; an odd lane the second.
+        const int odd = seat.lane % 2, column = seat.lane % 4 / 2 * 4;
+        float* const to = sums_of(tile, n + 1) +
+                          (seat.rank * units + seat.own_unit(0)) * kTileColumns + column;
+        FRNN_UNROLL for (int slot = 0; slot < kSlots; slot += 2) {
+          uint32_t mine[2], other[2];
+          FRNN_UNROLL for (int j = 0; j < 2; ++j) {
+            const auto first = __builtin_bit_cast(uint32_t, sums.get(slot, j));
+            const auto second = __builtin_bit_cast(uint32_t, sums.get(slot + 1, j));
+            mine[j] = odd ? second : first;
+            other[j] = __shfl_xor_sync(~0u, odd ? first : second, 1);
+          }
+          const uint4 four = odd ? uint4{other[0], other[1], mine[0], mine[1]}
+                                 : uint4{mine[0], mine[1], other[0], other[1]};
+          if (column < rows) {
+            store_async(map_rank(to, slot + odd), four,
+                        map_rank(barrier_of(tile, n + 1), slot + odd));
+          }
+        }
+      }
+      each(tile, [&](int i, const Place& p) {
+        steps.keep_gates(p, result[i], gates_at(s));
+        if (!plain && timeline.entry(s, p.row) == Entry::kInitial) {
+          steps.template keep_carried<false>(s, p, result[i]);
+        }
+      });
+      read(s - 1, tile);
+    }
+  }
+#endif
+}
+
+}  // namespace frnn::cuda
