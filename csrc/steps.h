@@ -97,20 +97,22 @@ class ForwardSteps {
   template <bool kPlain>
   FRNN_FN void finish_cell(int64_t s, const Place& p, const V* gx, const V* gh,
                            const Inputs& in) const {
-    keep<kPlain>(s, p, compute<kPlain>(s, p, gx, gh, in));
+    const bool computed = kPlain || timeline_.computed(s, p.row);
+    keep<kPlain>(s, p, computed ? compute(gx, gh, in) : Outcome{});
   }
 
-  // What the cell at step s makes of it, zeros if the step is not computed; and its way to arrays.
+  // What the cell makes of it; and the way to arrays, where it is zeros if the step is not
+  // computed.
   struct Outcome {
     V out[kStates], saved[Cell::kSaved];
   };
-  template <bool kPlain>
-  FRNN_FN Outcome compute(int64_t s, const Place& p, const V* gx, const V* product,
-                          const Inputs& in) const {
-    if (!kPlain && !timeline_.computed(s, p.row)) return {};
+  FRNN_FN Outcome compute(const V* gx, const V* product, const Inputs& in) const {
     Outcome result;
     V gh[kGates];
-    for (int g = 0; g < kGates; ++g) gh[g] = Cell::kAdditive ? product[g] : product[g] + in.b_hh[g];
+    for (int g = 0; g < kGates; ++g) {
+      gh[g] = product[g];
+      if (!Cell::kAdditive) gh[g] += in.b_hh[g];
+    }
     Cell::forward(gx, gh, in.state, result.out, result.saved);
     return result;
   }
@@ -307,29 +309,32 @@ class BackwardSteps {
   template <bool kPlain>
   FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const OfCell& in,
                            const StepGradients<S>& to) const {
-    const Outcome result = compute<kPlain>(s, p, dh, in);
+    Outcome result{};
+    if (kPlain || timeline_.computed(s, p.row)) result = compute(dh, in);
+    if (!kPlain) cut(s, p, result);
     keep_gates(p, result, to);
     keep_carried<kPlain>(s, p, result);
   }
 
-  // What the cell at step s makes of it, zeros if the step is not computed or begins a sequence;
-  // and its way to arrays.
+  // What the cell makes of it; what remains of that at step s; and its way to arrays.
   struct Outcome {
     V dgx[kGates], dgh[kGates];
     V carried[kStates];  // to the step before; that of h only if the cell reads it
   };
-  template <bool kPlain>
-  FRNN_FN Outcome compute(int64_t s, const Place& p, V dh, const OfCell& in) const {
+  FRNN_FN Outcome compute(V dh, const OfCell& in) const {
     Outcome result{};
-    if (!kPlain && !timeline_.computed(s, p.row)) return result;
     V dout[kStates];
     dout[0] = dh;
     for (int j = 1; j < kStates; ++j) dout[j] = in.dout[j] + in.carried[j];
     Cell::backward(in.state, in.saved, dout, result.dgx, result.dgh, result.carried);
-    if (!kPlain && timeline_.entry(s, p.row) == Entry::kZero) {
+    return result;
+  }
+  FRNN_FN void cut(int64_t s, const Place& p, Outcome& result) const {
+    const Entry entry = timeline_.entry(s, p.row);
+    if (entry == Entry::kNone) result = {};
+    if (entry == Entry::kZero) {
       for (int j = 0; j < kStates; ++j) result.carried[j] = V{};
     }
-    return result;
   }
   FRNN_FN void keep_gates(const Place& p, const Outcome& result, const StepGradients<S>& to) const {
     const int64_t gates = p.row * kGates * a_.h + p.unit;
@@ -354,7 +359,8 @@ class BackwardSteps {
     const Entry next = kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row);
     V back{};
     if (next == Entry::kCarried || next == Entry::kInitial) {
-      back = Cell::kReadsH ? product + in.carried : product;
+      back = product;
+      if (Cell::kReadsH) back += in.carried;
     }
     if (next == Entry::kInitial) {
       store(a_.dh0 + p.offset, back, p.n);

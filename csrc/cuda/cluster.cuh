@@ -9,8 +9,8 @@
 // up in a fixed order. What is sent arrives in shared memory by st.async, which an mbarrier counts;
 // there are two buffers of everything, and no other barrier between blocks:
 //
-//   Data of step n + 2 is sent by a warp that has all of step n + 1 of its peers, and they sent that
-//   after they had read step n.
+//   Data of step n + 2 is sent by a warp that has all of step n + 1 of its peers, and they sent
+//   that after they had read step n.
 //
 // A single block needs no exchange, and its warps meet at the block's barrier.
 #pragma once
@@ -122,9 +122,7 @@ struct ClusterProduct {
     operand += threadIdx.x % kWarpSize;
     Piece<S> b[kHeld][1];
     FRNN_UNROLL for (int c = 0; c < kHeld; ++c) b[c][0] = read_piece(operand + c * kWarpSize);
-    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
-      parts[c % kParts].add(weights.held[c], 0, b[c]);
-    }
+    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) { parts[c % kParts].add(weights.held[c], 0, b[c]); }
     const Piece<S>* rest = weights.rest;
     FRNN_ROLLED for (int c = kHeld; c < chunks; c += kParts) {
       FRNN_UNROLL for (int part = 0; part < kParts; ++part) {
@@ -181,8 +179,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
                     const __grid_constant__ ClusterShape shape) {
 #if FRNN_HAVE_CLUSTER
   using S = typename M::S;
-  using V = typename M::V;
-  using Steps = ForwardSteps<Cell, V, S, V>;
+  using V = typename M::Real;
+  using Steps = ForwardSteps<Cell, V, S, typename M::V>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
   using Sizes = ClusterSizes<Cell, kBlocks, false>;
   constexpr int kGroups = Sizes::kGroups, kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
@@ -287,12 +285,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
           of_h[gate] = product.get(i / 2 * kGates + gate, i % 2);
         }
         typename Steps::Inputs& entered = in[tile][i];
-        if (plain) {
-          result[i] = steps.template compute<true>(s, p, of_x, of_h, entered);
-          for (int j = 0; j < kStates; ++j) entered.state[j] = result[i].out[j];
-        } else {
-          result[i] = steps.template compute<false>(s, p, of_x, of_h, entered);
-          for (int j = 0; j < kStates && more; ++j) {
+        result[i] = steps.compute(of_x, of_h, entered);
+        for (int j = 0; j < kStates; ++j) entered.state[j] = result[i].out[j];
+        if (!plain) {
+          if (!timeline.computed(s, p.row)) result[i] = {};
+          for (int j = 0; j < kStates; ++j) {
             entered.state[j] = steps.template entering<false>(s + 1, p, j, result[i].out[j]);
           }
         }
@@ -309,8 +306,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         } else {
           // A row of eight units of each group, in pieces of 16 bytes.
           constexpr int kOfRow = kSlotRows / kValues, kPieces = kGroups * kTileColumns * kOfRow;
-          const auto stage = reinterpret_cast<Piece<S>*>(shared + shape.exchange) +
-                             seat.warp * kPieces;
+          const auto stage =
+              reinterpret_cast<Piece<S>*>(shared + shape.exchange) + seat.warp * kPieces;
           FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
             const int column = i / 2 * kTileColumns + seat.lane % 4 * 2 + i % 2;
             const int unit = seat.lane / 4;
@@ -321,8 +318,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
             const int piece = (i + seat.lane) % kPieces, to_rank = (i + seat.lane) / kPieces;
             const int column = piece / kOfRow % kTileColumns;
             const int group = piece / kOfRow / kTileColumns;
-            const int unit = seat.rank * seat.units +
-                             (seat.warp * kGroups + group) * kSlotRows + piece % kOfRow * kValues;
+            const int unit = seat.rank * seat.units + (seat.warp * kGroups + group) * kSlotRows +
+                             piece % kOfRow * kValues;
             const uint4 value = *reinterpret_cast<const uint4*>(stage + piece);
             if (column < rows) {
               store_async(map_rank(&operand_at(to, unit, column), to_rank), value,
@@ -359,8 +356,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
                      const __grid_constant__ ClusterShape shape) {
 #if FRNN_HAVE_CLUSTER
   using S = typename M::S;
-  using V = typename M::V;
-  using Steps = BackwardSteps<Cell, V, S, V>;
+  using V = typename M::Real;
+  using Steps = BackwardSteps<Cell, V, S, typename M::V>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
   using Sizes = ClusterSizes<Cell, kBlocks, true>;
   constexpr int kGroups = Sizes::kGroups, kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
@@ -377,8 +374,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
            (tile * 2 + n % 2) * kBlocks * units * kTileColumns;
   };
   const auto barrier_of = [&](int tile, int64_t n) {
-    return reinterpret_cast<uint64_t*>(shared + shape.barriers) +
-           (tile * 2 + n % 2) * shape.warps + seat.warp;
+    return reinterpret_cast<uint64_t*>(shared + shape.barriers) + (tile * 2 + n % 2) * shape.warps +
+           seat.warp;
   };
   const Steps steps(f);
   const Timeline<S>& timeline = steps.timeline();
@@ -459,8 +456,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         if (n > 0) {
           mbarrier_wait(barrier_of(tile, n), (n - 1) / 2 % 2);
           FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
-            const float* sums = sums_of(tile, n) + seat.own_unit(i / 2) * kTileColumns +
-                                seat.lane % 4 * 2 + i % 2;
+            const float* sums =
+                sums_of(tile, n) + seat.own_unit(i / 2) * kTileColumns + seat.lane % 4 * 2 + i % 2;
             product[tile][i] = 0;
             FRNN_UNROLL for (int r = 0; r < kBlocks; ++r) {
               product[tile][i] += sums[r * units * kTileColumns];
@@ -480,13 +477,14 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         typename Steps::OfCell& cell = of_cell[tile][i];
         h.carried = carried[tile][i][0];
         for (int j = 0; j < kStates; ++j) cell.carried[j] = carried[tile][i][j];
+        V dh;
         if (plain) {
-          const V dh = steps.template gradient_of_h<true>(s, p, product[tile][i], h);
-          result[i] = steps.template compute<true>(s, p, dh, cell);
+          dh = steps.template gradient_of_h<true>(s, p, product[tile][i], h);
         } else {
-          const V dh = steps.template gradient_of_h<false>(s, p, product[tile][i], h);
-          if (more) result[i] = steps.template compute<false>(s, p, dh, cell);
+          dh = steps.template gradient_of_h<false>(s, p, product[tile][i], h);
         }
+        result[i] = steps.compute(dh, cell);
+        if (!plain) steps.cut(s, p, result[i]);
         for (int j = 0; j < kStates; ++j) carried[tile][i][j] = result[i].carried[j];
       });
       if (!more) continue;
@@ -494,8 +492,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
         FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
           operand_at(dgates_of(tile, n), gate * units + seat.own_unit(i / 2),
-                     seat.lane % 4 * 2 + i % 2) =
-              M::operand(static_cast<S>(result[i].dgh[gate]));
+                     seat.lane % 4 * 2 + i % 2) = M::operand(static_cast<S>(result[i].dgh[gate]));
         }
       }
       __syncthreads();
@@ -507,8 +504,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         // Of two slots, for two blocks, an even lane sends the first to four columns, its own and
         // its neighbour's; an odd lane the second.
         const int odd = seat.lane % 2, column = seat.lane % 4 / 2 * 4;
-        float* const to = sums_of(tile, n + 1) +
-                          (seat.rank * units + seat.own_unit(0)) * kTileColumns + column;
+        float* const to =
+            sums_of(tile, n + 1) + (seat.rank * units + seat.own_unit(0)) * kTileColumns + column;
         FRNN_UNROLL for (int slot = 0; slot < kSlots; slot += 2) {
           uint32_t mine[2], other[2];
           FRNN_UNROLL for (int j = 0; j < 2; ++j) {

@@ -42,7 +42,8 @@ void with_types(int cell, const Args<void, void>& args, const F& f) {
 }
 
 // The most bytes, 16, 8 or 4, that divide all these sizes and addresses; else 0.
-inline int common_unit(std::initializer_list<int64_t> sizes, std::initializer_list<const void*> arrays) {
+inline int common_unit(std::initializer_list<int64_t> sizes,
+                       std::initializer_list<const void*> arrays) {
   uint64_t bits = 16;
   for (const int64_t size : sizes) bits |= static_cast<uint64_t>(size);
   for (const void* array : arrays) bits |= reinterpret_cast<uintptr_t>(array);

@@ -110,9 +110,9 @@ struct ClusterShape {
   int weights, exchange, barriers, bytes;
 };
 
-constexpr int kClusterBlocks = 8;   // more are not portable, and send at half the rate
-constexpr int kMostWarps = 8;       // so that a thread has 255 registers
-constexpr int kMostTiles = 2;       // of which one is sent while the other is multiplied
+constexpr int kClusterBlocks = 8;    // more are not portable, and send at half the rate
+constexpr int kMostWarps = 8;        // so that a thread has 255 registers
+constexpr int kMostTiles = 2;        // of which one is sent while the other is multiplied
 constexpr int kChunkBytes = 8 * 64;  // eight rows, k in 64 bytes: a piece of 16 bytes for each lane
 
 constexpr int value_bytes(Arithmetic arithmetic) {
@@ -159,7 +159,8 @@ constexpr ClusterShape cluster_shape_of(int blocks, int tiles, int warps, int ga
   if (shape.chunks < held) shape.chunks = held;
   shape.weights = tiles * 2 * shape.chunks * kChunkBytes;
   shape.exchange = shape.weights + warps * (shape.chunks - held) * slots * kChunkBytes;
-  // In backward the blocks' sums, float [2, blocks, units, 8] of each tile; in forward what is sent.
+  // In backward the blocks' sums, float [2, blocks, units, 8] of each tile; in forward what is
+  // sent.
   const int values = shape.units * kTileColumns;
   const int exchange = backward ? tiles * 2 * blocks * values * 4 : values * size;
   shape.barriers = shape.exchange + (blocks == 1 ? 0 : exchange);
@@ -180,7 +181,8 @@ constexpr int64_t clusters_at_once(int blocks, int multiprocessors) {
 constexpr ClusterShape cluster_shape(int64_t rows, int64_t units, int gates, Arithmetic arithmetic,
                                      bool backward, const Device& device) {
   constexpr ClusterShape kNone{};
-  const bool tensor_cores = arithmetic != Arithmetic::kFloat32 && arithmetic != Arithmetic::kFloat64;
+  const bool tensor_cores =
+      arithmetic != Arithmetic::kFloat32 && arithmetic != Arithmetic::kFloat64;
   if (device.capability < 90 || !tensor_cores) return kNone;
   const int blocks = units * value_bytes(arithmetic) <= 256 ? 1 : kClusterBlocks;
   const int groups = cluster_groups(gates, blocks, backward);
@@ -189,8 +191,8 @@ constexpr ClusterShape cluster_shape(int64_t rows, int64_t units, int gates, Ari
   const int64_t at_once = clusters_at_once(blocks, device.multiprocessors);
   const int each = tiles <= at_once ? 1 : kMostTiles;
   if (warps > kMostWarps || tiles > 2 * at_once * each) return kNone;
-  const ClusterShape shape = cluster_shape_of(blocks, each, static_cast<int>(warps), gates,
-                                              arithmetic, backward);
+  const ClusterShape shape =
+      cluster_shape_of(blocks, each, static_cast<int>(warps), gates, arithmetic, backward);
   return shape.bytes <= device.shared_memory ? shape : kNone;
 }
 

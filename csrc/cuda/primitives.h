@@ -93,7 +93,8 @@ void allow_shared_memory(const char* name, void (*kernel)(P...), size_t bytes) {
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
-// A launch as the runtime wants it; a kernel of a cluster of more than 8 blocks is allowed to be one.
+// A launch as the runtime wants it; a kernel of a cluster of more than 8 blocks is allowed to be
+// one.
 struct Configuration {
   cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
@@ -264,7 +265,14 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
-// 2^x within 2 ulp, subnormal results become 0 (ex2).
+// 1 / x within 1 ulp, subnormal values are 0 (rcp).
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 2^x within 2 ulp, subnormal values are 0 (ex2).
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -16,6 +16,7 @@
 
 #include <type_traits>
 
+#include "cuda/approximate.h"
 #include "cuda/plan.h"
 #include "cuda/primitives.h"
 
@@ -65,9 +66,10 @@ __device__ __forceinline__ Piece<S> operand(Piece<S> piece) {
   return piece;
 }
 
-// ---- Arithmetics: the type of storage, that of sums and states, what becomes of a value that
-// enters a product, and the sums of kSlots slots and kTiles tiles of such values. kColumns is how
-// many columns of a tile a lane must be given the pieces of: one, g, or all eight.
+// ---- Arithmetics: the type S of storage, V of sums and states, and Real which cells compute in;
+// what becomes of a value that enters a product, and the sums of kSlots slots and kTiles tiles of
+// such values. kColumns is how many columns of a tile a lane must be given the pieces of: one, g,
+// or all eight.
 
 // As m16n8 instructions leave them: two slots each.
 template <int kSlots, int kTiles>
@@ -91,6 +93,7 @@ template <class S_>
 struct Half : AsItIs<S_> {
   using S = S_;
   using V = float;
+  using Real = Approximate;
   static constexpr Arithmetic kArithmetic =
       std::is_same_v<S, __half> ? Arithmetic::kFloat16 : Arithmetic::kBfloat16;
   static constexpr int kColumns = 1;
@@ -120,6 +123,7 @@ struct Half : AsItIs<S_> {
 struct Tf32 {
   using S = float;
   using V = float;
+  using Real = Approximate;
   static constexpr Arithmetic kArithmetic = Arithmetic::kTf32;
   static constexpr int kColumns = 1;
   __device__ __forceinline__ static float operand(float x) {
@@ -146,6 +150,7 @@ struct Tf32 {
 struct Fp64 : AsItIs<double> {
   using S = double;
   using V = double;
+  using Real = double;
   static constexpr Arithmetic kArithmetic = Arithmetic::kFloat64;
   static constexpr int kColumns = 1;
 
@@ -171,6 +176,7 @@ struct Fp64 : AsItIs<double> {
 struct Fp32 : AsItIs<float> {
   using S = float;
   using V = float;
+  using Real = float;
   static constexpr Arithmetic kArithmetic = Arithmetic::kFloat32;
   static constexpr int kColumns = kTileColumns;
 
@@ -354,12 +360,13 @@ __device__ __forceinline__ void product(int64_t k_end, int copied, const Weights
   FRNN_UNROLL for (int i = 0; i < Mine::kEach; ++i) {
     Result result;
     if (!Mine::get(i, result)) break;
-    V total[kGates];
+    typename M::Real total[kGates];
     FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-      total[gate] = V(0);
+      V sum = 0;
       FRNN_UNROLL for (int w = 0; w < kWarps; ++w) {
-        total[gate] += at(w, result.group * kGates + gate, result.tile, result.j);
+        sum += at(w, result.group * kGates + gate, result.tile, result.j);
       }
+      total[gate] = sum;
     }
     done(i, result, total);
   }

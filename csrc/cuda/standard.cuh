@@ -88,7 +88,7 @@ __device__ __forceinline__ void start(const Steps& steps, const Args& args) {
 template <class Cell, class M>
 __global__ void __launch_bounds__(kThreads, kResident)
     forward_start(const __grid_constant__ Forward<typename M::S, typename M::V> f) {
-  const ForwardSteps<Cell, typename M::V, typename M::S, typename M::V> steps(
+  const ForwardSteps<Cell, typename M::Real, typename M::S, typename M::V> steps(
       f, f.h_step, f.states_step, f.m_step);
   start(steps, f);
 }
@@ -98,8 +98,8 @@ template <class Cell, class M, int kGroups, int kTiles>
 __global__ void __launch_bounds__(kThreads, kResident)
     forward_cells(const __grid_constant__ Forward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
-  using V = typename M::V;
-  using Steps = ForwardSteps<Cell, V, S, V>;
+  using V = typename M::Real;
+  using Steps = ForwardSteps<Cell, V, S, typename M::V>;
   using Mine = Share<kGroups, kTiles>;
   constexpr int kGates = Cell::kGates;
   const Steps steps(f, f.h_step, f.states_step, f.m_step);
@@ -157,8 +157,8 @@ template <class Cell, class M, int kGroups, int kTiles>
 __global__ void __launch_bounds__(kThreads, kResident)
     forward_project(const __grid_constant__ Forward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
-  using V = typename M::V;
-  const ForwardSteps<Cell, V, S, V> steps(f, f.h_step, f.states_step, f.m_step);
+  using V = typename M::Real;
+  const ForwardSteps<Cell, V, S, typename M::V> steps(f, f.h_step, f.states_step, f.m_step);
   const Corner from = corner<kGroups, kTiles>();
   const auto rows = state_rows<kTiles>(steps.m_at(s), f.b, f.h, from, [&](int64_t row) {
     return steps.timeline().computed(s, row);
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 template <class Cell, class M>
 __global__ void __launch_bounds__(kThreads, kResident)
     backward_start(const __grid_constant__ Backward<typename M::S, typename M::V> f) {
-  const BackwardSteps<Cell, typename M::V, typename M::S, typename M::V> steps(f);
+  const BackwardSteps<Cell, typename M::Real, typename M::S, typename M::V> steps(f);
   start(steps, f);
 }
 
@@ -196,8 +196,8 @@ template <class Cell, class M, int kGroups, int kTiles>
 __global__ void __launch_bounds__(kThreads, kResident)
     backward_gather(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
-  using V = typename M::V;
-  using Steps = BackwardSteps<Cell, V, S, V>;
+  using V = typename M::Real;
+  using Steps = BackwardSteps<Cell, V, S, typename M::V>;
   using Mine = Share<kGroups, kTiles>;
   const Steps steps(f);
   const Corner from = corner<kGroups, kTiles>();
@@ -248,8 +248,8 @@ template <class Cell, class M, int kGroups, int kTiles>
 __global__ void __launch_bounds__(kThreads, kResident)
     backward_cells(const __grid_constant__ Backward<typename M::S, typename M::V> f, int64_t s) {
   using S = typename M::S;
-  using V = typename M::V;
-  using Steps = BackwardSteps<Cell, V, S, V>;
+  using V = typename M::Real;
+  using Steps = BackwardSteps<Cell, V, S, typename M::V>;
   const Steps steps(f);
   const Corner from = corner<kGroups, kTiles>();
   const auto rows =

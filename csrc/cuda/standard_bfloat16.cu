@@ -3,6 +3,7 @@
 
 namespace frnn::cuda {
 
-const Standard kStandardBfloat16 = {forward_in<Half<__nv_bfloat16>>, backward_in<Half<__nv_bfloat16>>};
+const Standard kStandardBfloat16 = {forward_in<Half<__nv_bfloat16>>,
+                                    backward_in<Half<__nv_bfloat16>>};
 
 }  // namespace frnn::cuda

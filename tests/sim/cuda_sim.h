@@ -221,6 +221,7 @@ inline float tanh_approx(float x) {
   std::memcpy(&y, &bits, 4);
   return y;
 }
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
