@@ -163,15 +163,30 @@ FRNN_EXPORT const char* frnn_cells() {
   return lines.c_str();
 }
 
-// Units and rows of a block, and the numbers of blocks along units and rows.
-FRNN_EXPORT void frnn_cuda_plan(int64_t rows, int64_t units, int gates, int arithmetic,
-                                int multiprocessors, int64_t* plan) {
-  const auto [shape, blocks] = frnn::cuda::plan_of(
-      rows, units, gates, static_cast<frnn::cuda::Arithmetic>(arithmetic), multiprocessors);
-  plan[0] = int64_t{shape.groups} * frnn::cuda::kSlotRows;
-  plan[1] = int64_t{shape.tiles} * frnn::cuda::kTileColumns;
-  plan[2] = blocks.y;
-  plan[3] = blocks.x;
+// How the CUDA kernels divide a call, for a device that need not be here. plan: units and rows of a
+// block, and the numbers of blocks along units and rows. Returns the algorithm.
+FRNN_EXPORT int frnn_cuda_plan(int64_t rows, int64_t hidden, int64_t out, int gates, int arithmetic,
+                               int projection, int backward, int multiprocessors, int capability,
+                               int shared_memory, int64_t* plan) {
+  using namespace frnn::cuda;
+  const Call call{rows,          hidden,         out, gates, static_cast<Arithmetic>(arithmetic),
+                  backward != 0, projection != 0};
+  const Choice choice = choose(call, {multiprocessors, capability, shared_memory});
+  if (choice.algorithm == Algorithm::kCluster) {
+    const ClusterShape& shape = choice.cluster;
+    plan[0] = shape.units;
+    plan[1] = int64_t{shape.tiles} * kTileColumns;
+    plan[2] = shape.blocks;
+    plan[3] = divide_up(rows, plan[1]);
+  } else {
+    const auto [shape, blocks] = plan_of(rows, backward ? out : hidden, backward ? 1 : gates,
+                                         call.arithmetic, multiprocessors);
+    plan[0] = int64_t{shape.groups} * kSlotRows;
+    plan[1] = int64_t{shape.tiles} * kTileColumns;
+    plan[2] = blocks.y;
+    plan[3] = blocks.x;
+  }
+  return static_cast<int>(choice.algorithm);
 }
 
 FRNN_EXPORT const char* frnn_isa() { return frnn::cpu::isa(); }

@@ -5,7 +5,8 @@
 LOG is what `nvcc --version` printed, and the build of LIBRARY with -Xptxas=-v. The baseline has a
 row for each kernel and a column for each GPU: registers / bytes spilled / bytes of static shared
 memory. It belongs to the version of nvcc in its first line; --write makes it anew. Whatever it
-says, only float64 may spill, and products must be on the tensor cores that their arithmetic is for.
+says, only float64 may spill, products must be on the tensor cores that their arithmetic is for, and
+blocks of a cluster must send by st.async. Before sm_90 there are no clusters: their kernels are empty.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([os.environ["PATH"], str(bundled)]))
 
 
-def tensor_instructions(library: Path) -> dict[tuple[str, str], set[str]]:
-    """The kinds of tensor core instructions in each kernel."""
+def instructions_of(library: Path) -> dict[tuple[str, str], set[str]]:
+    """The kinds of tensor core instructions in each kernel, and "STAS", which is st.async."""
     cuobjdump = tool("cuobjdump")
     if cuobjdump is None or tool("nvdisasm") is None:
         sys.exit("needs cuobjdump and nvdisasm, of CUDA or of pip install triton")
@@ -82,6 +83,8 @@ def tensor_instructions(library: Path) -> dict[tuple[str, str], set[str]]:
             found[name, gpu] = set()
         elif "MMA." in line:
             found[name, gpu].add(re.search(r"\w+MMA\.[\w.]*", line)[0])
+        elif "STAS" in line:
+            found[name, gpu].add("STAS")
     if listing.wait() != 0:
         sys.exit(f"{cuobjdump} failed")
     return found
@@ -96,15 +99,21 @@ def table(kernels: Kernels, names: dict[str, str], version: str) -> str:
 
 
 def violations(kernels: Kernels, names: dict[str, str], library: Path) -> list[str]:
-    instructions = tensor_instructions(library)
+    instructions = instructions_of(library)
     errors = []
     for (mangled, gpu), numbers in kernels.items():
         name = names[mangled]
         arithmetic = next(a for a in TENSOR if f", {a}" in name)
         if numbers.split("/")[1] != "0" and arithmetic != "Fp64":
             errors.append(f"{name} spills on {gpu}: {numbers}")
-        wanted = set() if "_start<" in name else TENSOR[arithmetic]
+        cluster = "_cluster<" in name
+        empty = "_start<" in name or (cluster and gpu == "sm_80")
+        wanted = set() if empty else TENSOR[arithmetic]
         found = instructions[mangled, gpu]
+        if cluster and not empty and ", 1, 1>" not in name:
+            if "STAS" not in found:
+                errors.append(f"{name} on {gpu} does not send by st.async")
+            found = found - {"STAS"}
         if not found <= wanted or (wanted and not found):
             errors.append(f"{name} on {gpu} has {found or 'none'}, expected {wanted or 'none'}")
     return errors

@@ -36,7 +36,8 @@ def present(monkeypatch):
     """A library and a device, as far as the choice of a backend is concerned."""
     monkeypatch.setattr(cuda, "_missing", None)
     monkeypatch.setattr(cuda, "capability", lambda index: {0: (9, 0), 1: (7, 5)}.get(index))
-    monkeypatch.setattr(cuda, "multiprocessors", lambda index: {0: 132, 1: 40}[index])
+    h200, t4 = native.Device(132, 90, 227 * 1024), native.Device(40, 75, 64 * 1024)
+    monkeypatch.setattr(cuda, "device", lambda index: (h200, t4)[index])
 
 
 def test_explain_tells_the_plan(present):
@@ -46,12 +47,20 @@ def test_explain_tells_the_plan(present):
 
     layer = fusedrnn.LSTM(1024, 1024, backend="cuda")
     assert plan(layer, 512, 128, 1024, dtype=torch.bfloat16) == (
-        "cuda: standard in bfloat16, a launch a step: 64 x 2 blocks of 16 units x 64 rows forward, "
-        "32 x 4 blocks of 32 units x 32 rows backward"
+        "cuda: bfloat16, forward standard (a launch a step, 64 x 2 blocks of 16 units x 64 rows), "
+        "backward standard (a launch a step, 32 x 4 blocks of 32 units x 32 rows)"
     )
     layer = fusedrnn.LSTM(8, 100, proj_size=20, batch_first=True, backend="cuda")
-    assert "13 x 1 blocks of 8 units x 8 rows forward, 2 x 1 blocks of 16 units x 8 rows" in plan(
-        layer, 3, 50, 8, dtype=torch.float64
+    text = plan(layer, 3, 50, 8, dtype=torch.float64)
+    assert "13 x 1 blocks of 8 units x 8 rows" in text
+    assert "2 x 1 blocks of 16 units x 8 rows" in text
+    layer = fusedrnn.GRU(256, 256, backend="cuda")
+    assert plan(layer, 512, 128, 256, dtype=torch.float16) == (
+        "cuda: float16, forward cluster (one launch, 8 clusters of 8 blocks of 32 units x 16 rows),"
+        " backward cluster (one launch, 8 clusters of 8 blocks of 32 units x 16 rows)"
+    )
+    assert "one launch, 1 cluster of 1 blocks of 64 units x 8 rows" in plan(
+        fusedrnn.LSTM(8, 64, backend="cuda"), 512, 3, 8, dtype=torch.bfloat16
     )
 
 

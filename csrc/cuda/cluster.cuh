@@ -23,11 +23,11 @@ namespace frnn::cuda {
 
 constexpr int kClusterThreads = kMostWarps * kWarpSize;
 
-template <class Cell, int kBlocks, bool kBackward>
+template <class Cell, int kBlocks, int kTiles, bool kBackward>
 struct ClusterSizes {
   static constexpr int kGroups = cluster_groups(Cell::kGates, kBlocks, kBackward);
   static constexpr int kSlots = cluster_slots(Cell::kGates, kBlocks, kBackward);
-  static constexpr int kHeld = cluster_held(Cell::kGates, kBlocks, kBackward);
+  static constexpr int kHeld = cluster_held(Cell::kGates, kBlocks, kTiles, kBackward);
   static constexpr int kResults = kGroups * 2;  // of a lane and tile
 };
 
@@ -109,6 +109,19 @@ struct ClusterWeights {
   }
 };
 
+// The piece at k of a row of size `end`, zeros beyond; 16 bytes at a time where `aligned`, else
+// value by value through a place in shared memory, since values that end up in registers all at
+// once would take more of them than there are.
+template <class S>
+__device__ __forceinline__ Piece<S> weights_at(const S* row, int64_t k, int64_t end, bool aligned,
+                                               Piece<S>* scratch) {
+  if (aligned) return k < end ? read_piece(reinterpret_cast<const Piece<S>*>(row + k)) : Piece<S>{};
+  FRNN_ROLLED for (int i = 0; i < Piece<S>::kValues; ++i) {
+    scratch[threadIdx.x].v[i] = k + i < end ? row[k + i] : S{};
+  }
+  return read_piece(scratch + threadIdx.x);
+}
+
 // The sums of kSlots slots over all chunks of an operand of eight rows. Few slots are summed in
 // several parts, since an instruction waits for the one before on the same sums.
 template <class M, int kSlots, int kHeld>
@@ -182,7 +195,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   using V = typename M::Real;
   using Steps = ForwardSteps<Cell, V, S, typename M::V>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
-  using Sizes = ClusterSizes<Cell, kBlocks, false>;
+  using Sizes = ClusterSizes<Cell, kBlocks, kTiles, false>;
   constexpr int kGroups = Sizes::kGroups, kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
   constexpr int kResults = Sizes::kResults, kValues = Piece<S>::kValues;
   FRNN_DYN_SMEM(shared);
@@ -200,25 +213,23 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   {
     const auto first = reinterpret_cast<Piece<S>*>(shared + shape.weights) +
                        seat.warp * (chunks - kHeld) * kSlots * kWarpSize;
-    const auto row = [&](int slot) {
-      return f.w_hh + (slot % kGates * f.h + seat.unit(slot / kGates)) * f.h;
+    const auto load = [&](bool aligned) {
+      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
+        const int64_t unit = seat.unit(slot / kGates);
+        const int64_t k = (chunk * 4 + seat.lane % 4) * kValues;
+        return weights_at(f.w_hh + (slot % kGates * f.h + unit) * f.h, k, unit < f.h ? f.h : 0,
+                          aligned, h_of(0, 0));
+      });
     };
-    const auto k = [&](int chunk) { return (chunk * 4 + seat.lane % 4) * kValues; };
-    const auto end = [&](int slot) { return seat.unit(slot / kGates) < f.h ? f.h : 0; };
     if (f.copied == 16) {
-      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
-        return k(chunk) < end(slot)
-                   ? read_piece(reinterpret_cast<const Piece<S>*>(row(slot) + k(chunk)))
-                   : Piece<S>{};
-      });
+      load(true);
     } else {
-      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
-        return load_piece(row(slot), k(chunk), end(slot));
-      });
+      load(false);
     }
   }
 
   // What enters the first step.
+  __syncthreads();
   clear(h_of(0, 0), int64_t{kTiles} * 2 * chunks * kWarpSize);
   __syncthreads();
   const int64_t initial = int64_t{kTiles} * kTileColumns * f.h;
@@ -231,7 +242,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         M::operand(static_cast<S>(h));
   }
   typename Steps::Inputs in[kTiles][kResults] = {};
-  S gx[kTiles][kResults][kGates];
+  S gx[kTiles][kResults][kGates] = {};
   const auto each = [&](int tile, const auto& body) {
     FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
       Place p;
@@ -276,26 +287,30 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       ClusterProduct<M, kSlots, kHeld> product;
       product.run(weights, h_of(tile, n), chunks);
 
-      typename Steps::Outcome result[kResults] = {};
-      S h[kResults] = {};
-      each(tile, [&](int i, const Place& p) {
+      // Rows and units that are not there take part: all of theirs is 0, and remains so.
+      typename Steps::Outcome result[kResults];
+      FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
         V of_x[kGates], of_h[kGates];
         FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
           of_x[gate] = load<V>(&gx[tile][i][gate], 1);
           of_h[gate] = product.get(i / 2 * kGates + gate, i % 2);
         }
-        typename Steps::Inputs& entered = in[tile][i];
-        result[i] = steps.compute(of_x, of_h, entered);
-        for (int j = 0; j < kStates; ++j) entered.state[j] = result[i].out[j];
-        if (!plain) {
+        result[i] = steps.compute(of_x, of_h, in[tile][i]);
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) in[tile][i].state[j] = result[i].out[j];
+      }
+      if (!plain) {
+        each(tile, [&](int i, const Place& p) {
           if (!timeline.computed(s, p.row)) result[i] = {};
-          for (int j = 0; j < kStates; ++j) {
-            entered.state[j] = steps.template entering<false>(s + 1, p, j, result[i].out[j]);
+          FRNN_UNROLL for (int j = 0; j < kStates; ++j) {
+            in[tile][i].state[j] = steps.template entering<false>(s + 1, p, j, result[i].out[j]);
           }
-        }
-        h[i] = static_cast<S>(entered.state[0]);
-        entered.state[0] = static_cast<V>(h[i]);
-      });
+        });
+      }
+      S h[kResults];
+      FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+        h[i] = static_cast<S>(in[tile][i].state[0]);
+        in[tile][i].state[0] = static_cast<V>(h[i]);
+      }
 
       if (more) {
         Piece<S>* const to = h_of(tile, n + 1);
@@ -359,14 +374,15 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   using V = typename M::Real;
   using Steps = BackwardSteps<Cell, V, S, typename M::V>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
-  using Sizes = ClusterSizes<Cell, kBlocks, true>;
+  using Sizes = ClusterSizes<Cell, kBlocks, kTiles, true>;
   constexpr int kGroups = Sizes::kGroups, kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
   constexpr int kResults = Sizes::kResults, kValues = Piece<S>::kValues;
   FRNN_DYN_SMEM(shared);
   const Seat<kBlocks, kGroups, kTiles> seat(shape);
   const int chunks = shape.chunks, units = shape.units;
   const auto dgates_of = [&](int tile, int64_t n) {
-    return reinterpret_cast<Piece<S>*>(shared) + (tile * 2 + n % 2) * chunks * kWarpSize;
+    const int64_t operand = tile * shape.operands + (n & (shape.operands - 1));
+    return reinterpret_cast<Piece<S>*>(shared) + operand * chunks * kWarpSize;
   };
   // [blocks, units, 8]: each block's share of the product of step n.
   const auto sums_of = [&](int tile, int64_t n) {
@@ -389,27 +405,25 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     const auto unit = [&](int slot) {
       return int64_t{slot / kGroups} * units + seat.own_unit(slot % kGroups);
     };
-    const auto load = [&](const auto& read) {
+    const auto load = [&](bool aligned) {
       weights.template load<M>(first, chunks, [&](int chunk, int slot) {
         const int k = (chunk * 4 + seat.lane % 4) * kValues, gate = k / units;
         const int64_t of_gate = int64_t{seat.rank} * units + k % units;
-        const S* row = f.w_hh_t + (unit(slot) * kGates + gate) * f.h;
-        return read(row, of_gate, unit(slot) < f.h && gate < kGates ? f.h : 0);
+        return weights_at(f.w_hh_t + (unit(slot) * kGates + gate) * f.h, of_gate,
+                          unit(slot) < f.h && gate < kGates ? f.h : 0, aligned, dgates_of(0, 0));
       });
     };
     if (f.copied == 16) {
-      load([](const S* row, int64_t k, int64_t end) {
-        return k < end ? read_piece(reinterpret_cast<const Piece<S>*>(row + k)) : Piece<S>{};
-      });
+      load(true);
     } else {
-      load([](const S* row, int64_t k, int64_t end) { return load_piece(row, k, end); });
+      load(false);
     }
   }
-  clear(dgates_of(0, 0), int64_t{kTiles} * 2 * chunks * kWarpSize);
+  __syncthreads();
+  clear(dgates_of(0, 0), int64_t{kTiles} * shape.operands * chunks * kWarpSize);
 
   typename Steps::OfH of_h[kTiles][kResults] = {};
   typename Steps::OfCell of_cell[kTiles][kResults] = {};
-  V carried[kTiles][kResults][kStates] = {};
   V product[kTiles][kResults] = {};
   const auto each = [&](int tile, const auto& body) {
     FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
@@ -425,6 +439,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         of_cell[tile][i] = steps.template read_saved<true>(s, p);
       } else {
         of_h[tile][i] = steps.template read_upstream<false>(s, p);
+        of_cell[tile][i] = {};
         if (s >= 0) of_cell[tile][i] = steps.template read_saved<false>(s, p);
       }
     });
@@ -471,23 +486,24 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         }
       }
 
-      typename Steps::Outcome result[kResults] = {};
-      each(tile, [&](int i, const Place& p) {
-        typename Steps::OfH& h = of_h[tile][i];
-        typename Steps::OfCell& cell = of_cell[tile][i];
-        h.carried = carried[tile][i][0];
-        for (int j = 0; j < kStates; ++j) cell.carried[j] = carried[tile][i][j];
-        V dh;
-        if (plain) {
-          dh = steps.template gradient_of_h<true>(s, p, product[tile][i], h);
-        } else {
-          dh = steps.template gradient_of_h<false>(s, p, product[tile][i], h);
-        }
-        result[i] = steps.compute(dh, cell);
-        if (!plain) steps.cut(s, p, result[i]);
-        for (int j = 0; j < kStates; ++j) carried[tile][i][j] = result[i].carried[j];
-      });
+      // Rows and units that are not there take part: all of theirs is 0, and remains so.
+      V dh[kResults];
+      FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+        of_h[tile][i].carried = of_cell[tile][i].carried[0];
+        dh[i] = steps.template gradient_of_h<true>(s, {}, product[tile][i], of_h[tile][i]);
+      }
+      if (!plain) {
+        each(tile, [&](int i, const Place& p) {
+          dh[i] = steps.template gradient_of_h<false>(s, p, product[tile][i], of_h[tile][i]);
+        });
+      }
       if (!more) continue;
+
+      typename Steps::Outcome result[kResults];
+      FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+        result[i] = steps.compute(dh[i], of_cell[tile][i]);
+      }
+      if (!plain) each(tile, [&](int i, const Place& p) { steps.cut(s, p, result[i]); });
 
       FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
         FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
@@ -498,6 +514,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       __syncthreads();
       ClusterProduct<M, kSlots, kHeld> sums;
       sums.run(weights, dgates_of(tile, n), chunks);
+      if (shape.operands == 1) __syncthreads();
       if constexpr (kBlocks == 1) {
         FRNN_UNROLL for (int i = 0; i < kResults; ++i) product[tile][i] = sums.get(i / 2, i % 2);
       } else {
@@ -529,6 +546,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         }
       });
       read(s - 1, tile);
+      FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) {
+          of_cell[tile][i].carried[j] = result[i].carried[j];
+        }
+      }
     }
   }
 #endif

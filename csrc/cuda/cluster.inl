@@ -9,9 +9,7 @@ namespace {
 // Calls f.template operator()<kBlocks, kTiles>() for a shape.
 template <class F>
 bool with_shape(const ClusterShape& shape, const F& f) {
-  if (shape.blocks == 1) {
-    return shape.tiles == 1 ? f.template operator()<1, 1>() : f.template operator()<1, 2>();
-  }
+  if (shape.blocks == 1) return f.template operator()<1, 1>();
   return shape.tiles == 1 ? f.template operator()<kClusterBlocks, 1>()
                           : f.template operator()<kClusterBlocks, 2>();
 }

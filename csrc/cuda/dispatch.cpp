@@ -11,29 +11,35 @@ constexpr const Standard* kStandard[] = {&kStandardFloat16, &kStandardBfloat16, 
                                          &kStandardFloat32, &kStandardFloat64};
 constexpr const Clusters* kClusters[] = {&kClustersFloat16, &kClustersBfloat16, &kClustersTf32};
 
-template <class Args>
-ClusterShape shape_for(int cell, Arithmetic arithmetic, bool backward, const Args& args) {
-  if (args.w_hr || args.t == 0) return {};
-  return cluster_shape(args.b, args.h, cell_facts(cell).gates, arithmetic, backward,
-                       current_device());
+// Runs a call by the algorithm that suits it, or by the standard one if the device cannot hold what
+// that needs.
+template <class Args, class Run>
+void run(int cell, Arithmetic arithmetic, bool backward, const Args& args, const Run& by) {
+  const Call call{
+      args.b, args.h, args.p, cell_facts(cell).gates, arithmetic, backward, args.w_hr != nullptr};
+  const Choice choice = choose(call, current_device());
+  const int index = static_cast<int>(arithmetic);
+  if (choice.algorithm == Algorithm::kCluster && args.t > 0 &&
+      by(*kClusters[index], choice.cluster)) {
+    return;
+  }
+  by(*kStandard[index]);
 }
 
 }  // namespace
 
 void forward(int cell, Arithmetic arithmetic, const Forward<void, void>& args, void* stream) {
   if (args.b == 0) return;
-  const int index = static_cast<int>(arithmetic);
-  const ClusterShape shape = shape_for(cell, arithmetic, false, args);
-  if (shape.blocks > 0 && kClusters[index]->forward(cell, args, shape, stream)) return;
-  kStandard[index]->forward(cell, args, stream);
+  run(cell, arithmetic, false, args, [&](const auto& driver, const auto&... shape) {
+    return driver.forward(cell, args, shape..., stream);
+  });
 }
 
 void backward(int cell, Arithmetic arithmetic, const Backward<void, void>& args, void* stream) {
   if (args.b == 0) return;
-  const int index = static_cast<int>(arithmetic);
-  const ClusterShape shape = shape_for(cell, arithmetic, true, args);
-  if (shape.blocks > 0 && kClusters[index]->backward(cell, args, shape, stream)) return;
-  kStandard[index]->backward(cell, args, stream);
+  run(cell, arithmetic, true, args, [&](const auto& driver, const auto&... shape) {
+    return driver.backward(cell, args, shape..., stream);
+  });
 }
 
 }  // namespace frnn::cuda

@@ -104,9 +104,10 @@ struct ClusterShape {
   int warps;   // of a block
   int units;   // of a block: its warps have eight or sixteen each
 
-  // Shared memory of a block: two operands for each tile, which are h in forward and the gates'
+  // Shared memory of a block: the operands of each tile, which are h in forward and the gates'
   // gradients in backward, and what begins at these offsets.
-  int chunks;  // of an operand
+  int chunks;    // of an operand
+  int operands;  // of a tile: two that take turns, or one in backward, at the price of a barrier
   int weights, exchange, barriers, bytes;
 };
 
@@ -138,17 +139,17 @@ constexpr int cluster_slots(int gates, int blocks, bool backward) {
   return cluster_groups(gates, blocks, backward) * (backward ? blocks : gates);
 }
 
-// Chunks of weights that are kept in registers, at most 128 of them; the others are in shared
-// memory.
-constexpr int cluster_held(int gates, int blocks, bool backward) {
-  const int fit = 32 / cluster_slots(gates, blocks, backward);
+// Chunks of weights that are kept in registers, at most 128 of them, or 96 where a second tile
+// wants registers for what its cells read; the others are in shared memory.
+constexpr int cluster_held(int gates, int blocks, int tiles, bool backward) {
+  const int fit = (backward && tiles > 1 ? 24 : 32) / cluster_slots(gates, blocks, backward);
   return backward || fit < 8 ? fit : 8;
 }
 
-constexpr ClusterShape cluster_shape_of(int blocks, int tiles, int warps, int gates,
+constexpr ClusterShape cluster_shape_of(int blocks, int tiles, int operands, int warps, int gates,
                                         Arithmetic arithmetic, bool backward) {
   const int size = value_bytes(arithmetic), slots = cluster_slots(gates, blocks, backward);
-  const int held = cluster_held(gates, blocks, backward);
+  const int held = cluster_held(gates, blocks, tiles, backward);
   ClusterShape shape{};
   shape.blocks = blocks;
   shape.tiles = tiles;
@@ -157,7 +158,8 @@ constexpr ClusterShape cluster_shape_of(int blocks, int tiles, int warps, int ga
   const int k = (backward ? gates : blocks) * shape.units;
   shape.chunks = static_cast<int>(divide_up(k * size, 64));
   if (shape.chunks < held) shape.chunks = held;
-  shape.weights = tiles * 2 * shape.chunks * kChunkBytes;
+  shape.operands = operands;
+  shape.weights = tiles * operands * shape.chunks * kChunkBytes;
   shape.exchange = shape.weights + warps * (shape.chunks - held) * slots * kChunkBytes;
   // In backward the blocks' sums, float [2, blocks, units, 8] of each tile; in forward what is
   // sent.
@@ -176,8 +178,10 @@ constexpr int64_t clusters_at_once(int blocks, int multiprocessors) {
 }
 
 // The shape for forward or backward of `units` units with so many gates and of `rows` rows. One
-// block where its registers hold all weights, since nothing need be sent then. A second tile makes
-// a step longer, though not twice as long; it is for rows that would have to wait for a cluster.
+// block where its registers hold all weights, since nothing need be sent then. Rows that would have
+// to wait for a cluster are instead a second tile of one, which makes a step longer, though not
+// twice as long; those of more than two rounds are better off with the standard algorithm.
+// Reasoned, not measured.
 constexpr ClusterShape cluster_shape(int64_t rows, int64_t units, int gates, Arithmetic arithmetic,
                                      bool backward, const Device& device) {
   constexpr ClusterShape kNone{};
@@ -187,13 +191,44 @@ constexpr ClusterShape cluster_shape(int64_t rows, int64_t units, int gates, Ari
   const int blocks = units * value_bytes(arithmetic) <= 256 ? 1 : kClusterBlocks;
   const int groups = cluster_groups(gates, blocks, backward);
   const int64_t warps = divide_up(units, blocks * groups * kSlotRows);
-  const int64_t tiles = divide_up(rows, kTileColumns);
+  if (warps > kMostWarps) return kNone;
   const int64_t at_once = clusters_at_once(blocks, device.multiprocessors);
-  const int each = tiles <= at_once ? 1 : kMostTiles;
-  if (warps > kMostWarps || tiles > 2 * at_once * each) return kNone;
-  const ClusterShape shape =
-      cluster_shape_of(blocks, each, static_cast<int>(warps), gates, arithmetic, backward);
-  return shape.bytes <= device.shared_memory ? shape : kNone;
+  const int64_t tiles = divide_up(rows, kTileColumns);
+  for (int of_each = tiles > at_once && blocks > 1 ? kMostTiles : 1; of_each > 0; --of_each) {
+    for (int operands = 2; operands >= (backward ? 1 : 2); --operands) {
+      const ClusterShape shape = cluster_shape_of(
+          blocks, of_each, operands, static_cast<int>(warps), gates, arithmetic, backward);
+      if (shape.bytes > device.shared_memory) continue;
+      return tiles <= 2 * at_once * of_each ? shape : kNone;
+    }
+  }
+  return kNone;
+}
+
+// ---- The choice.
+
+enum class Algorithm { kStandard, kCluster };
+
+struct Call {
+  int64_t rows, hidden, out;  // B, H, P
+  int gates;
+  Arithmetic arithmetic;
+  bool backward, projection;
+};
+
+struct Choice {
+  Algorithm algorithm;
+  ClusterShape cluster;  // of Algorithm::kCluster
+};
+
+constexpr Choice choose(const Call& call, const Device& device) {
+  Choice choice{};
+  if (!call.projection) {
+    choice.cluster =
+        cluster_shape(call.rows, call.hidden, call.gates, call.arithmetic, call.backward, device);
+  }
+  choice.algorithm = choice.cluster.blocks > 0 ? Algorithm::kCluster : Algorithm::kStandard;
+  return choice;
 }
 
 }  // namespace frnn::cuda

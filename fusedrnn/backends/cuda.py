@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedrnn.backends import products
 from fusedrnn.backends.backend import Request, Wanted, Weights
-from fusedrnn.backends.native import DTYPES, Ops, cuda_plan, facts_of, native_cells
+from fusedrnn.backends.native import DTYPES, Device, Ops, cuda_plan, facts_of, native_cells
 
 LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
 
@@ -47,8 +47,10 @@ def capability(index: int) -> tuple[int, int] | None:
     return properties.major, properties.minor
 
 
-def multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    shared_memory = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Device(found.multi_processor_count, 10 * found.major + found.minor, shared_memory)
 
 
 def precision() -> str:
@@ -83,15 +85,13 @@ class Cuda(Ops):
         return self._lacks(request)
 
     def algorithm(self, request: Request, rows: int) -> str:
-        gates, hidden, out = len(request.cell.gates), request.hidden_size, request.proj_size
         tf32 = uses_tf32(request.dtype, precision())
         arithmetic = "tf32" if tf32 else str(request.dtype).removeprefix("torch.")
-        available = multiprocessors(request.device.index or 0)
+        on = device(request.device.index or 0)
         forward, backward = (
-            cuda_plan(rows, units, of_each, arithmetic, available)
-            for units, of_each in ((hidden, gates), (out or hidden, 1))
+            cuda_plan(request, rows, arithmetic, backward, on) for backward in (False, True)
         )
-        return f"standard in {arithmetic}, a launch a step: {forward} forward, {backward} backward"
+        return f"{arithmetic}, forward {forward}, backward {backward}"
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -73,29 +73,45 @@ def set_isa(name: str) -> None:
         raise ValueError(f"instruction set {name!r} cannot run here, expected one of {isas()}")
 
 
-class CudaPlan(NamedTuple):
-    """How the CUDA kernels divide one product of every step among blocks."""
+class Device(NamedTuple):
+    """What plans need to know of a GPU."""
 
+    multiprocessors: int
+    capability: int  # 90 for 9.0
+    shared_memory: int  # bytes that a block may have
+
+
+class CudaPlan(NamedTuple):
+    """How the CUDA kernels run a call."""
+
+    algorithm: str
     units: int  # of a block
     rows: int
-    along_units: int  # blocks
+    along_units: int  # blocks; of a cluster those along units
     along_rows: int
 
     def __str__(self) -> str:
-        blocks = f"{self.along_units} x {self.along_rows} blocks"
-        return f"{blocks} of {self.units} units x {self.rows} rows"
+        block = f"{self.units} units x {self.rows} rows"
+        if self.algorithm == "cluster":
+            clusters = "1 cluster" if self.along_rows == 1 else f"{self.along_rows} clusters"
+            return f"cluster (one launch, {clusters} of {self.along_units} blocks of {block})"
+        blocks = f"{self.along_units} x {self.along_rows} blocks of {block}"
+        return f"standard (a launch a step, {blocks})"
 
 
-def cuda_plan(rows: int, units: int, gates: int, arithmetic: str, multiprocessors: int) -> CudaPlan:
-    """The plan for ``units`` with so many gates each; ``arithmetic`` is one of ARITHMETICS. It is
-    a function of these numbers alone, and needs no device."""
+def cuda_plan(
+    request: Request, rows: int, arithmetic: str, backward: bool, device: Device
+) -> CudaPlan:
+    """The plan for forward or backward; ``arithmetic`` is one of ARITHMETICS. It is a function of
+    these facts alone, and needs no GPU."""
     assert _library is not None
     plan = (ctypes.c_int64 * 4)()
-    _library.frnn_cuda_plan(
-        ctypes.c_int64(rows), ctypes.c_int64(units), gates, ARITHMETICS.index(arithmetic),
-        multiprocessors, plan,
+    hidden, proj = request.hidden_size, request.proj_size
+    algorithm = _library.frnn_cuda_plan(
+        *map(ctypes.c_int64, (rows, hidden, proj or hidden)), len(request.cell.gates),
+        ARITHMETICS.index(arithmetic), proj > 0, backward, *device, plan,
     )  # fmt: skip
-    return CudaPlan(*plan)
+    return CudaPlan(("standard", "cluster")[algorithm], *plan)
 
 
 class Ops:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fusedrnn import backends
+
 BUILD = Path(__file__).parents[2] / "build" / "sim"
 sys.path[:0] = [str(BUILD), str(Path(__file__).parents[1])]
 
@@ -19,3 +21,32 @@ def sim():
     import cuda_sim
 
     return cuda_sim
+
+
+class Machine:
+    """The simulated device, and its backend in place of "cuda"."""
+
+    def __init__(self, backend, module) -> None:
+        self.backend, self.module = backend, module
+
+    def choose(self, algorithm: str) -> None:
+        """A device on which calls that can run by ``algorithm`` do: "standard", or "cluster",
+        where one cluster of eight blocks fits at a time, and more rows make it one of two tiles."""
+        multiprocessors, capability = {"standard": (3, 80), "cluster": (16, 90)}[algorithm]
+        self.module.set_device(multiprocessors, capability)
+
+    def ran(self) -> set[str]:
+        """What was launched since this was last asked."""
+        return set(self.module.launched())
+
+
+@pytest.fixture
+def machine(monkeypatch, request):
+    import cuda_kernels_sim
+    from backend import Simulated
+
+    machine = Machine(Simulated(cuda_kernels_sim), cuda_kernels_sim)
+    monkeypatch.setitem(backends._ALL, "cuda", machine.backend)
+    cuda_kernels_sim.set_seed(len(request.node.name))
+    machine.ran()
+    return machine

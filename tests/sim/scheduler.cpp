@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <map>
 #include <stdexcept>
+#include <utility>
 
 namespace frnn::sim {
 
@@ -16,6 +17,7 @@ Grid* grid = nullptr;
 namespace {
 
 uint64_t next_seed = 0;
+std::vector<std::string> names;  // of the kernels launched
 
 using Launches = std::vector<std::unique_ptr<Grid>>;
 Launches* queue = nullptr;  // of `overlapping`, while it runs its host code
@@ -454,7 +456,10 @@ void check_shared_memory(const char* name, const void* kernel, size_t bytes) {
                            ": more shared memory than allow_shared_memory was told of");
 }
 
+std::vector<std::string> launched() { return std::exchange(names, {}); }
+
 void run(const char* kernel, const cuda::Launch& how, const std::function<void()>& body) {
+  names.push_back(kernel);
   Launches alone;
   Launches& launches = queue != nullptr ? *queue : alone;
   launches.push_back(make_grid(kernel, how, body));

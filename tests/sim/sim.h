@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
+#include <vector>
 
 #include <cuda_runtime.h>
 
@@ -17,6 +19,9 @@ namespace frnn::sim {
 
 // Every later launch is a pure function of this seed and of the launches since.
 void set_seed(uint64_t seed);
+
+// The names of the kernels launched since this was last asked.
+std::vector<std::string> launched();
 
 // Runs all threads of a grid; throws std::runtime_error with a sentence that names kernel, block
 // and thread.

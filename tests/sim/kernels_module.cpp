@@ -75,8 +75,9 @@ void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int
 
 }  // namespace
 
-PYBIND11_MODULE(cuda_standard_sim, m) {
+PYBIND11_MODULE(cuda_kernels_sim, m) {
   m.def("set_seed", &frnn::sim::set_seed);
+  m.def("launched", &frnn::sim::launched);
   m.def("set_device", [](int multiprocessors, int capability) {
     simulated_device.multiprocessors = multiprocessors;
     simulated_device.capability = capability;
