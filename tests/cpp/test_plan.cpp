@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the standard CUDA kernels divide their products among blocks, for devices that are not here.
+// Which algorithm runs a call on CUDA and how it is divided, for devices that are not here.
 // Needs no CUDA, no torch and no test framework: prints what fails, and fails.
 #include "cuda/plan.h"
 
@@ -8,12 +8,7 @@
 
 namespace {
 
-using frnn::cuda::Arithmetic;
-using frnn::cuda::blocks_of;
-using frnn::cuda::Shape;
-using frnn::cuda::shape_of;
-using frnn::cuda::size_of;
-using frnn::cuda::sizes_of;
+using namespace frnn::cuda;
 
 int failures = 0;
 
@@ -59,9 +54,62 @@ constexpr Case kCases[] = {
     {4096, 4096, 4, kFp32, kH100, kMiddle},  //
 };
 
+// Forward and backward by the cluster algorithm: blocks of a cluster, its tiles, units of a block.
+struct ClusterCase {
+  int64_t rows, units;
+  int gates;
+  Arithmetic arithmetic;
+  Device device;
+  int blocks, tiles, units_forward, units_backward;
+};
+
+constexpr int k227KB = 227 * 1024, k99KB = 99 * 1024;
+constexpr Device kH200{132, 90, k227KB}, kOneGpc{16, 90, k227KB}, kRtx{170, 120, k99KB},
+    kB200Device{148, 100, k227KB}, kA100Device{108, 80, 163 * 1024};
+constexpr auto kTf32 = Arithmetic::kTf32;
+
+constexpr ClusterCase kClusterCases[] = {
+    {1, 256, 4, kBf16, kH200, 8, 1, 32, 32},
+    {120, 256, 4, kBf16, kH200, 8, 1, 32, 32},  // 15 clusters at once
+    {121, 256, 4, kBf16, kH200, 8, 2, 32, 32},  //
+    {480, 256, 4, kBf16, kH200, 8, 2, 32, 32},  // two rounds of them
+    {481, 256, 4, kBf16, kH200, 0, 0, 0, 0},    //
+    {256, 256, 4, kBf16, kB200Device, 8, 2, 32, 32},
+    {32, 256, 4, kBf16, kOneGpc, 8, 2, 32, 32},
+    {2112, 128, 4, kBf16, kH200, 1, 1, 128, 128},  // a block for each tile
+    {8, 129, 4, kBf16, kH200, 8, 1, 24, 24},
+    {8, 129, 3, kBf16, kH200, 8, 1, 32, 24},  // warps of 16 units in forward
+    {64, 512, 4, kBf16, kH200, 8, 1, 64, 64},
+    {64, 513, 4, kBf16, kH200, 0, 0, 0, 0},  // more warps than have registers
+    {8, 384, 4, kTf32, kH200, 8, 1, 48, 48},
+    {8, 64, 4, kTf32, kH200, 1, 1, 64, 64},
+    {8, 65, 4, kTf32, kH200, 8, 1, 16, 16},
+    {8, 256, 4, kBf16, kRtx, 8, 1, 32, 32},
+    {8, 512, 4, kBf16, kRtx, 0, 0, 0, 0},         // more than its shared memory
+    {8, 256, 4, kBf16, kA100Device, 0, 0, 0, 0},  // no clusters
+    {8, 256, 4, kFp32, kH200, 0, 0, 0, 0},        // no tensor cores
+};
+
+void expect_cluster(const ClusterCase& c, bool backward) {
+  const ClusterShape shape =
+      cluster_shape(c.rows, c.units, c.gates, c.arithmetic, backward, c.device);
+  const Case shown{c.rows, c.units, c.gates, c.arithmetic, c.device.multiprocessors, backward};
+  expect(shape.blocks == c.blocks, "blocks of a cluster", shown);
+  expect(shape.tiles == c.tiles, "tiles of a cluster", shown);
+  expect(shape.units == (backward ? c.units_backward : c.units_forward), "units", shown);
+  expect(shape.blocks * shape.units >= (c.blocks > 0 ? c.units : 0), "all units", shown);
+  expect(shape.bytes <= c.device.shared_memory, "shared memory", shown);
+  const Call call{c.rows, c.units, c.units, c.gates, c.arithmetic, backward, true};
+  expect(choose(call, c.device).algorithm == Algorithm::kStandard, "projection", shown);
+}
+
 }  // namespace
 
 int main() {
+  for (const ClusterCase& c : kClusterCases) {
+    expect_cluster(c, false);
+    expect_cluster(c, true);
+  }
   for (const Case& c : kCases) {
     const int size = size_of(c.rows, c.units, c.gates, c.arithmetic, c.multiprocessors);
     expect(size == c.size, "size", c);

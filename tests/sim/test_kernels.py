@@ -129,7 +129,9 @@ def test_bounds_of_arrays(machine, simulated, algorithm, monkeypatch, call, name
     options = {} if gru else {"P": 0 if cluster else 7, "cell_states": True}
     if cluster:
         options["dtype"] = torch.bfloat16
-    case = Case(CELLS["gru" if gru else "lstm"], 3, 9, 4, 17, lengths=True, resets=True, **options)
+    if name not in ("h0", "c0"):  # which a reset at the first step hides
+        options["resets"] = True
+    case = Case(CELLS["gru" if gru else "lstm"], 3, 9, 4, 17, lengths=True, **options)
     inputs = make_inputs(case)
     with pytest.raises(RuntimeError, match=f"CUDA kernel .* an access beyond the end of {name}$"):
         if call == "between":  # the steps of an inference
