@@ -178,6 +178,12 @@ FRNN_EXPORT int frnn_cuda_plan(int64_t rows, int64_t hidden, int64_t out, int ga
     plan[1] = int64_t{shape.tiles} * kTileColumns;
     plan[2] = shape.blocks;
     plan[3] = divide_up(rows, plan[1]);
+  } else if (choice.algorithm == Algorithm::kGrid) {
+    const GridShape& shape = choice.grid;
+    plan[0] = kGridUnits;
+    plan[1] = int64_t{shape.tiles} * kTileColumns;
+    plan[2] = shape.blocks;
+    plan[3] = shape.teams;
   } else {
     const auto [shape, blocks] = plan_of(rows, backward ? out : hidden, backward ? 1 : gates,
                                          call.arithmetic, multiprocessors);

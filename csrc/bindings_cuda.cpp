@@ -85,6 +85,10 @@ ForwardResult cuda_forward(Tensor gx, Tensor w_hh, OptionalTensor b_hh, Optional
   write(args.h_step, inference, h_step);
   write(args.states_step, inference && others > 0, states_step);
   write(args.m_step, inner, m_step);
+  const int64_t bytes =
+      frnn::cuda::forward_exchange_bytes(static_cast<int>(cell_index), arithmetic, args);
+  const Tensor exchange = make(bytes > 0, {bytes}, ScalarType::Byte);
+  write(args.exchange, bytes > 0, exchange);
   frnn::cuda::forward(static_cast<int>(cell_index), arithmetic, args, device.stream());
   return result;
 }

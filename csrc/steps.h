@@ -68,11 +68,9 @@ class ForwardSteps {
     }
   }
 
-  // The state j at p, within [B, H], that enters step s, where step s - 1 left x; s > 0 if plain.
-  template <bool kPlain>
-  FRNN_FN V entering(int64_t s, const Place& p, int j, V x) const {
-    const S* initial = j == 0 ? a_.h0 : a_.c0 + (j - 1) * a_.b * a_.h;
-    return kPlain ? x : entering(timeline_.entry(s, p.row), p, initial, x);
+  // The state j at p, within [B, H], that enters a step by `entry`, where the step before left x.
+  FRNN_FN V entering(Entry entry, const Place& p, int j, V x) const {
+    return entering(entry, p, j == 0 ? a_.h0 : a_.c0 + (j - 1) * a_.b * a_.h, x);
   }
 
   // What the cell at step s reads beside its two products.
@@ -134,6 +132,19 @@ class ForwardSteps {
       store(m_at(s) + p.offset, result.out[0], p.n);
     } else {
       finish_output<kPlain>(s, p, result.out[0]);
+    }
+  }
+
+  // NaN in place of all that is returned.
+  FRNN_FN void spoil(const Place& p) const {
+    const V nan = V(0) / V(0);
+    for (int64_t t = 0; t < a_.t; ++t) {
+      store(a_.y + t * a_.b * a_.p + p.offset, nan, p.n);
+      if (kStates > 1 && a_.c) store(a_.c + t * a_.b * a_.h + p.offset, nan, p.n);
+    }
+    store(a_.h_n + p.offset, nan, p.n);
+    for (int j = 1; j < kStates; ++j) {
+      store(a_.c_n + (j - 1) * a_.b * a_.h + p.offset, nan, p.n);
     }
   }
 
@@ -243,13 +254,8 @@ class BackwardSteps {
   };
   template <bool kPlain>
   FRNN_FN OfH read_h(int64_t s, const Place& p) const {
-    OfH in = read_upstream<kPlain>(s, p);
-    if (Cell::kReadsH) in.carried = load<V>(a_.dh0 + p.offset, p.n);
-    return in;
-  }
-  template <bool kPlain>
-  FRNN_FN OfH read_upstream(int64_t s, const Place& p) const {
     OfH in{};
+    if (Cell::kReadsH) in.carried = load<V>(a_.dh0 + p.offset, p.n);
     if (!kPlain) {
       if (s < 0 || !timeline_.computed(s, p.row)) return in;
       if (timeline_.last(s, p.row)) in.last = load_or_zero<V>(a_.dh_n, p.offset, p.n);
@@ -266,14 +272,6 @@ class BackwardSteps {
   };
   template <bool kPlain>
   FRNN_FN OfCell read_cell(int64_t s, const Place& p) const {
-    OfCell in = read_saved<kPlain>(s, p);
-    for (int j = 1; j < kStates; ++j) {
-      in.carried[j] = load<V>(a_.dc0 + (j - 1) * a_.b * a_.h + p.offset, p.n);
-    }
-    return in;
-  }
-  template <bool kPlain>
-  FRNN_FN OfCell read_saved(int64_t s, const Place& p) const {
     OfCell in{};
     if (!kPlain && !timeline_.computed(s, p.row)) return in;
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
@@ -284,10 +282,49 @@ class BackwardSteps {
     const bool last = !kPlain && timeline_.last(s, p.row);
     for (int j = 1; j < kStates; ++j) {
       in.state[j] = load<V>(a_.c_prev + ((j - 1) * a_.t + t) * plane + p.offset, p.n);
+      in.carried[j] = load<V>(a_.dc0 + (j - 1) * plane + p.offset, p.n);
       if (last) in.dout[j] = load_or_zero<V>(a_.dc_n, (j - 1) * plane + p.offset, p.n);
     }
     if (kStates > 1) in.dout[kStates > 1] += load_or_zero<V>(a_.dc, t * plane + p.offset, p.n);
     return in;
+  }
+
+  // What step s alone reads of both, in the types of storage, for a driver without projection that
+  // reads it a step ahead; the gradient of the row's final states but h begins what is carried.
+  struct Ahead {
+    S saved[Cell::kSaved], h, dc, dy, dh_n;
+    A state[kStates];
+  };
+  FRNN_FN Ahead read_ahead(int64_t s, const Place& p, V* carried) const {
+    Ahead in{};
+    if (s < 0 || !timeline_.computed(s, p.row)) return in;
+    const int64_t t = timeline_.time(s), plane = a_.b * a_.h, offset = t * plane + p.offset;
+    for (int r = 0; r < Cell::kSaved; ++r) in.saved[r] = a_.saved[r * a_.t * plane + offset];
+    for (int j = 1; j < kStates; ++j) in.state[j] = a_.c_prev[(j - 1) * a_.t * plane + offset];
+    if (Cell::kReadsH) in.h = a_.h_prev[offset];
+    if (kStates > 1 && a_.dc) in.dc = a_.dc[offset];
+    if (a_.dy) in.dy = a_.dy[offset];
+    if (timeline_.last(s, p.row)) {
+      if (a_.dh_n) in.dh_n = a_.dh_n[p.offset];
+      for (int j = 1; j < kStates; ++j) {
+        carried[j] = load_or_zero<V>(a_.dc_n, (j - 1) * plane + p.offset, p.n);
+      }
+    }
+    return in;
+  }
+  FRNN_FN OfH of_h(const Ahead& in, const V* carried) const {
+    return {carried[0], static_cast<V>(in.dh_n), static_cast<V>(in.dy)};
+  }
+  FRNN_FN OfCell of_cell(const Ahead& in, const V* carried) const {
+    OfCell cell{};
+    for (int r = 0; r < Cell::kSaved; ++r) cell.saved[r] = static_cast<V>(in.saved[r]);
+    cell.state[0] = static_cast<V>(in.h);
+    cell.dout[kStates > 1] = static_cast<V>(in.dc);
+    for (int j = 1; j < kStates; ++j) {
+      cell.state[j] = static_cast<V>(in.state[j]);
+      cell.carried[j] = carried[j];
+    }
+    return cell;
   }
 
   // Whether the gradient of h at step s goes through the cell at once, not to a projection first.
@@ -297,7 +334,8 @@ class BackwardSteps {
   template <bool kPlain>
   FRNN_FN void finish_gather(int64_t s, const Place& p, V product, const OfH& h, const OfCell& cell,
                              const StepGradients<S>& to) const {
-    const V dh = gradient_of_h<kPlain>(s, p, product, h);
+    const V dh =
+        gradient_of_h(kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row), p, product, h);
     if (kPlain || gathers_cells(s)) {
       finish_cell<kPlain>(s, p, dh, cell, to);
     } else if (s >= 0) {
@@ -311,12 +349,13 @@ class BackwardSteps {
                            const StepGradients<S>& to) const {
     Outcome result{};
     if (kPlain || timeline_.computed(s, p.row)) result = compute(dh, in);
-    if (!kPlain) cut(s, p, result);
+    if (!kPlain) cut(timeline_.entry(s, p.row), result);
     keep_gates(p, result, to);
     keep_carried<kPlain>(s, p, result);
   }
 
-  // What the cell makes of it; what remains of that at step s; and its way to arrays.
+  // What the cell makes of it; what remains of that at a step with such an entry; and its way to
+  // arrays.
   struct Outcome {
     V dgx[kGates], dgh[kGates];
     V carried[kStates];  // to the step before; that of h only if the cell reads it
@@ -329,8 +368,7 @@ class BackwardSteps {
     Cell::backward(in.state, in.saved, dout, result.dgx, result.dgh, result.carried);
     return result;
   }
-  FRNN_FN void cut(int64_t s, const Place& p, Outcome& result) const {
-    const Entry entry = timeline_.entry(s, p.row);
+  FRNN_FN void cut(Entry entry, Outcome& result) const {
     if (entry == Entry::kNone) result = {};
     if (entry == Entry::kZero) {
       for (int j = 0; j < kStates; ++j) result.carried[j] = V{};
@@ -352,22 +390,13 @@ class BackwardSteps {
     }
   }
 
-  // The whole gradient of h at step s, 0 if it is not computed; what flows back into the initial
-  // state is stored there.
-  template <bool kPlain>
-  FRNN_FN V gradient_of_h(int64_t s, const Place& p, V product, const OfH& in) const {
-    const Entry next = kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row);
-    V back{};
-    if (next == Entry::kCarried || next == Entry::kInitial) {
-      back = product;
-      if (Cell::kReadsH) back += in.carried;
-    }
-    if (next == Entry::kInitial) {
-      store(a_.dh0 + p.offset, back, p.n);
-      back = V{};
-    }
-    if (!kPlain && (s < 0 || !timeline_.computed(s, p.row))) return V{};
-    return kPlain ? back + in.dy : back + in.last + in.dy;
+  // The whole gradient of h at a step, where the step after was entered by `next`; what flows back
+  // into the initial state is stored there. It means nothing at a step that is not computed.
+  FRNN_FN V gradient_of_h(Entry next, const Place& p, V product, const OfH& in) const {
+    V back = product;
+    if (Cell::kReadsH) back += in.carried;
+    if (next == Entry::kInitial) store(a_.dh0 + p.offset, back, p.n);
+    return next == Entry::kCarried ? back + in.last + in.dy : in.last + in.dy;
   }
 
  private:

@@ -9,7 +9,7 @@
 namespace frnn {
 
 // Where the state that enters a step comes from.
-enum class Entry {
+enum class Entry : uint8_t {
   kNone,     // the step is not computed
   kZero,     // a new sequence begins
   kInitial,  // h0, c0

@@ -15,9 +15,8 @@
 // A single block needs no exchange, and its warps meet at the block's barrier.
 #pragma once
 
-#include "cuda/product.cuh"
+#include "cuda/resident.cuh"
 #include "cuda/standard.h"
-#include "steps.h"
 
 namespace frnn::cuda {
 
@@ -53,9 +52,13 @@ struct Seat {
   __device__ __forceinline__ int64_t unit(int group) const {
     return int64_t{rank} * units + own_unit(group);
   }
-  // Result i of the 2 * kGroups of a tile; false: outside.
+  // The row of a result i of a tile, which is less than 2 * kGroups.
+  __device__ __forceinline__ int64_t row_at(int tile, int i) const {
+    return row + tile * kTileColumns + lane % 4 * 2 + i % 2;
+  }
+  // The place of a result; false: outside.
   __device__ __forceinline__ bool find(int tile, int i, int64_t rows, int64_t all, Place& p) const {
-    p.row = row + tile * kTileColumns + lane % 4 * 2 + i % 2;
+    p.row = row_at(tile, i);
     p.unit = unit(i / 2);
     p.offset = p.row * all + p.unit;
     p.n = 1;
@@ -68,106 +71,6 @@ struct Seat {
   }
 };
 
-// The steps at which any row of a cluster is computed.
-struct Span {
-  int64_t begin, end;
-};
-template <class S>
-__device__ __forceinline__ Span span_of(const Timeline<S>& timeline, const SequenceArgs<S>& args,
-                                        int64_t row, int rows) {
-  if (timeline.full()) return {0, args.t};
-  int64_t longest = 0;
-  for (int64_t r = row; r < row + rows && r < args.b; ++r) {
-    const int64_t length = timeline.length(r);
-    longest = length > longest ? length : longest;
-  }
-  return args.reverse ? Span{args.t - longest, args.t} : Span{0, longest};
-}
-
-// ---- A warp's weights: kHeld chunks in registers, the others in shared memory.
-
-template <class S, int kSlots, int kHeld>
-struct ClusterWeights {
-  Piece<S> held[kHeld][kSlots];
-  Piece<S>* rest;  // [chunks - kHeld, kSlots, 32]
-
-  // row(slot) is the lane's row of a slot and value(chunk, row) its piece of it.
-  template <class M, class Value>
-  __device__ __forceinline__ void load(Piece<S>* shared, int chunks, const Value& value) {
-    const int lane = threadIdx.x % kWarpSize;
-    rest = shared + lane;
-    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
-      FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
-        held[c][slot] = operand<M>(value(c, slot));
-      }
-    }
-    FRNN_ROLLED for (int c = kHeld; c < chunks; ++c) {
-      FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
-        rest[((c - kHeld) * kSlots + slot) * kWarpSize] = operand<M>(value(c, slot));
-      }
-    }
-  }
-};
-
-// The piece at k of a row of size `end`, zeros beyond; 16 bytes at a time where `aligned`, else
-// value by value through a place in shared memory, since values that end up in registers all at
-// once would take more of them than there are.
-template <class S>
-__device__ __forceinline__ Piece<S> weights_at(const S* row, int64_t k, int64_t end, bool aligned,
-                                               Piece<S>* scratch) {
-  if (aligned) return k < end ? read_piece(reinterpret_cast<const Piece<S>*>(row + k)) : Piece<S>{};
-  FRNN_ROLLED for (int i = 0; i < Piece<S>::kValues; ++i) {
-    scratch[threadIdx.x].v[i] = k + i < end ? row[k + i] : S{};
-  }
-  return read_piece(scratch + threadIdx.x);
-}
-
-// The sums of kSlots slots over all chunks of an operand of eight rows. Few slots are summed in
-// several parts, since an instruction waits for the one before on the same sums.
-template <class M, int kSlots, int kHeld>
-struct ClusterProduct {
-  using S = typename M::S;
-  static constexpr int kParts = kSlots >= 8 ? 1 : kSlots >= 4 ? 2 : 4;
-  typename M::template Sums<kSlots, 1> parts[kParts];
-
-  __device__ __forceinline__ void run(const ClusterWeights<S, kSlots, kHeld>& weights,
-                                      const Piece<S>* operand, int chunks) {
-    operand += threadIdx.x % kWarpSize;
-    Piece<S> b[kHeld][1];
-    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) b[c][0] = read_piece(operand + c * kWarpSize);
-    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) { parts[c % kParts].add(weights.held[c], 0, b[c]); }
-    const Piece<S>* rest = weights.rest;
-    FRNN_ROLLED for (int c = kHeld; c < chunks; c += kParts) {
-      FRNN_UNROLL for (int part = 0; part < kParts; ++part) {
-        if (c + part >= chunks) break;
-        Piece<S> a[kSlots], x[1] = {read_piece(operand + (c + part) * kWarpSize)};
-        FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
-          a[slot] = read_piece(rest + slot * kWarpSize);
-        }
-        rest += kSlots * kWarpSize;
-        parts[part].add(a, 0, x);
-      }
-    }
-  }
-  __device__ __forceinline__ float get(int slot, int column) const {
-    float sum = parts[0].get(slot, 0, column);
-    FRNN_UNROLL for (int i = 1; i < kParts; ++i) sum += parts[i].get(slot, 0, column);
-    return sum;
-  }
-};
-
-// Value k of row `column` of an operand.
-template <class S>
-__device__ __forceinline__ S& operand_at(Piece<S>* operand, int k, int column) {
-  constexpr int kValues = Piece<S>::kValues;
-  return operand[(k / kValues / 4 * 8 + column) * 4 + k / kValues % 4].v[k % kValues];
-}
-
-template <class T>
-__device__ __forceinline__ void clear(T* array, int64_t n) {
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) array[i] = T{};
-}
-
 // Initialised mbarriers, seen by all that will use them; and all shared memory written before.
 template <int kBlocks>
 __device__ __forceinline__ void begin_exchange(uint64_t* barriers, int n) {
@@ -177,6 +80,7 @@ __device__ __forceinline__ void begin_exchange(uint64_t* barriers, int n) {
       for (int i = 0; i < n; ++i) mbarrier_init(barriers + i, 1);
       fence_mbarrier_init();
     }
+    fence_proxy_async();
     cluster_arrive();
     cluster_wait();
   }
@@ -209,7 +113,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   const Timeline<S>& timeline = steps.timeline();
   const Span span = span_of(timeline, f, seat.row, kTiles * kTileColumns);
 
-  ClusterWeights<S, kSlots, kHeld> weights;
+  ResidentWeights<S, kSlots, kHeld> weights;
   {
     const auto first = reinterpret_cast<Piece<S>*>(shared + shape.weights) +
                        seat.warp * (chunks - kHeld) * kSlots * kWarpSize;
@@ -237,19 +141,30 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     const Place p = place<1>(seat.row + i / f.h, i % f.h, f.h);
     if (p.row >= f.b) break;
     const int column = static_cast<int>(i / f.h);
-    const V h = steps.template entering<false>(span.begin, p, 0, V(0));
+    const V h = steps.entering(timeline.entry(span.begin, p.row), p, 0, V(0));
     operand_at(h_of(column / kTileColumns, 0), static_cast<int>(p.unit), column % kTileColumns) =
         M::operand(static_cast<S>(h));
   }
   typename Steps::Inputs in[kTiles][kResults] = {};
   S gx[kTiles][kResults][kGates] = {};
+  Entry now[kTiles][2] = {}, next[kTiles][2] = {};  // of step s, and of the one after it
   const auto each = [&](int tile, const auto& body) {
     FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
       Place p;
       if (seat.find(tile, i, f.b, f.h, p)) body(i, p);
     }
   };
-  const auto read_gx = [&](int64_t s, int tile) {
+  const auto entries = [&](int64_t s, int tile, Entry(&of)[2]) {
+    FRNN_UNROLL for (int j = 0; j < 2; ++j) {
+      const int64_t row = seat.row_at(tile, j);
+      of[j] = row < f.b ? timeline.entry(s, row) : Entry::kNone;
+    }
+  };
+  const auto read_ahead = [&](int64_t s, int tile) {
+    if (!timeline.full()) {
+      FRNN_UNROLL for (int j = 0; j < 2; ++j) now[tile][j] = next[tile][j];
+      entries(s + 1, tile, next[tile]);
+    }
     each(tile, [&](int i, const Place& p) {
       const S* row = f.gx + (timeline.time(s) * f.b + p.row) * kGates * f.h + p.unit;
       FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gx[tile][i][gate] = row[gate * f.h];
@@ -260,12 +175,13 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       steps.start_h(p);
       steps.start_others(p);
       for (int j = 0; j < kStates; ++j) {
-        in[tile][i].state[j] = steps.template entering<false>(span.begin, p, j, V(0));
+        in[tile][i].state[j] = steps.entering(timeline.entry(span.begin, p.row), p, j, V(0));
       }
       steps.read_bias(p, in[tile][i]);
       for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
     });
-    if (span.begin < span.end) read_gx(span.begin, tile);
+    entries(span.begin, tile, next[tile]);
+    if (span.begin < span.end) read_ahead(span.begin, tile);
   }
   begin_exchange<kBlocks>(barriers, kTiles * 2);
 
@@ -275,19 +191,19 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       const int rows = seat.rows_of(tile, f.b);
       if (rows == 0) break;
-      uint64_t* const next = barriers + tile * 2 + (n + 1) % 2;
+      uint64_t* const arrival = barriers + tile * 2 + (n + 1) % 2;
       if constexpr (kBlocks == 1) {
         __syncthreads();
       } else {
         if (n > 0) mbarrier_wait(barriers + tile * 2 + n % 2, (n - 1) / 2 % 2);
         if (more && threadIdx.x == 0) {
-          mbarrier_arrive_expect_tx(next, rows * kBlocks * seat.units * sizeof(S));
+          mbarrier_arrive_expect_tx(arrival, rows * kBlocks * seat.units * sizeof(S));
         }
       }
-      ClusterProduct<M, kSlots, kHeld> product;
-      product.run(weights, h_of(tile, n), chunks);
+      ResidentProduct<M, kSlots, kHeld> product;
+      product.run(weights, chunks, from_shared(h_of(tile, n), chunks));
 
-      // Rows and units that are not there take part: all of theirs is 0, and remains so.
+      // Rows and units that are not there take part, up to what they would pass on.
       typename Steps::Outcome result[kResults];
       FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
         V of_x[kGates], of_h[kGates];
@@ -298,11 +214,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         result[i] = steps.compute(of_x, of_h, in[tile][i]);
         FRNN_UNROLL for (int j = 0; j < kStates; ++j) in[tile][i].state[j] = result[i].out[j];
       }
-      if (!plain) {
+      if (!timeline.full()) {
         each(tile, [&](int i, const Place& p) {
-          if (!timeline.computed(s, p.row)) result[i] = {};
+          if (now[tile][i % 2] == Entry::kNone) result[i] = {};
           FRNN_UNROLL for (int j = 0; j < kStates; ++j) {
-            in[tile][i].state[j] = steps.template entering<false>(s + 1, p, j, result[i].out[j]);
+            in[tile][i].state[j] = steps.entering(next[tile][i % 2], p, j, result[i].out[j]);
           }
         });
       }
@@ -310,6 +226,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
         h[i] = static_cast<S>(in[tile][i].state[0]);
         in[tile][i].state[0] = static_cast<V>(h[i]);
+        if (seat.unit(i / 2) >= f.h) h[i] = S{};  // or a NaN would come back, times 0
       }
 
       if (more) {
@@ -330,7 +247,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
           }
           __syncwarp();
           FRNN_UNROLL for (int i = 0; i < kPieces * kBlocks; i += kWarpSize) {
-            const int piece = (i + seat.lane) % kPieces, to_rank = (i + seat.lane) / kPieces;
+            const int piece = (i + seat.lane) % kPieces;
+            const int to_rank = ((i + seat.lane) / kPieces + seat.rank) % kBlocks;
             const int column = piece / kOfRow % kTileColumns;
             const int group = piece / kOfRow / kTileColumns;
             const int unit = seat.rank * seat.units + (seat.warp * kGroups + group) * kSlotRows +
@@ -338,12 +256,13 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
             const uint4 value = *reinterpret_cast<const uint4*>(stage + piece);
             if (column < rows) {
               store_async(map_rank(&operand_at(to, unit, column), to_rank), value,
-                          map_rank(next, to_rank));
+                          map_rank(arrival, to_rank));
             }
           }
           __syncwarp();
         }
       }
+      if (more) read_ahead(s + 1, tile);
       each(tile, [&](int i, const Place& p) {
         if (plain) {
           steps.template keep<true>(s, p, result[i]);
@@ -351,7 +270,6 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
           steps.template keep<false>(s, p, result[i]);
         }
       });
-      if (more) read_gx(s + 1, tile);
     }
   }
 
@@ -397,7 +315,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   const Timeline<S>& timeline = steps.timeline();
   const Span span = span_of(timeline, f, seat.row, kTiles * kTileColumns);
 
-  ClusterWeights<S, kSlots, kHeld> weights;
+  ResidentWeights<S, kSlots, kHeld> weights;
   {
     const auto first = reinterpret_cast<Piece<S>*>(shared + shape.weights) +
                        seat.warp * (chunks - kHeld) * kSlots * kWarpSize;
@@ -422,27 +340,24 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   __syncthreads();
   clear(dgates_of(0, 0), int64_t{kTiles} * shape.operands * chunks * kWarpSize);
 
-  typename Steps::OfH of_h[kTiles][kResults] = {};
-  typename Steps::OfCell of_cell[kTiles][kResults] = {};
-  V product[kTiles][kResults] = {};
+  typename Steps::Ahead ahead[kTiles][kResults] = {};
+  V carried[kTiles][kResults][kStates] = {}, product[kTiles][kResults] = {};
+  Entry now[kTiles][2] = {}, after[kTiles][2] = {};  // of step s, and of the one computed after it
   const auto each = [&](int tile, const auto& body) {
     FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
       Place p;
       if (seat.find(tile, i, f.b, f.h, p)) body(i, p);
     }
   };
-  const auto plain_at = [&](int64_t s) { return timeline.full() && s > 0 && s + 1 < f.t; };
-  const auto read = [&](int64_t s, int tile) {
-    each(tile, [&](int i, const Place& p) {
-      if (plain_at(s)) {
-        of_h[tile][i] = steps.template read_upstream<true>(s, p);
-        of_cell[tile][i] = steps.template read_saved<true>(s, p);
-      } else {
-        of_h[tile][i] = steps.template read_upstream<false>(s, p);
-        of_cell[tile][i] = {};
-        if (s >= 0) of_cell[tile][i] = steps.template read_saved<false>(s, p);
-      }
-    });
+  // Of step s, once step s + 1 is done; carried is what that left.
+  const auto read_ahead = [&](int64_t s, int tile) {
+    FRNN_UNROLL for (int j = 0; j < 2; ++j) {
+      const int64_t row = seat.row_at(tile, j);
+      after[tile][j] = now[tile][j];
+      now[tile][j] = row < f.b ? timeline.entry(s, row) : Entry::kNone;
+    }
+    each(tile,
+         [&](int i, const Place& p) { ahead[tile][i] = steps.read_ahead(s, p, carried[tile][i]); });
   };
   const auto gates_at = [&](int64_t s) {
     const int64_t gates = timeline.time(s) * f.b * kGates * f.h;
@@ -456,14 +371,14 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       for (int64_t s = span.end; s < f.t; ++s) skip(s, p);
       for (int64_t s = 0; s < span.begin; ++s) skip(s, p);
     });
-    if (span.begin < span.end) read(span.end - 1, tile);
+    if (span.begin < span.end) read_ahead(span.end - 1, tile);
   }
   begin_exchange<kBlocks>(barrier_of(0, 0) - seat.warp, kTiles * 2 * shape.warps);
   if (span.begin == span.end) return;
 
   for (int64_t s = span.end - 1; s >= span.begin - 1; --s) {
     const int64_t n = span.end - 1 - s;
-    const bool plain = plain_at(s), more = s >= span.begin;
+    const bool more = s >= span.begin;
     FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       const int rows = seat.rows_of(tile, f.b);
       if (rows == 0) break;
@@ -486,34 +401,34 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         }
       }
 
-      // Rows and units that are not there take part: all of theirs is 0, and remains so.
-      V dh[kResults];
+      // Rows and units that are not there take part, up to what they would pass on.
+      typename Steps::Outcome result[kResults];
       FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
-        of_h[tile][i].carried = of_cell[tile][i].carried[0];
-        dh[i] = steps.template gradient_of_h<true>(s, {}, product[tile][i], of_h[tile][i]);
-      }
-      if (!plain) {
-        each(tile, [&](int i, const Place& p) {
-          dh[i] = steps.template gradient_of_h<false>(s, p, product[tile][i], of_h[tile][i]);
-        });
+        const typename Steps::OfH of_h = steps.of_h(ahead[tile][i], carried[tile][i]);
+        const Entry next = after[tile][i % 2];
+        V dh = product[tile][i] + of_h.last + of_h.dy;
+        if (Cell::kReadsH) dh += of_h.carried;
+        if (next != Entry::kCarried) {
+          Place p;
+          const bool there = seat.find(tile, i, f.b, f.h, p);
+          dh = steps.gradient_of_h(there ? next : Entry::kNone, p, product[tile][i], of_h);
+        }
+        result[i] = steps.compute(dh, steps.of_cell(ahead[tile][i], carried[tile][i]));
+        steps.cut(now[tile][i % 2], result[i]);
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) carried[tile][i][j] = result[i].carried[j];
       }
       if (!more) continue;
 
-      typename Steps::Outcome result[kResults];
-      FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
-        result[i] = steps.compute(dh[i], of_cell[tile][i]);
-      }
-      if (!plain) each(tile, [&](int i, const Place& p) { steps.cut(s, p, result[i]); });
-
       FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
         FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+          const V dgate = seat.unit(i / 2) < f.h ? result[i].dgh[gate] : V(0);
           operand_at(dgates_of(tile, n), gate * units + seat.own_unit(i / 2),
-                     seat.lane % 4 * 2 + i % 2) = M::operand(static_cast<S>(result[i].dgh[gate]));
+                     seat.lane % 4 * 2 + i % 2) = M::operand(static_cast<S>(dgate));
         }
       }
       __syncthreads();
-      ClusterProduct<M, kSlots, kHeld> sums;
-      sums.run(weights, dgates_of(tile, n), chunks);
+      ResidentProduct<M, kSlots, kHeld> sums;
+      sums.run(weights, chunks, from_shared(dgates_of(tile, n), chunks));
       if (shape.operands == 1) __syncthreads();
       if constexpr (kBlocks == 1) {
         FRNN_UNROLL for (int i = 0; i < kResults; ++i) product[tile][i] = sums.get(i / 2, i % 2);
@@ -526,10 +441,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         FRNN_UNROLL for (int slot = 0; slot < kSlots; slot += 2) {
           uint32_t mine[2], other[2];
           FRNN_UNROLL for (int j = 0; j < 2; ++j) {
-            const auto first = __builtin_bit_cast(uint32_t, sums.get(slot, j));
-            const auto second = __builtin_bit_cast(uint32_t, sums.get(slot + 1, j));
-            mine[j] = odd ? second : first;
-            other[j] = __shfl_xor_sync(~0u, odd ? first : second, 1);
+            const float first = sums.get(slot, j), second = sums.get(slot + 1, j);
+            mine[j] = __builtin_bit_cast(uint32_t, odd ? second : first);
+            other[j] = __shfl_xor_sync(~0u, __builtin_bit_cast(uint32_t, odd ? first : second), 1);
           }
           const uint4 four = odd ? uint4{other[0], other[1], mine[0], mine[1]}
                                  : uint4{mine[0], mine[1], other[0], other[1]};
@@ -539,18 +453,12 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
           }
         }
       }
+      const Entry entered[2] = {now[tile][0], now[tile][1]};
+      read_ahead(s - 1, tile);
       each(tile, [&](int i, const Place& p) {
         steps.keep_gates(p, result[i], gates_at(s));
-        if (!plain && timeline.entry(s, p.row) == Entry::kInitial) {
-          steps.template keep_carried<false>(s, p, result[i]);
-        }
+        if (entered[i % 2] == Entry::kInitial) steps.template keep_carried<false>(s, p, result[i]);
       });
-      read(s - 1, tile);
-      FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
-        FRNN_UNROLL for (int j = 0; j < kStates; ++j) {
-          of_cell[tile][i].carried[j] = result[i].carried[j];
-        }
-      }
     }
   }
 #endif

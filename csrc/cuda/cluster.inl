@@ -23,7 +23,7 @@ bool run_clusters(const char* name, void (*kernel)(Args, ClusterShape), const Ar
                    .cluster = shape.blocks,
                    .smem = static_cast<size_t>(shape.bytes),
                    .stream = static_cast<cudaStream_t>(stream)};
-  allow_shared_memory(name, kernel, how.smem);
+  allow_shared_memory(name, kernel, current_device().shared_memory);
   if (shape.blocks > 1 && resident_clusters(name, kernel, how) == 0) return false;
   launch(name, kernel, how, args, shape);
   return true;

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The choice of the algorithm.
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
 #include "cuda/driver.h"
 #include "cuda/primitives.h"
 
@@ -10,36 +14,82 @@ namespace {
 constexpr const Standard* kStandard[] = {&kStandardFloat16, &kStandardBfloat16, &kStandardTf32,
                                          &kStandardFloat32, &kStandardFloat64};
 constexpr const Clusters* kClusters[] = {&kClustersFloat16, &kClustersBfloat16, &kClustersTf32};
+constexpr const Grids* kGrids[] = {&kGridsFloat16, &kGridsBfloat16, &kGridsTf32};
 
-// Runs a call by the algorithm that suits it, or by the standard one if the device cannot hold what
-// that needs.
-template <class Args, class Run>
-void run(int cell, Arithmetic arithmetic, bool backward, const Args& args, const Run& by) {
+// Whether blocks of a grid have waited for others in vain, for each device.
+class Watch {
+ public:
+  // Where a kernel says so, by `error_of`; null if there is no place, or if one has.
+  uint32_t* words() {
+    const std::lock_guard lock(mutex_);
+    if (words_ == nullptr) words_ = host_words(kWords);
+    return lost_ ? nullptr : words_;
+  }
+
+  // Throws if one has since this was last asked.
+  void check() {
+    const std::lock_guard lock(mutex_);
+    if (words_ == nullptr || *const_cast<volatile uint32_t*>(words_) == 0) return;
+    const std::string shape =
+        "B = " + std::to_string(words_[1]) + ", H = " + std::to_string(words_[2]);
+    words_[0] = 0;
+    lost_ = true;
+    throw std::runtime_error("CUDA kernel forward_grid, called before with " + shape +
+                             ": its blocks waited for each other in vain, and its outputs are NaN; "
+                             "from now on this device runs without such kernels");
+  }
+
+ private:
+  static constexpr int kWords = 3;
+  std::mutex mutex_;
+  uint32_t* words_ = nullptr;
+  bool lost_ = false;
+};
+
+Watch& watch() {
+  static Watch watches[128];
+  return watches[current_device_index() % 128];
+}
+
+template <class Args>
+Choice choice_for(int cell, Arithmetic arithmetic, bool backward, const Args& args) {
   const Call call{
       args.b, args.h, args.p, cell_facts(cell).gates, arithmetic, backward, args.w_hr != nullptr};
-  const Choice choice = choose(call, current_device());
-  const int index = static_cast<int>(arithmetic);
-  if (choice.algorithm == Algorithm::kCluster && args.t > 0 &&
-      by(*kClusters[index], choice.cluster)) {
-    return;
-  }
-  by(*kStandard[index]);
+  Device device = current_device();
+  device.waits = device.waits && watch().words() != nullptr;
+  return args.b == 0 || args.t == 0 ? Choice{} : choose(call, device);
 }
 
 }  // namespace
 
+int64_t forward_exchange_bytes(int cell, Arithmetic arithmetic, const Forward<void, void>& args) {
+  return choice_for(cell, arithmetic, false, args).grid.exchange;
+}
+
+// By the algorithm that suits the call, or the standard one if the device has no room for the
+// other's blocks.
 void forward(int cell, Arithmetic arithmetic, const Forward<void, void>& args, void* stream) {
-  if (args.b == 0) return;
-  run(cell, arithmetic, false, args, [&](const auto& driver, const auto&... shape) {
-    return driver.forward(cell, args, shape..., stream);
-  });
+  watch().check();
+  const int index = static_cast<int>(arithmetic);
+  const Choice choice = choice_for(cell, arithmetic, false, args);
+  bool ran = args.b == 0;
+  if (choice.algorithm == Algorithm::kCluster) {
+    ran = kClusters[index]->forward(cell, args, choice.cluster, stream);
+  } else if (choice.algorithm == Algorithm::kGrid && args.exchange != nullptr) {
+    ran = kGrids[index]->forward(cell, args, choice.grid, watch().words(), stream);
+  }
+  if (!ran) kStandard[index]->forward(cell, args, stream);
 }
 
 void backward(int cell, Arithmetic arithmetic, const Backward<void, void>& args, void* stream) {
-  if (args.b == 0) return;
-  run(cell, arithmetic, true, args, [&](const auto& driver, const auto&... shape) {
-    return driver.backward(cell, args, shape..., stream);
-  });
+  watch().check();
+  const int index = static_cast<int>(arithmetic);
+  const Choice choice = choice_for(cell, arithmetic, true, args);
+  bool ran = args.b == 0;
+  if (choice.algorithm == Algorithm::kCluster) {
+    ran = kClusters[index]->backward(cell, args, choice.cluster, stream);
+  }
+  if (!ran) kStandard[index]->backward(cell, args, stream);
 }
 
 }  // namespace frnn::cuda

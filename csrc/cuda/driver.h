@@ -22,13 +22,22 @@ extern const Standard kStandardTf32;
 extern const Standard kStandardFloat32;
 extern const Standard kStandardFloat64;
 
-// False, and nothing done, if the device has no room for such a cluster.
+// False, and nothing done, if the device has no room for such blocks.
 struct Clusters {
   bool (*forward)(int cell, const Forward<void, void>& args, const ClusterShape& shape,
                   void* stream);
   bool (*backward)(int cell, const Backward<void, void>& args, const ClusterShape& shape,
                    void* stream);
 };
+
+struct Grids {
+  bool (*forward)(int cell, const Forward<void, void>& args, const GridShape& shape,
+                  uint32_t* error, void* stream);
+};
+
+extern const Grids kGridsFloat16;
+extern const Grids kGridsBfloat16;
+extern const Grids kGridsTf32;
 
 extern const Clusters kClustersFloat16;
 extern const Clusters kClustersBfloat16;

@@ -95,6 +95,7 @@ struct Device {
   int multiprocessors;
   int capability;     // 90 for 9.0
   int shared_memory;  // bytes that a block may have
+  bool waits = true;  // blocks may wait for each other, and none ever waited in vain
 };
 
 // A cluster of blocks owns a few tiles of rows for all steps, and a block of it some units.
@@ -205,9 +206,62 @@ constexpr ClusterShape cluster_shape(int64_t rows, int64_t units, int gates, Ari
   return kNone;
 }
 
+// ---- The grid algorithm.
+
+constexpr int kGridWarps = 8, kGridGroups = 2;
+constexpr int kGridUnits = kGridGroups * kSlotRows;  // of a block
+
+constexpr int grid_slots(int gates) { return gates * kGridGroups; }
+
+// Chunks of a warp's weights in registers.
+constexpr int grid_held(int gates) {
+  const int fit = 32 / grid_slots(gates);
+  return fit < 8 ? fit : 8;
+}
+
+// A team of blocks owns a few tiles of rows for all steps, and a block of it kGridUnits units.
+struct GridShape {
+  int teams, blocks;  // and blocks of a team; no teams where the algorithm cannot be used
+  int tiles;          // of a team
+  int chunks, each;   // of k: of all, and of a warp
+  int sums, failed;   // shared memory of a block: where its sums begin, its flags,
+  int bytes;          // and all
+  int64_t exchange;   // bytes of global memory
+  uint64_t patience;  // clock cycles after which a block gives up its wait for others
+};
+
+// The shape for `rows` rows of `units` units with so many gates: as many teams as the rows' tiles,
+// if there is room for them, else half as many with two tiles each. All blocks must be resident at
+// once. Reasoned, not measured.
+constexpr GridShape grid_shape(int64_t rows, int64_t units, int gates, Arithmetic arithmetic,
+                               const Device& device) {
+  constexpr GridShape kNone{};
+  constexpr uint64_t kPatience = 4'000'000'000;  // about two seconds
+  const bool tensor_cores =
+      arithmetic != Arithmetic::kFloat32 && arithmetic != Arithmetic::kFloat64;
+  const int64_t blocks = divide_up(units, kGridUnits), tiles = divide_up(rows, kTileColumns);
+  if (!device.waits || !tensor_cores || blocks > device.multiprocessors) return kNone;
+  const int64_t room = device.multiprocessors / blocks;
+  if (tiles > 2 * room) return kNone;
+  GridShape shape{};
+  shape.tiles = tiles > room ? 2 : 1;
+  shape.teams = static_cast<int>(divide_up(tiles, shape.tiles));
+  shape.blocks = static_cast<int>(blocks);
+  shape.chunks = static_cast<int>(divide_up(blocks * kGridUnits * value_bytes(arithmetic), 64));
+  shape.each = static_cast<int>(divide_up(shape.chunks, kGridWarps));
+  const int slots = grid_slots(gates), held = grid_held(gates);
+  const int rest = shape.each > held ? shape.each - held : 0;
+  shape.sums = kGridWarps * rest * slots * kChunkBytes;
+  shape.failed = shape.sums + 2 * kGridWarps * shape.tiles * slots * kSlotRows * kTileColumns * 4;
+  shape.bytes = shape.failed + 16;
+  shape.exchange = int64_t{shape.teams} * 4 * shape.tiles * shape.chunks * kChunkBytes;
+  shape.patience = kPatience;
+  return shape.bytes <= device.shared_memory ? shape : kNone;
+}
+
 // ---- The choice.
 
-enum class Algorithm { kStandard, kCluster };
+enum class Algorithm { kStandard, kCluster, kGrid };
 
 struct Call {
   int64_t rows, hidden, out;  // B, H, P
@@ -219,15 +273,22 @@ struct Call {
 struct Choice {
   Algorithm algorithm;
   ClusterShape cluster;  // of Algorithm::kCluster
+  GridShape grid;        // of Algorithm::kGrid
 };
 
 constexpr Choice choose(const Call& call, const Device& device) {
   Choice choice{};
-  if (!call.projection) {
-    choice.cluster =
-        cluster_shape(call.rows, call.hidden, call.gates, call.arithmetic, call.backward, device);
+  if (call.projection) return choice;
+  choice.cluster =
+      cluster_shape(call.rows, call.hidden, call.gates, call.arithmetic, call.backward, device);
+  if (choice.cluster.blocks > 0) {
+    choice.algorithm = Algorithm::kCluster;
+    return choice;
   }
-  choice.algorithm = choice.cluster.blocks > 0 ? Algorithm::kCluster : Algorithm::kStandard;
+  if (!call.backward) {
+    choice.grid = grid_shape(call.rows, call.hidden, call.gates, call.arithmetic, device);
+  }
+  if (choice.grid.teams > 0) choice.algorithm = Algorithm::kGrid;
   return choice;
 }
 

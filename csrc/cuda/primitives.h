@@ -41,6 +41,7 @@ struct Launch {
 
 #else
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -84,8 +85,30 @@ inline Device current_device() {
           ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
+inline int current_device_index() {
+  int index = 0;
+  check("of a device", cudaGetDevice(&index));
+  return index;
+}
+
+// `n` words of zeros that kernels of all devices reach and that the host can read at any time; null
+// if there are none now, as during the capture of a graph.
+inline uint32_t* host_words(int n) {
+  void* words = nullptr;
+  if (cudaHostAlloc(&words, n * sizeof(uint32_t), cudaHostAllocPortable) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return static_cast<uint32_t*>(std::memset(words, 0, n * sizeof(uint32_t)));
+}
+
+// Sets bytes of global memory, in the order of the stream.
+inline void fill(const char* name, void* p, int value, size_t bytes, cudaStream_t stream) {
+  check(name, cudaMemsetAsync(p, value, bytes, stream));
+}
+
 // Lets a kernel on the current device have as many bytes of dynamic shared memory, for all later
-// launches: without it 48 KB.
+// launches, other threads' too: without it 48 KB.
 template <class... P>
 void allow_shared_memory(const char* name, void (*kernel)(P...), size_t bytes) {
   check(name,
@@ -137,8 +160,23 @@ int resident_clusters(const char* name, void (*kernel)(P...), const Launch& how)
   const void* function = reinterpret_cast<const void*>(kernel);
   const Configuration of(name, function, how);
   int clusters = 0;
-  check(name, cudaOccupancyMaxActiveClusters(&clusters, function, &of.config));
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, function, &of.config);
+  if (error == cudaErrorInvalidClusterSize) {
+    cudaGetLastError();
+    return 0;
+  }
+  check(name, error);
   return clusters;
+}
+
+// How many blocks of such a launch the current device can hold at once.
+template <class... P>
+int resident_blocks(const char* name, void (*kernel)(P...), const Launch& how) {
+  int of_each = 0;
+  check(name, cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                  &of_each, reinterpret_cast<const void*>(kernel), static_cast<int>(how.block.x),
+                  how.smem));
+  return of_each * current_device().multiprocessors;
 }
 
 // Launches kernel(args...) as described; a failure throws and names the kernel.
@@ -365,6 +403,9 @@ __device__ __forceinline__ void red_release_add(uint32_t* p, uint32_t v) {
 // Orders this thread's accesses before it and after it for all threads of the device, with
 // relaxed accesses around it (membar, fence).
 __device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// The same for the host too.
+__device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // A word the host reads while the kernel runs (pinned memory), such as an error code.
 __device__ __forceinline__ void store_system(uint32_t* p, uint32_t v) {

@@ -19,6 +19,8 @@ struct Forward : ForwardArgs<S, A> {
   A* states_step;  // [S-1, B, H]
   S* m_step;       // [B, H], or null if m is given or there is no projection
 
+  void* exchange;  // as many bytes as forward_exchange_bytes says, or null if that is 0
+
   int copied;  // set by the driver: bytes at a time in which products copy their rows, see
                // product()
 };
@@ -34,6 +36,10 @@ struct Backward : BackwardArgs<S, A> {
 
   int copied;  // as in Forward
 };
+
+// How many bytes forward needs for what its blocks send each other, on the current device; only
+// sizes and w_hr are read.
+int64_t forward_exchange_bytes(int cell, Arithmetic arithmetic, const Forward<void, void>& args);
 
 // Queue the kernels on a cudaStream_t of the current device. A launch that fails throws
 // std::runtime_error.

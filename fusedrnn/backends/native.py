@@ -87,14 +87,15 @@ class CudaPlan(NamedTuple):
     algorithm: str
     units: int  # of a block
     rows: int
-    along_units: int  # blocks; of a cluster those along units
-    along_rows: int
+    along_units: int  # blocks: of a cluster, of a team
+    along_rows: int  # blocks, clusters, teams
 
     def __str__(self) -> str:
         block = f"{self.units} units x {self.rows} rows"
-        if self.algorithm == "cluster":
-            clusters = "1 cluster" if self.along_rows == 1 else f"{self.along_rows} clusters"
-            return f"cluster (one launch, {clusters} of {self.along_units} blocks of {block})"
+        if self.algorithm in ("cluster", "grid"):
+            what = "cluster" if self.algorithm == "cluster" else "team"
+            some = f"1 {what}" if self.along_rows == 1 else f"{self.along_rows} {what}s"
+            return f"{self.algorithm} (one launch, {some} of {self.along_units} blocks of {block})"
         blocks = f"{self.along_units} x {self.along_rows} blocks of {block}"
         return f"standard (a launch a step, {blocks})"
 
@@ -111,7 +112,7 @@ def cuda_plan(
         *map(ctypes.c_int64, (rows, hidden, proj or hidden)), len(request.cell.gates),
         ARITHMETICS.index(arithmetic), proj > 0, backward, *device, plan,
     )  # fmt: skip
-    return CudaPlan(("standard", "cluster")[algorithm], *plan)
+    return CudaPlan(("standard", "cluster", "grid")[algorithm], *plan)
 
 
 class Ops:

@@ -30,10 +30,10 @@ class Machine:
         self.backend, self.module = backend, module
 
     def choose(self, algorithm: str) -> None:
-        """A device on which calls that can run by ``algorithm`` do: "standard", or "cluster",
-        where one cluster of eight blocks fits at a time, and more rows make it one of two tiles."""
-        multiprocessors, capability = {"standard": (3, 80), "cluster": (16, 90)}[algorithm]
-        self.module.set_device(multiprocessors, capability)
+        """A device on which calls that can run by ``algorithm`` do: "standard", "cluster", where
+        one cluster of eight blocks fits at a time and more rows make it one of two tiles, "grid"."""
+        devices = {"standard": (3, 80, False), "cluster": (16, 90, False), "grid": (16, 80, True)}
+        self.module.set_device(*devices[algorithm])
 
     def ran(self) -> set[str]:
         """What was launched since this was last asked."""

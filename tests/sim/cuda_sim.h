@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
@@ -138,9 +139,19 @@ namespace frnn::cuda {
 inline Device simulated_device = {3, 80, 227 * 1024};
 inline Device current_device() { return simulated_device; }
 
+inline int current_device_index() { return 0; }
+inline uint32_t* host_words(int n) { return static_cast<uint32_t*>(std::calloc(n, 4)); }
+inline void fill(const char*, void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+}
+
 template <class... P>
 int resident_clusters(const char*, void (*)(P...), const Launch&) {
   return 1;
+}
+template <class... P>
+int resident_blocks(const char*, void (*)(P...), const Launch&) {
+  return simulated_device.multiprocessors;
 }
 
 template <class... P>
@@ -262,6 +273,7 @@ inline uint32_t load_acquire(const uint32_t* p) {
 }
 inline void store_release(uint32_t* p, uint32_t v) { sim::store_release(p, v); }
 inline void red_release_add(uint32_t* p, uint32_t v) { sim::red_release_add(p, v); }
+inline void fence_system() { sim::fence_gpu(); }
 inline void fence_gpu() { sim::fence_gpu(); }
 inline void store_system(uint32_t* p, uint32_t v) { sim::store_relaxed(p, v, 4); }
 

@@ -6,6 +6,7 @@
 
 #include <map>
 #include <string>
+#include <vector>
 
 #include "cuda/primitives.h"
 #include "cuda/standard.h"
@@ -53,6 +54,10 @@ void run_forward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int6
   set_sequence(args, t, b, h, p, reverse, from);
   SET(gx), SET(b_hh), SET(h0), SET(c0), SET(y), SET(h_n), SET(c_n), SET(c);
   SET(h_prev), SET(c_prev), SET(saved), SET(m), SET(h_step), SET(states_step), SET(m_step);
+  std::vector<unsigned char> exchange(
+      forward_exchange_bytes(cell, static_cast<Arithmetic>(arithmetic), args));
+  args.exchange =
+      exchange.empty() ? nullptr : guards.add("exchange", exchange.data(), exchange.size());
   frnn::sim::overlapping(
       [&] { forward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr); });
   guards.copy_back();
@@ -78,9 +83,8 @@ void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int
 PYBIND11_MODULE(cuda_kernels_sim, m) {
   m.def("set_seed", &frnn::sim::set_seed);
   m.def("launched", &frnn::sim::launched);
-  m.def("set_device", [](int multiprocessors, int capability) {
-    simulated_device.multiprocessors = multiprocessors;
-    simulated_device.capability = capability;
+  m.def("set_device", [](int multiprocessors, int capability, bool waits) {
+    simulated_device = {multiprocessors, capability, 227 * 1024, waits};
   });
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);

@@ -17,7 +17,7 @@ from fusedrnn.testing import Case, make_inputs, run_case
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
 
-@pytest.fixture(params=["standard", "cluster"])
+@pytest.fixture(params=["standard", "cluster", "grid"])
 def algorithm(machine, request):
     machine.choose(request.param)
     return request.param
@@ -97,6 +97,26 @@ def test_the_schedule_changes_no_bit(machine, simulated, hidden):
         machine.module.set_seed(seed)
         runs.append(run_case(case, inputs, simulated))
     assert all(torch.equal(t, runs[1][name]) for name, t in runs[0].items())
+
+
+@pytest.mark.parametrize("hidden", [20, 24, 136])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_relu"])
+def test_a_nan_stays_in_its_sequence(simulated, cell, hidden):
+    """A reset keeps it from later steps in forward and from earlier ones in backward; units that
+    fill a block up must not bring it back."""
+    case = Case(CELLS[cell], 4, 3, 4, hidden, dtype=torch.bfloat16, resets=True)
+    inputs = make_inputs(case)
+    resets = torch.zeros(4, 3, dtype=torch.bool)
+    resets[2] = True
+    inputs = replace(inputs, seq=inputs.seq._replace(resets=resets))
+    inputs.x[0, 0] = torch.nan
+    y = run_case(case, inputs, simulated)["y"]
+    assert y[:2, 0].isnan().all() and not y[2:].isnan().any() and not y[:, 1:].isnan().any()
+
+    inputs = replace(make_inputs(case), seq=inputs.seq)
+    inputs.grads["y"][3, 0] = torch.nan
+    dx = run_case(case, inputs, simulated)["dx"]
+    assert not dx[:2].isnan().any() and not dx[:, 1:].isnan().any()
 
 
 ARRAYS = {

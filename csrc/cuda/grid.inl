@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launches of the grid algorithm.
+#include "cuda/driver.h"
+#include "cuda/grid.cuh"
+
+namespace frnn::cuda {
+namespace {
+
+template <class Args>
+bool run_grid(const char* name, void (*kernel)(Args, GridShape, uint32_t*), const Args& args,
+              const GridShape& shape, uint32_t* error, void* stream) {
+  const Launch how{.grid = dim3(static_cast<unsigned>(shape.teams * shape.blocks)),
+                   .block = dim3(kGridThreads),
+                   .smem = static_cast<size_t>(shape.bytes),
+                   .cooperative = true,
+                   .stream = static_cast<cudaStream_t>(stream)};
+  allow_shared_memory(name, kernel, current_device().shared_memory);
+  if (resident_blocks(name, kernel, how) < shape.teams * shape.blocks) return false;
+  fill(name, args.exchange, 0xff, static_cast<size_t>(shape.exchange), how.stream);  // kEmpty
+  launch(name, kernel, how, args, shape, error);
+  return true;
+}
+
+template <class M>
+bool forward_in(int cell, const Forward<void, void>& args, const GridShape& shape, uint32_t* error,
+                void* stream) {
+  bool ran = false;
+  with_types<M>(cell, args, [&]<class Cell>(auto typed) {
+    typed.copied = common_unit({typed.h * int64_t{sizeof(typename M::S)}}, {typed.w_hh});
+    const auto kernel = shape.tiles == 1 ? forward_grid<Cell, M, 1> : forward_grid<Cell, M, 2>;
+    ran = run_grid("forward_grid", kernel, typed, shape, error, stream);
+  });
+  return ran;
+}
+
+}  // namespace
+}  // namespace frnn::cuda

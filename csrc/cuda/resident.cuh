@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// What kernels that run all steps have in common: weights that stay in registers and shared memory,
+// and their product with an operand of eight rows.
+#pragma once
+
+#include "cuda/product.cuh"
+#include "steps.h"
+
+namespace frnn::cuda {
+
+// The steps at which any row that a kernel owns is computed.
+struct Span {
+  int64_t begin, end;
+};
+template <class S>
+__device__ __forceinline__ Span span_of(const Timeline<S>& timeline, const SequenceArgs<S>& args,
+                                        int64_t row, int rows) {
+  if (timeline.full()) return {0, args.t};
+  int64_t longest = 0;
+  for (int64_t r = row; r < row + rows && r < args.b; ++r) {
+    const int64_t length = timeline.length(r);
+    longest = length > longest ? length : longest;
+  }
+  return args.reverse ? Span{args.t - longest, args.t} : Span{0, longest};
+}
+
+// ---- A warp's weights: kHeld chunks in registers, the others in shared memory.
+
+template <class S, int kSlots, int kHeld>
+struct ResidentWeights {
+  Piece<S> held[kHeld][kSlots];
+  Piece<S>* rest;  // [chunks - kHeld, kSlots, 32]
+
+  // value(chunk, slot) is the lane's piece of its row of a slot.
+  template <class M, class Value>
+  __device__ __forceinline__ void load(Piece<S>* shared, int chunks, const Value& value) {
+    const int lane = threadIdx.x % kWarpSize;
+    rest = shared + lane;
+    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
+      FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+        held[c][slot] = operand<M>(value(c, slot));
+      }
+    }
+    FRNN_ROLLED for (int c = kHeld; c < chunks; ++c) {
+      FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+        rest[((c - kHeld) * kSlots + slot) * kWarpSize] = operand<M>(value(c, slot));
+      }
+    }
+  }
+};
+
+// The piece at k of a row of size `end`, zeros beyond; 16 bytes at a time where `aligned`, else
+// value by value through a place in shared memory, since values that end up in registers all at
+// once would take more of them than there are.
+template <class S>
+__device__ __forceinline__ Piece<S> weights_at(const S* row, int64_t k, int64_t end, bool aligned,
+                                               Piece<S>* scratch) {
+  if (aligned) return k < end ? read_piece(reinterpret_cast<const Piece<S>*>(row + k)) : Piece<S>{};
+  FRNN_ROLLED for (int i = 0; i < Piece<S>::kValues; ++i) {
+    scratch[threadIdx.x].v[i] = k + i < end ? row[k + i] : S{};
+  }
+  return read_piece(scratch + threadIdx.x);
+}
+
+// The sums of kSlots slots over all chunks of an operand of eight rows. Few slots are summed in
+// several parts, since an instruction waits for the one before on the same sums.
+template <class M, int kSlots, int kHeld>
+struct ResidentProduct {
+  using S = typename M::S;
+  static constexpr int kParts = kSlots >= 8 ? 1 : kSlots >= 4 ? 2 : 4;
+  typename M::template Sums<kSlots, 1> parts[kParts];
+
+  // fetch(first, b) gets the pieces of kHeld chunks from `first` on, anything for those from
+  // `chunks` on.
+  template <class Fetch>
+  __device__ __forceinline__ void run(const ResidentWeights<S, kSlots, kHeld>& weights, int chunks,
+                                      const Fetch& fetch) {
+    Piece<S> b[kHeld][1];
+    fetch(0, b);
+    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) parts[c % kParts].add(weights.held[c], 0, b[c]);
+    const Piece<S>* rest = weights.rest;
+    FRNN_ROLLED for (int first = kHeld; first < chunks; first += kHeld) {
+      fetch(first, b);
+      FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
+        if (first + c >= chunks) break;
+        Piece<S> a[kSlots];
+        FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+          a[slot] = read_piece(rest + slot * kWarpSize);
+        }
+        rest += kSlots * kWarpSize;
+        parts[c % kParts].add(a, 0, b[c]);
+      }
+    }
+  }
+  __device__ __forceinline__ float get(int slot, int column) const {
+    float sum = parts[0].get(slot, 0, column);
+    FRNN_UNROLL for (int i = 1; i < kParts; ++i) sum += parts[i].get(slot, 0, column);
+    return sum;
+  }
+};
+
+// An operand is eight rows of k, in pieces: all of a row's q-th pieces of four lie together, and in
+// an order that spreads over the banks what a warp writes, pieces or single values, and what it
+// reads, lane (g, q) the q-th piece of row g.
+__device__ __forceinline__ int lane_in_chunk() {
+  const int g = threadIdx.x % kWarpSize / 4, q = threadIdx.x % 4;
+  return q * 8 + (g ^ 2 * q);
+}
+
+// Value k of row `column` of an operand.
+template <class S>
+__device__ __forceinline__ S& operand_at(Piece<S>* operand, int k, int column) {
+  constexpr int kValues = Piece<S>::kValues;
+  const int piece = k / kValues;
+  return operand[piece * 8 + (column ^ piece % 4 * 2)].v[k % kValues];
+}
+
+template <class T>
+__device__ __forceinline__ void clear(T* array, int64_t n) {
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) array[i] = T{};
+}
+
+// The pieces of an operand of at least kHeld chunks that lies in shared memory.
+template <class S>
+__device__ __forceinline__ auto from_shared(const Piece<S>* operand, int chunks) {
+  operand += lane_in_chunk();
+  return [operand, chunks](int first, auto& b) {
+    FRNN_UNROLL for (int c = 0; c < static_cast<int>(sizeof(b) / sizeof(b[0])); ++c) {
+      if (first == 0 || first + c < chunks) b[c][0] = read_piece(operand + (first + c) * kWarpSize);
+    }
+  };
+}
+
+}  // namespace frnn::cuda
