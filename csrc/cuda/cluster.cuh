@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
         }
       }
       ResidentProduct<M, kSlots, kHeld> product;
-      product.run(weights, chunks, from_shared(h_of(tile, n), chunks));
+      product.run(weights, chunks, from_shared<kHeld>(h_of(tile, n), chunks));
 
       // Rows and units that are not there take part, up to what they would pass on.
       typename Steps::Outcome result[kResults];
@@ -428,7 +428,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       }
       __syncthreads();
       ResidentProduct<M, kSlots, kHeld> sums;
-      sums.run(weights, chunks, from_shared(dgates_of(tile, n), chunks));
+      sums.run(weights, chunks, from_shared<kHeld>(dgates_of(tile, n), chunks));
       if (shape.operands == 1) __syncthreads();
       if constexpr (kBlocks == 1) {
         FRNN_UNROLL for (int i = 0; i < kResults; ++i) product[tile][i] = sums.get(i / 2, i % 2);

@@ -189,14 +189,15 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       const Piece<S>* const h = h_of(n, tile) + warp * each * kWarpSize + lane_in_chunk();
       ResidentProduct<M, kSlots, kHeld> product;
-      product.run(weights, each, [&](int first, Piece<S>(&b)[kHeld][1]) {
-        const uint4* from[kHeld];
-        uint4 v[kHeld] = {};
-        FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
+      product.run(weights, each, [&](int first, auto& b) {
+        constexpr int kBatch = decltype(product)::kBatch;
+        const uint4* from[kBatch];
+        uint4 v[kBatch] = {};
+        FRNN_UNROLL for (int c = 0; c < kBatch; ++c) {
           from[c] = reinterpret_cast<const uint4*>(h + (first + c) * kWarpSize);
         }
         if (!receive(from, needed(first, tile), v, shape.patience)) failed(n) = 1;
-        FRNN_UNROLL for (int c = 0; c < kHeld; ++c) b[c][0] = __builtin_bit_cast(Piece<S>, v[c]);
+        FRNN_UNROLL for (int c = 0; c < kBatch; ++c) b[c][0] = __builtin_bit_cast(Piece<S>, v[c]);
       });
       FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
         FRNN_UNROLL for (int j = 0; j < 2; ++j) sums_of(n, warp, tile, slot, j) =

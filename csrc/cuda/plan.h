@@ -140,10 +140,11 @@ constexpr int cluster_slots(int gates, int blocks, bool backward) {
   return cluster_groups(gates, blocks, backward) * (backward ? blocks : gates);
 }
 
-// Chunks of weights that are kept in registers, at most 128 of them, or 96 where a second tile
-// wants registers for what its cells read; the others are in shared memory.
+// Chunks of weights that are kept in registers, the others in shared memory: at most 128 registers,
+// or 96 where what cells need leaves no more.
 constexpr int cluster_held(int gates, int blocks, int tiles, bool backward) {
-  const int fit = (backward && tiles > 1 ? 24 : 32) / cluster_slots(gates, blocks, backward);
+  const bool fewer = backward ? blocks == 1 || tiles > 1 : gates == 3 && tiles > 1;
+  const int fit = (fewer ? 24 : 32) / cluster_slots(gates, blocks, backward);
   return backward || fit < 8 ? fit : 8;
 }
 

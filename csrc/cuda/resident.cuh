@@ -68,20 +68,25 @@ template <class M, int kSlots, int kHeld>
 struct ResidentProduct {
   using S = typename M::S;
   static constexpr int kParts = kSlots >= 8 ? 1 : kSlots >= 4 ? 2 : 4;
+  static constexpr int kBatch = kHeld % 4 == 0 ? 4 : kHeld;  // chunks of the operand at a time
   typename M::template Sums<kSlots, 1> parts[kParts];
 
-  // fetch(first, b) gets the pieces of kHeld chunks from `first` on, anything for those from
-  // `chunks` on.
+  // fetch(first, b) gets the pieces of kBatch chunks from `first` on, anything for those from
+  // `chunks` on; the first kHeld chunks are there in any case.
   template <class Fetch>
   __device__ __forceinline__ void run(const ResidentWeights<S, kSlots, kHeld>& weights, int chunks,
                                       const Fetch& fetch) {
-    Piece<S> b[kHeld][1];
-    fetch(0, b);
-    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) parts[c % kParts].add(weights.held[c], 0, b[c]);
-    const Piece<S>* rest = weights.rest;
-    FRNN_ROLLED for (int first = kHeld; first < chunks; first += kHeld) {
+    Piece<S> b[kBatch][1];
+    FRNN_UNROLL for (int first = 0; first < kHeld; first += kBatch) {
       fetch(first, b);
-      FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
+      FRNN_UNROLL for (int c = 0; c < kBatch; ++c) {
+        parts[(first + c) % kParts].add(weights.held[first + c], 0, b[c]);
+      }
+    }
+    const Piece<S>* rest = weights.rest;
+    FRNN_ROLLED for (int first = kHeld; first < chunks; first += kBatch) {
+      fetch(first, b);
+      FRNN_UNROLL for (int c = 0; c < kBatch; ++c) {
         if (first + c >= chunks) break;
         Piece<S> a[kSlots];
         FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
@@ -120,13 +125,14 @@ __device__ __forceinline__ void clear(T* array, int64_t n) {
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) array[i] = T{};
 }
 
-// The pieces of an operand of at least kHeld chunks that lies in shared memory.
-template <class S>
+// Fetches the pieces of an operand that lies in shared memory.
+template <int kHeld, class S>
 __device__ __forceinline__ auto from_shared(const Piece<S>* operand, int chunks) {
   operand += lane_in_chunk();
   return [operand, chunks](int first, auto& b) {
     FRNN_UNROLL for (int c = 0; c < static_cast<int>(sizeof(b) / sizeof(b[0])); ++c) {
-      if (first == 0 || first + c < chunks) b[c][0] = read_piece(operand + (first + c) * kWarpSize);
+      if (first < kHeld || first + c < chunks)
+        b[c][0] = read_piece(operand + (first + c) * kWarpSize);
     }
   };
 }
