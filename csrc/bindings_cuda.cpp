@@ -122,6 +122,10 @@ BackwardResult cuda_backward(OptionalTensor dy, OptionalTensor dc, OptionalTenso
   write(args.dgx, true, dgx);
   write(args.dgh, true, cell.additive ? dgx : dgh);
   write(args.dh, w_hr.has_value(), dh);
+  const int64_t bytes =
+      frnn::cuda::backward_exchange_bytes(static_cast<int>(cell_index), arithmetic, args);
+  const Tensor exchange = make(bytes > 0, {bytes}, ScalarType::Byte);
+  write(args.exchange, bytes > 0, exchange);
   frnn::cuda::backward(static_cast<int>(cell_index), arithmetic, args, device.stream());
   return {dgx, dgh, dh, dh0, dc0};
 }

@@ -343,6 +343,21 @@ class BackwardSteps {
     }
   }
 
+  // NaN in place of all that is returned; dgx and dgh are those of all steps.
+  FRNN_FN void spoil(const Place& p, S* dgx, S* dgh) const {
+    const V nan = V(0) / V(0);
+    for (int64_t i = 0; i < a_.t * kGates; ++i) {
+      const int64_t offset =
+          i / kGates * a_.b * kGates * a_.h + p.row * kGates * a_.h + i % kGates * a_.h + p.unit;
+      store(dgx + offset, nan, p.n);
+      store(dgh + offset, nan, p.n);
+    }
+    store(a_.dh0 + p.offset, nan, p.n);
+    for (int j = 1; j < kStates; ++j) {
+      store(a_.dc0 + (j - 1) * a_.b * a_.h + p.offset, nan, p.n);
+    }
+  }
+
   // The cell at step s from the gradient of its output.
   template <bool kPlain>
   FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const OfCell& in,

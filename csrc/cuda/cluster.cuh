@@ -71,23 +71,6 @@ struct Seat {
   }
 };
 
-// Initialised mbarriers, seen by all that will use them; and all shared memory written before.
-template <int kBlocks>
-__device__ __forceinline__ void begin_exchange(uint64_t* barriers, int n) {
-#if FRNN_HAVE_CLUSTER
-  if constexpr (kBlocks > 1) {
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < n; ++i) mbarrier_init(barriers + i, 1);
-      fence_mbarrier_init();
-    }
-    fence_proxy_async();
-    cluster_arrive();
-    cluster_wait();
-  }
-#endif
-  __syncthreads();
-}
-
 // ---- Forward.
 
 template <class Cell, class M, int kBlocks, int kTiles>
@@ -433,24 +416,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       if constexpr (kBlocks == 1) {
         FRNN_UNROLL for (int i = 0; i < kResults; ++i) product[tile][i] = sums.get(i / 2, i % 2);
       } else {
-        // Of two slots, for two blocks, an even lane sends the first to four columns, its own and
-        // its neighbour's; an odd lane the second.
-        const int odd = seat.lane % 2, column = seat.lane % 4 / 2 * 4;
         float* const to =
-            sums_of(tile, n + 1) + (seat.rank * units + seat.own_unit(0)) * kTileColumns + column;
+            sums_of(tile, n + 1) + (seat.rank * units + seat.own_unit(0)) * kTileColumns;
         FRNN_UNROLL for (int slot = 0; slot < kSlots; slot += 2) {
-          uint32_t mine[2], other[2];
-          FRNN_UNROLL for (int j = 0; j < 2; ++j) {
-            const float first = sums.get(slot, j), second = sums.get(slot + 1, j);
-            mine[j] = __builtin_bit_cast(uint32_t, odd ? second : first);
-            other[j] = __shfl_xor_sync(~0u, __builtin_bit_cast(uint32_t, odd ? first : second), 1);
-          }
-          const uint4 four = odd ? uint4{other[0], other[1], mine[0], mine[1]}
-                                 : uint4{mine[0], mine[1], other[0], other[1]};
-          if (column < rows) {
-            store_async(map_rank(to, slot + odd), four,
-                        map_rank(barrier_of(tile, n + 1), slot + odd));
-          }
+          send_sums(sums, slot, to, to, slot + seat.lane % 2, rows, barrier_of(tile, n + 1));
         }
       }
       const Entry entered[2] = {now[tile][0], now[tile][1]};

@@ -60,36 +60,41 @@ Choice choice_for(int cell, Arithmetic arithmetic, bool backward, const Args& ar
   return args.b == 0 || args.t == 0 ? Choice{} : choose(call, device);
 }
 
+// By the algorithm that suits the call, or the standard one if the device has no room for the
+// other's blocks.
+template <class Args, class Run>
+void run(int cell, Arithmetic arithmetic, bool backward, const Args& args, const Run& by) {
+  watch().check();
+  if (args.b == 0) return;
+  const int index = static_cast<int>(arithmetic);
+  const Choice choice = choice_for(cell, arithmetic, backward, args);
+  if (choice.algorithm == Algorithm::kCluster && by(*kClusters[index], choice.cluster)) return;
+  if (choice.algorithm == Algorithm::kGrid && args.exchange != nullptr &&
+      by(*kGrids[index], choice.grid, watch().words())) {
+    return;
+  }
+  by(*kStandard[index]);
+}
+
 }  // namespace
 
 int64_t forward_exchange_bytes(int cell, Arithmetic arithmetic, const Forward<void, void>& args) {
   return choice_for(cell, arithmetic, false, args).grid.exchange;
 }
+int64_t backward_exchange_bytes(int cell, Arithmetic arithmetic, const Backward<void, void>& args) {
+  return choice_for(cell, arithmetic, true, args).grid.exchange;
+}
 
-// By the algorithm that suits the call, or the standard one if the device has no room for the
-// other's blocks.
 void forward(int cell, Arithmetic arithmetic, const Forward<void, void>& args, void* stream) {
-  watch().check();
-  const int index = static_cast<int>(arithmetic);
-  const Choice choice = choice_for(cell, arithmetic, false, args);
-  bool ran = args.b == 0;
-  if (choice.algorithm == Algorithm::kCluster) {
-    ran = kClusters[index]->forward(cell, args, choice.cluster, stream);
-  } else if (choice.algorithm == Algorithm::kGrid && args.exchange != nullptr) {
-    ran = kGrids[index]->forward(cell, args, choice.grid, watch().words(), stream);
-  }
-  if (!ran) kStandard[index]->forward(cell, args, stream);
+  run(cell, arithmetic, false, args, [&](const auto& driver, const auto&... shape) {
+    return driver.forward(cell, args, shape..., stream);
+  });
 }
 
 void backward(int cell, Arithmetic arithmetic, const Backward<void, void>& args, void* stream) {
-  watch().check();
-  const int index = static_cast<int>(arithmetic);
-  const Choice choice = choice_for(cell, arithmetic, true, args);
-  bool ran = args.b == 0;
-  if (choice.algorithm == Algorithm::kCluster) {
-    ran = kClusters[index]->backward(cell, args, choice.cluster, stream);
-  }
-  if (!ran) kStandard[index]->backward(cell, args, stream);
+  run(cell, arithmetic, true, args, [&](const auto& driver, const auto&... shape) {
+    return driver.backward(cell, args, shape..., stream);
+  });
 }
 
 }  // namespace frnn::cuda

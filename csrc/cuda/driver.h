@@ -33,6 +33,8 @@ struct Clusters {
 struct Grids {
   bool (*forward)(int cell, const Forward<void, void>& args, const GridShape& shape,
                   uint32_t* error, void* stream);
+  bool (*backward)(int cell, const Backward<void, void>& args, const GridShape& shape,
+                   uint32_t* error, void* stream);
 };
 
 extern const Grids kGridsFloat16;

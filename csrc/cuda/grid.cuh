@@ -8,10 +8,17 @@
 // that take turns. At step n, once a block has all of h_n:
 //
 //   every block has published h_n, hence left step n - 1, hence read all of h_{n-1}: its owner
-//   empties that slot. The fence after that orders it before h_{n+2}, which its readers will have
-//   seen, and passed a fence, before they look there for h_{n+3}.
+//   empties that slot. A fence orders it before h_{n+2}, which its readers will have seen, and
+//   passed a fence, before they look there for h_{n+3}.
 //
-// Nobody waits for ever: a block that waits too long says so in the error word and leaves.
+// In backward the blocks of a team are clusters of eight. Of what a step's gates become, a block
+// gathers that of one block of each cluster, the one with its own rank in it, and multiplies it
+// with the weights to the 128 units of its cluster, whose blocks each add up their share as those
+// of the cluster algorithm do. So that each block reads an eighth of all, and sends a fraction of
+// it.
+//
+// Nobody waits for ever: a block that waits too long says so in the error words and leaves, and
+// what it should have returned is NaN.
 #pragma once
 
 #include "cuda/resident.cuh"
@@ -20,17 +27,48 @@
 namespace frnn::cuda {
 
 constexpr int kGridThreads = kGridWarps * kWarpSize;
-constexpr int kHSlots = 4;
 constexpr uint32_t kEmpty =
     0xffffffffu;  // no number: a NaN becomes another one where it is rounded
 
-template <class Cell, int kTiles>
+// The lane's result, if its warp has one: kGridGroups * kTiles * 2 warps have one for each lane.
+template <int kTiles>
+struct GridSeat {
+  static_assert(kGridGroups * kTiles * 2 <= kGridWarps);
+  int lane, warp, group, tile, column;
+  bool mine;
+
+  __device__ __forceinline__ GridSeat()
+      : lane(threadIdx.x % kWarpSize),
+        warp(threadIdx.x / kWarpSize),
+        group(warp / 2 / kTiles),
+        tile(warp / 2 % kTiles),
+        column(lane % 4 * 2 + warp % 2),
+        mine(warp < kGridGroups * kTiles * 2) {}
+
+  __device__ __forceinline__ int own_unit() const { return group * kSlotRows + lane / 4; }
+};
+
+// A word of an exchange holds one value, or two of neighbouring units, of which the first one's
+// lane stores it.
+template <class S>
+__device__ __forceinline__ bool stores_word(int lane) {
+  return sizeof(S) == 4 || lane / 4 % 2 == 0;
+}
+template <class S>
+__device__ __forceinline__ uint32_t word_of(S value) {
+  if constexpr (sizeof(S) == 4) {
+    return __builtin_bit_cast(uint32_t, value);
+  } else {
+    const uint32_t own = __builtin_bit_cast(uint16_t, value);
+    return own | __shfl_xor_sync(~0u, own, 4) << 16;
+  }
+}
+
+template <class Cell>
 struct GridSizes {
   static constexpr int kSlots = grid_slots(Cell::kGates);
-  static constexpr int kHeld = grid_held(Cell::kGates);
-  static constexpr int kResults =
-      kGridGroups * kTiles * 2;  // each a warp's: a lane has one at most
-  static_assert(kResults <= kGridWarps);
+  static constexpr int kHeld = grid_held(Cell::kGates, false);
+  static constexpr int kHeldBackward = grid_held(Cell::kGates, true);
 };
 
 // The piece of eight, four or two values that a word of such a piece belongs to has come.
@@ -56,6 +94,15 @@ __device__ __forceinline__ bool receive(const uint4* const (&from)[kN], uint32_t
   }
 }
 
+// For the host: which kernel waited in vain, with which batch and hidden size.
+__device__ __forceinline__ void give_up(uint32_t* error, int64_t b, int64_t h, uint32_t kernel) {
+  if (threadIdx.x > 0) return;
+  store_system(error + 1, static_cast<uint32_t>(b));
+  store_system(error + 2, static_cast<uint32_t>(h));
+  fence_system();
+  store_system(error, kernel);
+}
+
 // ---- Forward.
 
 template <class Cell, class M, int kTiles>
@@ -65,12 +112,11 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   using S = typename M::S;
   using V = typename M::Real;
   using Steps = ForwardSteps<Cell, V, S, typename M::V>;
-  using Sizes = GridSizes<Cell, kTiles>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kValues = Piece<S>::kValues;
-  constexpr int kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
+  constexpr int kSlots = GridSizes<Cell>::kSlots, kHeld = GridSizes<Cell>::kHeld;
   FRNN_DYN_SMEM(shared);
-
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const GridSeat<kTiles> seat;
+  const int lane = seat.lane, warp = seat.warp;
   const int rank = blockIdx.x % shape.blocks, team = blockIdx.x / shape.blocks;
   const int64_t first_row = int64_t{team} * kTiles * kTileColumns;
   const int each = shape.each, chunks = shape.chunks;  // of k: of a warp, of all
@@ -80,7 +126,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
 
   // h of the team: [4, kTiles, chunks, 32].
   const auto h_of = [&](int64_t n, int tile) {
-    const int64_t operand = (int64_t{team} * kHSlots + n % kHSlots) * kTiles + tile;
+    const int64_t operand = (int64_t{team} * kExchangeSlots + n % kExchangeSlots) * kTiles + tile;
     return static_cast<Piece<S>*>(f.exchange) + operand * chunks * kWarpSize;
   };
   // The warps' sums: [2, kGridWarps, kTiles, kSlots, 2, 32].
@@ -95,14 +141,10 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     return reinterpret_cast<uint32_t*>(shared + shape.failed)[n % 2];
   };
 
-  // The lane's result and its place.
-  const bool mine = warp < Sizes::kResults;
-  const int group = warp / 2 / kTiles, tile_of = warp / 2 % kTiles, j_of = warp % 2;
-  const int column = lane % 4 * 2 + j_of, own_unit = group * kSlotRows + lane / 4;
-  const int team_unit = rank * kGridUnits + own_unit;
-  Place p{first_row + tile_of * kTileColumns + column, team_unit, 0, 1};
+  const int team_unit = rank * kGridUnits + seat.own_unit();
+  Place p{first_row + seat.tile * kTileColumns + seat.column, team_unit, 0, 1};
   p.offset = p.row * f.h + p.unit;
-  const bool row_there = mine && p.row < f.b, there = row_there && p.unit < f.h;
+  const bool row_there = seat.mine && p.row < f.b, there = row_there && p.unit < f.h;
 
   ResidentWeights<S, kSlots, kHeld> weights;
   {
@@ -124,28 +166,13 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     }
   }
 
-  // A word holds one value, or two of neighbouring units, of which the first one's lane stores it.
-  const auto publish = [&](int64_t n, V h) {
-    if (!mine) return;
-    S* const to = &operand_at(h_of(n, tile_of), team_unit, column);
-    // A NaN of a unit that is not there would come back, times 0.
-    const S value = M::operand(static_cast<S>(p.unit < f.h ? h : V(0)));
-    if constexpr (sizeof(S) == 4) {
-      if (row_there)
-        store_relaxed(reinterpret_cast<uint32_t*>(to), __builtin_bit_cast(uint32_t, value));
-    } else {
-      const uint32_t own = __builtin_bit_cast(uint16_t, value);
-      const uint32_t other = __shfl_xor_sync(~0u, own, 4);
-      if (row_there && lane / 4 % 2 == 0) {
-        store_relaxed(reinterpret_cast<uint32_t*>(to), own | other << 16);
-      }
-    }
+  const auto own_word = [&](int64_t n) {
+    return reinterpret_cast<uint32_t*>(&operand_at(h_of(n, seat.tile), team_unit, seat.column));
   };
-  const auto empty = [&](int64_t n) {
-    if (row_there && (sizeof(S) == 4 || lane / 4 % 2 == 0)) {
-      store_relaxed(reinterpret_cast<uint32_t*>(&operand_at(h_of(n, tile_of), team_unit, column)),
-                    kEmpty);
-    }
+  const auto publish = [&](int64_t n, V h) {
+    // A NaN of a unit that is not there would come back, times 0.
+    const uint32_t word = word_of(M::operand(static_cast<S>(p.unit < f.h ? h : V(0))));
+    if (row_there && stores_word<S>(lane)) store_relaxed(own_word(n), word);
   };
 
   typename Steps::Inputs in = {};
@@ -165,7 +192,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
   }
   if (span.begin < span.end) {
-    publish(0, in.state[0]);
+    if (seat.mine) publish(0, in.state[0]);
     read_gx(span.begin);
   }
   if (threadIdx.x < 2) failed(threadIdx.x) = 0;
@@ -209,13 +236,13 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     if (lost) break;
 
     typename Steps::Outcome result = {};
-    if (mine) {
+    if (seat.mine) {
       V of_x[kGates], of_h[kGates];
       FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
         of_x[gate] = load<V>(&gx[gate], 1);
         float sum = 0;
         FRNN_UNROLL for (int w = 0; w < kGridWarps; ++w) {
-          sum += sums_of(n, w, tile_of, group * kGates + gate, j_of);
+          sum += sums_of(n, w, seat.tile, seat.group * kGates + gate, warp % 2);
         }
         of_h[gate] = sum;
       }
@@ -230,7 +257,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
       }
       in.state[0] = static_cast<V>(static_cast<S>(in.state[0]));
       if (more) publish(n + 1, in.state[0]);
-      if (n > 0) empty(n - 1);
+      if (n > 0 && row_there && stores_word<S>(lane)) store_relaxed(own_word(n - 1), kEmpty);
     }
     fence_gpu();
     if (there) {
@@ -244,18 +271,217 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   }
 
   if (lost) {
-    if (threadIdx.x == 0) {
-      store_system(error + 1, static_cast<uint32_t>(f.b));
-      store_system(error + 2, static_cast<uint32_t>(f.h));
-      fence_system();
-      store_system(error, 1);
-    }
+    give_up(error, f.b, f.h, 1);
     if (there) steps.spoil(p);
     return;
   }
   if (there) {
     for (int64_t s = span.end; s < f.t; ++s) steps.template keep<false>(s, p, {});
   }
+}
+
+// ---- Backward.
+
+template <class Cell, class M, int kTiles>
+__global__ void __launch_bounds__(kGridThreads, 1)
+    backward_grid(const __grid_constant__ Backward<typename M::S, typename M::V> f,
+                  const __grid_constant__ GridShape shape, uint32_t* error) {
+#if FRNN_HAVE_CLUSTER
+  using S = typename M::S;
+  using V = typename M::Real;
+  using Steps = BackwardSteps<Cell, V, S, typename M::V>;
+  constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kValues = Piece<S>::kValues;
+  constexpr int kSlots = kGridGroups, kHeld = GridSizes<Cell>::kHeldBackward;
+  constexpr int kBlocks = kClusterBlocks;
+  static_assert(kBlocks == kGridWarps, "each warp multiplies for a block of the cluster");
+  FRNN_DYN_SMEM(shared);
+  const GridSeat<kTiles> seat;
+  const int lane = seat.lane, warp = seat.warp, chunks = shape.chunks;
+  const int clusters = shape.blocks / kBlocks;  // of a team
+  const int rank = blockIdx.x % kBlocks, cluster = blockIdx.x / kBlocks % clusters;
+  const int team = blockIdx.x / shape.blocks;
+  const int64_t first_row = int64_t{team} * kTiles * kTileColumns;
+  const Steps steps(f);
+  const Timeline<S>& timeline = steps.timeline();
+  const Span span = span_of(timeline, f, first_row, kTiles * kTileColumns);
+
+  // The gates' gradients that blocks of this rank exchange: [4, kTiles, 8, chunks, 32] of the team.
+  const auto exchanged = [&](int64_t n, int tile) {
+    const int64_t slot = int64_t{team} * kExchangeSlots + n % kExchangeSlots;
+    const int64_t operand = (slot * kTiles + tile) * kBlocks + rank;
+    return static_cast<Piece<S>*>(f.exchange) + operand * chunks * kWarpSize;
+  };
+  const auto operand_of = [&](int64_t n, int tile) {
+    const int64_t operand = tile * 2 + n % 2;
+    return reinterpret_cast<Piece<S>*>(shared + shape.operands) + operand * chunks * kWarpSize;
+  };
+  // [blocks, units, 8]: the cluster's shares of the product of step n.
+  const auto sums_of = [&](int64_t n, int tile) {
+    return reinterpret_cast<float*>(shared + shape.sums) +
+           (tile * 2 + n % 2) * kBlocks * kGridUnits * kTileColumns;
+  };
+  const auto barrier_of = [&](int64_t n, int tile) {
+    return reinterpret_cast<uint64_t*>(shared + shape.barriers) + tile * 2 + n % 2;
+  };
+  const auto failed = [&](int64_t n) -> uint32_t& {
+    return reinterpret_cast<uint32_t*>(shared + shape.failed)[n % 2];
+  };
+
+  Place p{first_row + seat.tile * kTileColumns + seat.column,
+          (int64_t{cluster} * kBlocks + rank) * kGridUnits + seat.own_unit(), 0, 1};
+  p.offset = p.row * f.h + p.unit;
+  const bool row_there = seat.mine && p.row < f.b, there = row_there && p.unit < f.h;
+
+  // Slot: a group of the units of the warp's block of this cluster. k: cluster, gate and unit of
+  // the blocks of this rank.
+  ResidentWeights<S, kSlots, kHeld> weights;
+  {
+    const auto first =
+        reinterpret_cast<Piece<S>*>(shared) + warp * (chunks - kHeld) * kSlots * kWarpSize;
+    const auto load = [&](bool aligned) {
+      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
+        const int k = (chunk * 4 + lane % 4) * kValues, gate = k / kGridUnits % kGates;
+        const int from = k / kGridUnits / kGates;
+        const int64_t unit =
+            (int64_t{cluster} * kBlocks + warp) * kGridUnits + slot * kSlotRows + lane / 4;
+        const int64_t of_gate = (int64_t{from} * kBlocks + rank) * kGridUnits + k % kGridUnits;
+        return weights_at(f.w_hh_t + (unit * kGates + gate) * f.h, of_gate,
+                          unit < f.h && from < clusters ? f.h : 0, aligned, operand_of(0, 0));
+      });
+    };
+    if (f.copied == 16) {
+      load(true);
+    } else {
+      load(false);
+    }
+  }
+  __syncthreads();
+  clear(operand_of(0, 0), int64_t{kTiles} * 2 * chunks * kWarpSize);
+  if (threadIdx.x < 2) failed(threadIdx.x) = 0;
+
+  typename Steps::Ahead ahead = {};
+  V carried[kStates] = {};
+  Entry now = Entry::kNone, after = Entry::kNone;  // of step s, and of the one computed after it
+  const auto read_ahead = [&](int64_t s) {
+    after = now;
+    now = row_there ? timeline.entry(s, p.row) : Entry::kNone;
+    if (there) ahead = steps.read_ahead(s, p, carried);
+  };
+  const auto gates_at = [&](int64_t s) {
+    const int64_t gates = timeline.time(s) * f.b * kGates * f.h;
+    return StepGradients<S>{f.dgx + gates, f.dgh + gates, nullptr};
+  };
+  if (there) {
+    steps.start_h(p);
+    steps.start_others(p);
+    for (int64_t s = span.end; s < f.t; ++s) steps.keep_gates(p, {}, gates_at(s));
+    for (int64_t s = 0; s < span.begin; ++s) steps.keep_gates(p, {}, gates_at(s));
+  }
+  if (span.begin < span.end) read_ahead(span.end - 1);
+  begin_exchange<kBlocks>(barrier_of(0, 0), kTiles * 2);
+
+  const auto own_word = [&](int64_t n, int gate) {
+    const int k = (cluster * kGates + gate) * kGridUnits + seat.own_unit();
+    return reinterpret_cast<uint32_t*>(&operand_at(exchanged(n, seat.tile), k, seat.column));
+  };
+  const int pieces = clusters * kGates * kGridUnits / kValues;  // of a row
+  bool lost = false;
+  for (int64_t s = span.end - 1; span.begin < span.end && s >= span.begin - 1 && !lost; --s) {
+    const int64_t n = span.end - 1 - s;
+    const bool more = s >= span.begin;
+    FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+      const int64_t rest = f.b - first_row - tile * kTileColumns;
+      if (rest <= 0 || lost) break;
+      // Rows are sent by fours.
+      if (more && threadIdx.x == 0) {
+        mbarrier_arrive_expect_tx(barrier_of(n + 1, tile),
+                                  kBlocks * kGridUnits * (rest > 4 ? 8 : 4) * sizeof(float));
+      }
+      typename Steps::Outcome result = {};
+      const bool finishes = seat.mine && seat.tile == tile;
+      if (finishes) {
+        V product = 0;
+        bool came = true;
+        if (n > 0) {
+          came = mbarrier_wait(barrier_of(n, tile), (n - 1) / 2 % 2, shape.patience);
+          if (!came) failed(n) = 1;
+          const float* sums = sums_of(n, tile) + seat.own_unit() * kTileColumns + seat.column;
+          FRNN_UNROLL for (int r = 0; r < kBlocks; ++r) {
+            product += sums[r * kGridUnits * kTileColumns];
+          }
+        }
+        const typename Steps::OfH of_h = steps.of_h(ahead, carried);
+        const V dh = steps.gradient_of_h(there ? after : Entry::kNone, p, product, of_h);
+        result = steps.compute(dh, steps.of_cell(ahead, carried));
+        steps.cut(now, result);
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) carried[j] = result.carried[j];
+        FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+          // A NaN of a unit that is not there would come back, times 0.
+          const V dgate = p.unit < f.h ? result.dgh[gate] : V(0);
+          const uint32_t word = word_of(M::operand(static_cast<S>(dgate)));
+          if (more && came && row_there && stores_word<S>(lane)) {
+            store_relaxed(own_word(n, gate), word);
+          }
+        }
+      }
+      if (!more) continue;
+
+      // Orders what was emptied before this step, and what was polled, too.
+      fence_gpu();
+      // Of the rows that are there.
+      Piece<S>* const operand = operand_of(n, tile);
+      constexpr int kAtOnce = 2;
+      for (int first = threadIdx.x; first < pieces * kTileColumns;
+           first += kAtOnce * kGridThreads) {
+        const uint4* from[kAtOnce];
+        uint4 v[kAtOnce];
+        uint32_t needed = 0;
+        FRNN_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+          const int place = first + i * kGridThreads;
+          const int column = place % 8 ^ place / 8 % 4 * 2;
+          if (place < pieces * kTileColumns && column < rest) needed |= 1u << i;
+          from[i] = reinterpret_cast<const uint4*>(exchanged(n, tile) + place);
+        }
+        if (!receive(from, needed, v, shape.patience)) failed(n) = 1;
+        FRNN_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+          if (needed >> i & 1) {
+            *reinterpret_cast<uint4*>(operand + first + i * kGridThreads) = v[i];
+          }
+        }
+      }
+      __syncthreads();
+      lost = failed(n) != 0;
+      if (lost) break;
+      ResidentProduct<M, kSlots, kHeld> product;
+      product.run(weights, chunks, from_shared<kHeld>(operand, chunks));
+      float* const to = sums_of(n + 1, tile) + (rank * kGridUnits + lane / 4) * kTileColumns;
+      send_sums(product, 0, to, to + kSlotRows * kTileColumns, warp, rest, barrier_of(n + 1, tile));
+
+      if (finishes) {
+        if (n > 0 && row_there && stores_word<S>(lane)) {
+          FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+            store_relaxed(own_word(n - 1, gate), kEmpty);
+          }
+        }
+        const Entry entered = now;
+        read_ahead(s - 1);
+        if (there) {
+          steps.keep_gates(p, result, gates_at(s));
+          if (entered == Entry::kInitial) steps.template keep_carried<false>(s, p, result);
+        }
+      }
+    }
+  }
+
+  __syncthreads();
+  if (failed(0) != 0 || failed(1) != 0) {
+    give_up(error, f.b, f.h, 2);
+    if (there) steps.spoil(p, f.dgx, f.dgh);
+  }
+  // Nobody leaves while others may still send here.
+  cluster_arrive();
+  cluster_wait();
+#endif
 }
 
 }  // namespace frnn::cuda

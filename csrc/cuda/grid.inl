@@ -7,15 +7,19 @@ namespace frnn::cuda {
 namespace {
 
 template <class Args>
-bool run_grid(const char* name, void (*kernel)(Args, GridShape, uint32_t*), const Args& args,
-              const GridShape& shape, uint32_t* error, void* stream) {
-  const Launch how{.grid = dim3(static_cast<unsigned>(shape.teams * shape.blocks)),
+bool run_grid(const char* name, void (*kernel)(Args, GridShape, uint32_t*), int cluster,
+              const Args& args, const GridShape& shape, uint32_t* error, void* stream) {
+  const int blocks = shape.teams * shape.blocks;
+  const Launch how{.grid = dim3(static_cast<unsigned>(blocks)),
                    .block = dim3(kGridThreads),
+                   .cluster = cluster,
                    .smem = static_cast<size_t>(shape.bytes),
                    .cooperative = true,
                    .stream = static_cast<cudaStream_t>(stream)};
   allow_shared_memory(name, kernel, current_device().shared_memory);
-  if (resident_blocks(name, kernel, how) < shape.teams * shape.blocks) return false;
+  const int resident = cluster > 1 ? resident_clusters(name, kernel, how) * cluster
+                                   : resident_blocks(name, kernel, how);
+  if (resident < blocks) return false;
   fill(name, args.exchange, 0xff, static_cast<size_t>(shape.exchange), how.stream);  // kEmpty
   launch(name, kernel, how, args, shape, error);
   return true;
@@ -28,7 +32,19 @@ bool forward_in(int cell, const Forward<void, void>& args, const GridShape& shap
   with_types<M>(cell, args, [&]<class Cell>(auto typed) {
     typed.copied = common_unit({typed.h * int64_t{sizeof(typename M::S)}}, {typed.w_hh});
     const auto kernel = shape.tiles == 1 ? forward_grid<Cell, M, 1> : forward_grid<Cell, M, 2>;
-    ran = run_grid("forward_grid", kernel, typed, shape, error, stream);
+    ran = run_grid("forward_grid", kernel, 1, typed, shape, error, stream);
+  });
+  return ran;
+}
+
+template <class M>
+bool backward_in(int cell, const Backward<void, void>& args, const GridShape& shape,
+                 uint32_t* error, void* stream) {
+  bool ran = false;
+  with_types<M>(cell, args, [&]<class Cell>(auto typed) {
+    typed.copied = common_unit({typed.h * int64_t{sizeof(typename M::S)}}, {typed.w_hh_t});
+    const auto kernel = shape.tiles == 1 ? backward_grid<Cell, M, 1> : backward_grid<Cell, M, 2>;
+    ran = run_grid("backward_grid", kernel, kClusterBlocks, typed, shape, error, stream);
   });
   return ran;
 }

@@ -3,6 +3,6 @@
 
 namespace frnn::cuda {
 
-const Grids kGridsBfloat16 = {forward_in<Half<__nv_bfloat16>>};
+const Grids kGridsBfloat16 = {forward_in<Half<__nv_bfloat16>>, backward_in<Half<__nv_bfloat16>>};
 
 }  // namespace frnn::cuda

@@ -3,6 +3,6 @@
 
 namespace frnn::cuda {
 
-const Grids kGridsFloat16 = {forward_in<Half<__half>>};
+const Grids kGridsFloat16 = {forward_in<Half<__half>>, backward_in<Half<__half>>};
 
 }  // namespace frnn::cuda

@@ -3,6 +3,6 @@
 
 namespace frnn::cuda {
 
-const Grids kGridsTf32 = {forward_in<Tf32>};
+const Grids kGridsTf32 = {forward_in<Tf32>, backward_in<Tf32>};
 
 }  // namespace frnn::cuda

@@ -211,52 +211,73 @@ constexpr ClusterShape cluster_shape(int64_t rows, int64_t units, int gates, Ari
 
 constexpr int kGridWarps = 8, kGridGroups = 2;
 constexpr int kGridUnits = kGridGroups * kSlotRows;  // of a block
+constexpr int kExchangeSlots = 4;                    // that take turns
 
 constexpr int grid_slots(int gates) { return gates * kGridGroups; }
 
 // Chunks of a warp's weights in registers.
-constexpr int grid_held(int gates) {
-  const int fit = 32 / grid_slots(gates);
-  return fit < 8 ? fit : 8;
+constexpr int grid_held(int gates, bool backward) {
+  const int fit = 32 / (backward ? kGridGroups : grid_slots(gates));
+  return backward || fit < 8 ? fit : 8;
 }
 
 // A team of blocks owns a few tiles of rows for all steps, and a block of it kGridUnits units.
 struct GridShape {
   int teams, blocks;  // and blocks of a team; no teams where the algorithm cannot be used
   int tiles;          // of a team
-  int chunks, each;   // of k: of all, and of a warp
-  int sums, failed;   // shared memory of a block: where its sums begin, its flags,
-  int bytes;          // and all
+  int chunks, each;   // of an operand: all, and a warp's share in forward
   int64_t exchange;   // bytes of global memory
   uint64_t patience;  // clock cycles after which a block gives up its wait for others
+
+  // Shared memory of a block: its weights, and what begins at these offsets; and all.
+  int operands, sums, barriers, failed, bytes;
 };
+
+constexpr GridShape grid_shape_of(int64_t teams, int64_t blocks, int tiles, int gates,
+                                  Arithmetic arithmetic, bool backward) {
+  const int size = value_bytes(arithmetic), held = grid_held(gates, backward);
+  GridShape shape{};
+  shape.teams = static_cast<int>(teams);
+  shape.blocks = static_cast<int>(blocks);
+  shape.tiles = tiles;
+  // In backward along the gates of a block of each cluster, of the same rank.
+  const int64_t k = backward ? blocks / kClusterBlocks * gates * kGridUnits : blocks * kGridUnits;
+  shape.chunks = static_cast<int>(divide_up(k * size, 64));
+  shape.each = static_cast<int>(divide_up(shape.chunks, kGridWarps));
+  if (backward && shape.chunks < held) shape.chunks = held;
+  shape.exchange =
+      teams * kExchangeSlots * tiles * (backward ? kClusterBlocks : 1) * shape.chunks * kChunkBytes;
+  shape.patience = 4'000'000'000;  // about two seconds
+
+  const int of_warp = backward ? shape.chunks : shape.each;
+  const int slots = backward ? kGridGroups : grid_slots(gates);
+  shape.operands = kGridWarps * (of_warp > held ? of_warp - held : 0) * slots * kChunkBytes;
+  shape.sums = shape.operands + (backward ? tiles * 2 * shape.chunks * kChunkBytes : 0);
+  const int values = kSlotRows * kTileColumns;  // of a slot and tile
+  shape.barriers = shape.sums + 2 * tiles * values * 4 *
+                                    (backward ? kClusterBlocks * kGridGroups : kGridWarps * slots);
+  shape.failed = shape.barriers + tiles * 2 * 8;
+  shape.bytes = shape.failed + 16;
+  return shape;
+}
 
 // The shape for `rows` rows of `units` units with so many gates: as many teams as the rows' tiles,
 // if there is room for them, else half as many with two tiles each. All blocks must be resident at
-// once. Reasoned, not measured.
+// once; in backward they are clusters of eight. Reasoned, not measured.
 constexpr GridShape grid_shape(int64_t rows, int64_t units, int gates, Arithmetic arithmetic,
-                               const Device& device) {
+                               bool backward, const Device& device) {
   constexpr GridShape kNone{};
-  constexpr uint64_t kPatience = 4'000'000'000;  // about two seconds
   const bool tensor_cores =
       arithmetic != Arithmetic::kFloat32 && arithmetic != Arithmetic::kFloat64;
-  const int64_t blocks = divide_up(units, kGridUnits), tiles = divide_up(rows, kTileColumns);
-  if (!device.waits || !tensor_cores || blocks > device.multiprocessors) return kNone;
-  const int64_t room = device.multiprocessors / blocks;
-  if (tiles > 2 * room) return kNone;
-  GridShape shape{};
-  shape.tiles = tiles > room ? 2 : 1;
-  shape.teams = static_cast<int>(divide_up(tiles, shape.tiles));
-  shape.blocks = static_cast<int>(blocks);
-  shape.chunks = static_cast<int>(divide_up(blocks * kGridUnits * value_bytes(arithmetic), 64));
-  shape.each = static_cast<int>(divide_up(shape.chunks, kGridWarps));
-  const int slots = grid_slots(gates), held = grid_held(gates);
-  const int rest = shape.each > held ? shape.each - held : 0;
-  shape.sums = kGridWarps * rest * slots * kChunkBytes;
-  shape.failed = shape.sums + 2 * kGridWarps * shape.tiles * slots * kSlotRows * kTileColumns * 4;
-  shape.bytes = shape.failed + 16;
-  shape.exchange = int64_t{shape.teams} * 4 * shape.tiles * shape.chunks * kChunkBytes;
-  shape.patience = kPatience;
+  if (!device.waits || !tensor_cores || (backward && device.capability < 90)) return kNone;
+  const int together = backward ? kClusterBlocks : 1;
+  const int64_t blocks = divide_up(units, kGridUnits * together) * together;
+  const int64_t room = clusters_at_once(together, device.multiprocessors) / (blocks / together);
+  const int64_t tiles = divide_up(rows, kTileColumns);
+  if (tiles > kMostTiles * room) return kNone;
+  const int of_each = tiles > room ? kMostTiles : 1;
+  const GridShape shape =
+      grid_shape_of(divide_up(tiles, of_each), blocks, of_each, gates, arithmetic, backward);
   return shape.bytes <= device.shared_memory ? shape : kNone;
 }
 
@@ -286,9 +307,8 @@ constexpr Choice choose(const Call& call, const Device& device) {
     choice.algorithm = Algorithm::kCluster;
     return choice;
   }
-  if (!call.backward) {
-    choice.grid = grid_shape(call.rows, call.hidden, call.gates, call.arithmetic, device);
-  }
+  choice.grid =
+      grid_shape(call.rows, call.hidden, call.gates, call.arithmetic, call.backward, device);
   if (choice.grid.teams > 0) choice.algorithm = Algorithm::kGrid;
   return choice;
 }

@@ -505,6 +505,15 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
   while (!mbarrier_try_wait(barrier, parity)) {
   }
 }
+// False if so many clock cycles have passed before it has.
+__device__ __forceinline__ bool mbarrier_wait(uint64_t* barrier, uint32_t parity,
+                                              uint64_t patience) {
+  const uint64_t start = cycles();
+  while (!mbarrier_try_wait(barrier, parity)) {
+    if (cycles() - start > patience) return false;
+  }
+  return true;
+}
 
 // Copies bytes (a multiple of 16, as are both addresses) and then counts them at the mbarrier of
 // this block (cp.async.bulk). What this block wrote to `shared` before needs fence_proxy_async.

@@ -56,7 +56,8 @@ __device__ __forceinline__ void copy_parts(Piece<S>* to, const S* row, int64_t k
 // By one instruction.
 template <class S>
 __device__ __forceinline__ Piece<S> read_piece(const Piece<S>* p) {
-  return __builtin_bit_cast(Piece<S>, *reinterpret_cast<const uint4*>(p));
+  const uint4 v = *reinterpret_cast<const uint4*>(p);
+  return __builtin_bit_cast(Piece<S>, v);
 }
 
 // For a product in the arithmetic M.

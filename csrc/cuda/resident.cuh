@@ -137,4 +137,44 @@ __device__ __forceinline__ auto from_shared(const Piece<S>* operand, int chunks)
   };
 }
 
+// Initialised mbarriers, seen by all that will use them; and all shared memory written before.
+template <int kBlocks>
+__device__ __forceinline__ void begin_exchange(uint64_t* barriers, int n) {
+#if FRNN_HAVE_CLUSTER
+  if constexpr (kBlocks > 1) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < n; ++i) mbarrier_init(barriers + i, 1);
+      fence_mbarrier_init();
+    }
+    fence_proxy_async();
+    cluster_arrive();
+    cluster_wait();
+  }
+#endif
+  __syncthreads();
+}
+
+#if FRNN_HAVE_CLUSTER
+// Sends the sums of two slots to shared memory of blocks of the cluster: a lane with an even number
+// its unit's sums of the first slot to `even`, one with an odd number those of the second to `odd`,
+// in the block `rank`; places of column 0. A lane has four columns after its neighbour's two have
+// come to its own, and sends them if one of them is of a row that is there.
+template <class Product>
+__device__ __forceinline__ void send_sums(const Product& sums, int slot, float* even, float* odd,
+                                          int rank, int64_t rows, uint64_t* barrier) {
+  const int lane = threadIdx.x % kWarpSize, second = lane % 2, column = lane % 4 / 2 * 4;
+  uint32_t mine[2], other[2];
+  FRNN_UNROLL for (int j = 0; j < 2; ++j) {
+    const float a = sums.get(slot, j), b = sums.get(slot + 1, j);
+    mine[j] = __builtin_bit_cast(uint32_t, second ? b : a);
+    other[j] = __shfl_xor_sync(~0u, __builtin_bit_cast(uint32_t, second ? a : b), 1);
+  }
+  const uint4 four = second ? uint4{other[0], other[1], mine[0], mine[1]}
+                            : uint4{mine[0], mine[1], other[0], other[1]};
+  if (column < rows) {
+    store_async(map_rank((second ? odd : even) + column, rank), four, map_rank(barrier, rank));
+  }
+}
+#endif
+
 }  // namespace frnn::cuda

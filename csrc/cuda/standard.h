@@ -31,6 +31,8 @@ struct Backward : BackwardArgs<S, A> {
   S* dgh;
   S* dh;
 
+  void* exchange;  // as many bytes as backward_exchange_bytes says, or null if that is 0
+
   const S* w_hh_t;  // [P, G*H] in: w_hh transposed
   const S* w_hr_t;  // [H, P] in: w_hr transposed, or null
 
@@ -40,6 +42,7 @@ struct Backward : BackwardArgs<S, A> {
 // How many bytes forward needs for what its blocks send each other, on the current device; only
 // sizes and w_hr are read.
 int64_t forward_exchange_bytes(int cell, Arithmetic arithmetic, const Forward<void, void>& args);
+int64_t backward_exchange_bytes(int cell, Arithmetic arithmetic, const Backward<void, void>& args);
 
 // Queue the kernels on a cudaStream_t of the current device. A launch that fails throws
 // std::runtime_error.

@@ -32,7 +32,11 @@ class Machine:
     def choose(self, algorithm: str) -> None:
         """A device on which calls that can run by ``algorithm`` do: "standard", "cluster", where
         one cluster of eight blocks fits at a time and more rows make it one of two tiles, "grid"."""
-        devices = {"standard": (3, 80, False), "cluster": (16, 90, False), "grid": (16, 80, True)}
+        devices = {
+            "standard": (3, 80, False, False),
+            "cluster": (16, 90, False, False),
+            "grid": (32, 90, True, True),
+        }
         self.module.set_device(*devices[algorithm])
 
     def ran(self) -> set[str]:

@@ -135,7 +135,7 @@ T atomicCAS(T* p, std::type_identity_t<T> expected, std::type_identity_t<T> v) {
 
 namespace frnn::cuda {
 
-// So few that small shapes, too, fill the device or do not.
+// So few multiprocessors that small shapes, too, fill the device or do not.
 inline Device simulated_device = {3, 80, 227 * 1024};
 inline Device current_device() { return simulated_device; }
 
@@ -146,8 +146,8 @@ inline void fill(const char*, void* p, int value, size_t bytes, cudaStream_t) {
 }
 
 template <class... P>
-int resident_clusters(const char*, void (*)(P...), const Launch&) {
-  return 1;
+int resident_clusters(const char*, void (*)(P...), const Launch& how) {
+  return simulated_device.multiprocessors / how.cluster;
 }
 template <class... P>
 int resident_blocks(const char*, void (*)(P...), const Launch&) {
@@ -304,6 +304,10 @@ inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
 }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   sim::mbarrier_wait(barrier, parity);
+}
+inline bool mbarrier_wait(uint64_t* barrier, uint32_t parity, uint64_t) {
+  sim::mbarrier_wait(barrier, parity);  // a wait in vain is reported as a deadlock
+  return true;
 }
 inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   sim::bulk_copy(shared, global, bytes, barrier);

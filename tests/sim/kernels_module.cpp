@@ -6,10 +6,11 @@
 
 #include <map>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "cuda/driver.h"
 #include "cuda/primitives.h"
-#include "cuda/standard.h"
 #include "guards.h"
 #include "sim.h"
 
@@ -44,35 +45,64 @@ void set_sequence(Args& args, int64_t t, int64_t b, int64_t h, int64_t p, bool r
   from.set("resets", args.resets);
 }
 
+// Whether calls that the grid algorithm can run do run by it, even where the cluster algorithm
+// would be chosen.
+bool prefers_grid = false;
+
+template <class Args>
+void run(int cell, Arithmetic arithmetic, Args& args, frnn::sim::Guards& guards,
+         std::vector<unsigned char>& exchange) {
+  constexpr bool kBackward = std::is_same_v<Args, Backward<void, void>>;
+  const GridShape grid = grid_shape(args.b, args.h, frnn::cell_facts(cell).gates, arithmetic,
+                                    kBackward, simulated_device);
+  const bool forced = prefers_grid && grid.teams > 0 && args.w_hr == nullptr;
+  int64_t bytes = grid.exchange;
+  if constexpr (kBackward) {
+    if (!forced) bytes = backward_exchange_bytes(cell, arithmetic, args);
+  } else {
+    if (!forced) bytes = forward_exchange_bytes(cell, arithmetic, args);
+  }
+  exchange.resize(bytes);
+  if (bytes > 0) args.exchange = guards.add("exchange", exchange.data(), exchange.size());
+  uint32_t words[3] = {};
+  frnn::sim::overlapping([&] {
+    constexpr const Grids* kGrids[] = {&kGridsFloat16, &kGridsBfloat16, &kGridsTf32};
+    if constexpr (kBackward) {
+      forced
+          ? void(kGrids[static_cast<int>(arithmetic)]->backward(cell, args, grid, words, nullptr))
+          : backward(cell, arithmetic, args, nullptr);
+    } else {
+      forced ? void(kGrids[static_cast<int>(arithmetic)]->forward(cell, args, grid, words, nullptr))
+             : forward(cell, arithmetic, args, nullptr);
+    }
+  });
+}
+
 #define SET(name) from.set(#name, args.name)
 
 void run_forward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int64_t p, bool reverse,
                  const Arrays& arrays) {
+  std::vector<unsigned char> exchange;
   frnn::sim::Guards guards;
   const Pointers from{arrays, guards};
   Forward<void, void> args{};
   set_sequence(args, t, b, h, p, reverse, from);
   SET(gx), SET(b_hh), SET(h0), SET(c0), SET(y), SET(h_n), SET(c_n), SET(c);
   SET(h_prev), SET(c_prev), SET(saved), SET(m), SET(h_step), SET(states_step), SET(m_step);
-  std::vector<unsigned char> exchange(
-      forward_exchange_bytes(cell, static_cast<Arithmetic>(arithmetic), args));
-  args.exchange =
-      exchange.empty() ? nullptr : guards.add("exchange", exchange.data(), exchange.size());
-  frnn::sim::overlapping(
-      [&] { forward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr); });
+  run(cell, static_cast<Arithmetic>(arithmetic), args, guards, exchange);
   guards.copy_back();
 }
 
 void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int64_t p,
                   bool reverse, const Arrays& arrays) {
+  std::vector<unsigned char> exchange;
   frnn::sim::Guards guards;
   const Pointers from{arrays, guards};
   Backward<void, void> args{};
   set_sequence(args, t, b, h, p, reverse, from);
   SET(dy), SET(dc), SET(dh_n), SET(dc_n), SET(h_prev), SET(c_prev), SET(saved);
   SET(dgx), SET(dgh), SET(dh0), SET(dc0), SET(dh), SET(w_hh_t), SET(w_hr_t);
-  frnn::sim::overlapping(
-      [&] { backward(cell, static_cast<Arithmetic>(arithmetic), args, nullptr); });
+  run(cell, static_cast<Arithmetic>(arithmetic), args, guards, exchange);
   guards.copy_back();
 }
 
@@ -83,8 +113,9 @@ void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int
 PYBIND11_MODULE(cuda_kernels_sim, m) {
   m.def("set_seed", &frnn::sim::set_seed);
   m.def("launched", &frnn::sim::launched);
-  m.def("set_device", [](int multiprocessors, int capability, bool waits) {
+  m.def("set_device", [](int multiprocessors, int capability, bool waits, bool grid) {
     simulated_device = {multiprocessors, capability, 227 * 1024, waits};
+    prefers_grid = grid;
   });
   m.def("forward", &run_forward);
   m.def("backward", &run_backward);

@@ -248,7 +248,11 @@ void run_one() {
     grid->error = "livelock, nothing changes any more: " + who_waits();
     return;
   }
-  if (grid->quiet % patience == 0) advance_memory(true);
+  if (grid->quiet % patience == 0) {
+    // Many at a time where many threads poll, or a large grid would take for ever.
+    for (size_t i = 0; i <= grid->ready.size() / 64 && advance_memory(true); ++i) {
+    }
+  }
   advance_memory(false);
   if (!grid->error.empty()) return;
   ++grid->tick;
