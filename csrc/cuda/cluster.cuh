@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     operand_at(h_of(column / kTileColumns, 0), static_cast<int>(p.unit), column % kTileColumns) =
         M::operand(static_cast<S>(h));
   }
-  typename Steps::Inputs in[kTiles][kResults] = {};
+  typename Steps::Inputs bias[kGroups] = {};
+  V state[kTiles][kResults][kStates] = {};
   S gx[kTiles][kResults][kGates] = {};
   Entry now[kTiles][2] = {}, next[kTiles][2] = {};  // of step s, and of the one after it
   const auto each = [&](int tile, const auto& body) {
@@ -158,9 +159,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       steps.start_h(p);
       steps.start_others(p);
       for (int j = 0; j < kStates; ++j) {
-        in[tile][i].state[j] = steps.entering(timeline.entry(span.begin, p.row), p, j, V(0));
+        state[tile][i][j] = steps.entering(timeline.entry(span.begin, p.row), p, j, V(0));
       }
-      steps.read_bias(p, in[tile][i]);
+      steps.read_bias(p, bias[i / 2]);
       for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
     });
     entries(span.begin, tile, next[tile]);
@@ -194,21 +195,23 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
           of_x[gate] = load<V>(&gx[tile][i][gate], 1);
           of_h[gate] = product.get(i / 2 * kGates + gate, i % 2);
         }
-        result[i] = steps.compute(of_x, of_h, in[tile][i]);
-        FRNN_UNROLL for (int j = 0; j < kStates; ++j) in[tile][i].state[j] = result[i].out[j];
+        typename Steps::Inputs in = bias[i / 2];
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) in.state[j] = state[tile][i][j];
+        result[i] = steps.compute(of_x, of_h, in);
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) state[tile][i][j] = result[i].out[j];
       }
       if (!timeline.full()) {
         each(tile, [&](int i, const Place& p) {
           if (now[tile][i % 2] == Entry::kNone) result[i] = {};
           FRNN_UNROLL for (int j = 0; j < kStates; ++j) {
-            in[tile][i].state[j] = steps.entering(next[tile][i % 2], p, j, result[i].out[j]);
+            state[tile][i][j] = steps.entering(next[tile][i % 2], p, j, result[i].out[j]);
           }
         });
       }
       S h[kResults];
       FRNN_UNROLL for (int i = 0; i < kResults; ++i) {
-        h[i] = static_cast<S>(in[tile][i].state[0]);
-        in[tile][i].state[0] = static_cast<V>(h[i]);
+        h[i] = static_cast<S>(state[tile][i][0]);
+        state[tile][i][0] = static_cast<V>(h[i]);
         if (seat.unit(i / 2) >= f.h) h[i] = S{};  // or a NaN would come back, times 0
       }
 

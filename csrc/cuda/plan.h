@@ -141,10 +141,11 @@ constexpr int cluster_slots(int gates, int blocks, bool backward) {
 }
 
 // Chunks of weights that are kept in registers, the others in shared memory: at most 128 registers,
-// or 96 where what cells need leaves no more.
+// or 96 or 64 where what cells need leaves no more.
 constexpr int cluster_held(int gates, int blocks, int tiles, bool backward) {
   const bool fewer = backward ? blocks == 1 || tiles > 1 : gates == 3 && tiles > 1;
-  const int fit = (fewer ? 24 : 32) / cluster_slots(gates, blocks, backward);
+  const int pieces = !fewer ? 32 : backward && gates == 3 && tiles > 1 ? 16 : 24;
+  const int fit = pieces / cluster_slots(gates, blocks, backward);
   return backward || fit < 8 ? fit : 8;
 }
 
