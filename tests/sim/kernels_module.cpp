@@ -112,6 +112,7 @@ void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int
 
 PYBIND11_MODULE(cuda_kernels_sim, m) {
   m.def("set_seed", &frnn::sim::set_seed);
+  m.def("lose_a_block", [](bool lose) { loses_a_block = lose; });
   m.def("launched", &frnn::sim::launched);
   m.def("set_device", [](int multiprocessors, int capability, bool waits, bool grid) {
     simulated_device = {multiprocessors, capability, 227 * 1024, waits};

@@ -1,0 +1,81 @@
+"""The grid kernels against the reference, run by the simulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_standard import FEATURES
+
+from fusedrnn.cells import CELLS
+from fusedrnn.testing import Case, check_case, make_inputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+
+ARITHMETICS = ["float16", "bfloat16", "tf32"]
+KERNELS = {"forward_grid", "backward_grid"}
+# (T, B, I, H): one of each; units that leave a block half empty; several blocks of forward; two
+# clusters of backward, rows of another size than 16 bytes; two tiles, of which one row is left over.
+SHAPES = [(1, 1, 1, 1), (4, 3, 5, 11), (3, 5, 4, 40), (3, 3, 4, 131), (3, 17, 4, 24)]
+
+
+@pytest.fixture
+def simulated(machine):
+    machine.choose("grid")
+    return machine.backend
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_cells(machine, simulated, cell, shape, feature, arithmetic):
+    dtype = simulated.choose(arithmetic)
+    check_case(Case(cell, *shape, dtype=dtype, **feature), simulated, tf32=simulated.tf32)
+    assert machine.ran() == KERNELS
+
+
+def test_every_step_s_cell_state_and_its_gradient(machine, simulated):
+    dtype = simulated.choose("bfloat16")
+    case = Case(CELLS["lstm"], 3, 5, 4, 40, dtype=dtype, cell_states=True, lengths=True)
+    check_case(case, simulated, tf32=False)
+    assert machine.ran() == KERNELS
+
+
+@pytest.mark.parametrize(
+    "cell, hidden, arithmetic",
+    [("lstm", 768, "bfloat16"), ("lstm", 1024, "float16"), ("gru", 1024, "bfloat16"),
+     ("lstm", 640, "tf32")],
+)  # fmt: skip
+def test_target_sizes(machine, simulated, cell, hidden, arithmetic):
+    """As an H200 would run them: weights in shared memory too in some."""
+    machine.module.set_device(132, 90, True, True)
+    dtype = simulated.choose(arithmetic)
+    check_case(Case(CELLS[cell], 2, 8, 4, hidden, dtype=dtype), simulated, tf32=simulated.tf32)
+    assert machine.ran() == KERNELS
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_many_schedules(machine, simulated, cell):
+    """Warps and blocks that starve, words that come late: a slot emptied too early shows."""
+    case = Case(CELLS[cell], 7, 3, 1, 24, dtype=simulated.choose("bfloat16"), resets=True)
+    for seed in range(100):
+        machine.module.set_seed(seed)
+        check_case(case, simulated, tf32=False)
+
+
+def test_a_wait_in_vain_is_an_error_and_gives_nan(machine, simulated):
+    """The last block never comes: the others give up."""
+    machine.module.set_device(16, 80, True, False)
+    case = Case(CELLS["lstm"], 3, 3, 4, 40, dtype=simulated.choose("bfloat16"))
+    call = make_inputs(case).call(case)
+    machine.module.lose_a_block(True)
+    try:
+        run = simulated.forward(call, False)
+    finally:
+        machine.module.lose_a_block(False)
+    assert all(t.isnan().all() for t in (run.y[..., :32], run.h_n[..., :32], run.c_n[..., :32]))
+    with pytest.raises(RuntimeError, match=r"forward_grid, called before with B = 3, H = 40"):
+        simulated.forward(call, False)
+    machine.ran()
+    assert torch.isfinite(simulated.forward(call, False).y).all()
+    assert "forward_grid" not in machine.ran()
