@@ -6,7 +6,7 @@ LOG is what `nvcc --version` printed, and the build of LIBRARY with -Xptxas=-v. 
 row for each kernel and a column for each GPU: registers / bytes spilled / bytes of static shared
 memory. It belongs to the version of nvcc in its first line; --write makes it anew. Whatever it
 says, only float64 may spill, products must be on the tensor cores that their arithmetic is for, and
-blocks of a cluster must send by st.async. Kernels of clusters are empty before sm_90, which has none.
+blocks of a cluster must send by st.async. Kernels of clusters are empty for GPUs that have none.
 """
 
 from __future__ import annotations

@@ -94,10 +94,21 @@ def test_blocks_of_every_size(cell, batch, hidden, arithmetic):
     check(cell, 3, batch, 8, hidden, arithmetic=arithmetic)
 
 
+@pytest.mark.parametrize("arithmetic", ["float16", "bfloat16", "tf32"])
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("batch, hidden", [(9, 100), (3, 136), (130, 200), (8, 512), (20, 776)])
+@pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
+def test_one_launch_for_all_steps(cell, batch, hidden, feature, arithmetic):
+    """By one block, by clusters of one and of two tiles, with weights in shared memory too; by a
+    grid. On an H200; in tf32 also 512 units are a grid's."""
+    check(cell, 6, batch, 8, hidden, arithmetic=arithmetic, **feature)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("hidden", [1023, 1024])
+@pytest.mark.parametrize("hidden", [100, 256, 512, 1023, 1024])
 def test_inference_of_many_steps_is_the_same(hidden, dtype):
-    """Whose states take turns in two buffers, which kernels that overlap read and write."""
+    """Whose states take turns in two buffers, which kernels that overlap read and write, or in four
+    that blocks exchange."""
     module = fusedrnn.LSTM(8, hidden, backend="cuda").to(DEVICE, dtype)
     x = torch.randn(600, 16, 8).to(DEVICE, dtype)
     training, _ = module(x)

@@ -30,8 +30,8 @@ class Machine:
         self.backend, self.module = backend, module
 
     def choose(self, algorithm: str) -> None:
-        """A device on which calls that can run by ``algorithm`` do: "standard", "cluster", where
-        one cluster of eight blocks fits at a time and more rows make it one of two tiles, "grid"."""
+        """A device on which calls that can run by ``algorithm`` do: "standard", "grid", or
+        "cluster", where one of eight blocks fits at a time and more rows give it two tiles."""
         devices = {
             "standard": (3, 80, False, False),
             "cluster": (16, 90, False, False),

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operat
 ARITHMETICS = ["float16", "bfloat16", "tf32"]
 KERNELS = {"forward_grid", "backward_grid"}
 # (T, B, I, H): one of each; units that leave a block half empty; several blocks of forward; two
-# clusters of backward, rows of another size than 16 bytes; two tiles, of which one row is left over.
+# clusters of backward, rows of another size than 16 bytes; two tiles and a row that is left over.
 SHAPES = [(1, 1, 1, 1), (4, 3, 5, 11), (3, 5, 4, 40), (3, 3, 4, 131), (3, 17, 4, 24)]
 
 
