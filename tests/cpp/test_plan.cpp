@@ -103,9 +103,50 @@ void expect_cluster(const ClusterCase& c, bool backward) {
   expect(choose(call, c.device).algorithm == Algorithm::kStandard, "projection", shown);
 }
 
+// By the grid algorithm: teams, blocks of each, tiles of each; in forward and in backward.
+struct GridCase {
+  int64_t rows, units;
+  int gates;
+  Arithmetic arithmetic;
+  Device device;
+  int teams, blocks, tiles, teams_backward, blocks_backward, tiles_backward;
+};
+
+constexpr Device kLost{132, 90, k227KB, false};
+
+constexpr GridCase kGridCases[] = {
+    {16, 768, 4, kBf16, kH200, 2, 48, 1, 2, 48, 1},
+    {16, 1024, 4, kBf16, kH200, 2, 64, 1, 1, 64, 2},  // 15 clusters are no two teams of 8
+    {33, 1024, 4, kBf16, kH200, 0, 0, 0, 0, 0, 0},
+    {8, 777, 3, kBf16, kH200, 1, 49, 1, 1, 56, 1},  // blocks of backward come in eights
+    {16, 2112, 4, kBf16, kH200, 1, 132, 2, 0, 0, 0},
+    {8, 1920, 4, kBf16, kH200, 1, 120, 1, 1, 120, 1},
+    {8, 1024, 4, kTf32, kH200, 1, 64, 1, 1, 64, 1},
+    {8, 1024, 4, kBf16, kA100Device, 1, 64, 1, 0, 0, 0},  // no clusters, which backward needs
+    {8, 1024, 4, kBf16, kLost, 0, 0, 0, 0, 0, 0},
+    {8, 1024, 4, kFp32, kH200, 0, 0, 0, 0, 0, 0},
+};
+
+void expect_grid(const GridCase& c, bool backward) {
+  const GridShape shape = grid_shape(c.rows, c.units, c.gates, c.arithmetic, backward, c.device);
+  const Case shown{c.rows, c.units, c.gates, c.arithmetic, c.device.multiprocessors, backward};
+  expect(shape.teams == (backward ? c.teams_backward : c.teams), "teams", shown);
+  expect(shape.blocks == (backward ? c.blocks_backward : c.blocks), "blocks of a team", shown);
+  expect(shape.tiles == (backward ? c.tiles_backward : c.tiles), "tiles of a team", shown);
+  expect(shape.teams * shape.blocks <= c.device.multiprocessors, "resident", shown);
+  expect(shape.bytes <= c.device.shared_memory, "shared memory", shown);
+  const Call call{c.rows, c.units, c.units, c.gates, c.arithmetic, backward, false};
+  const Algorithm expected = shape.teams > 0 ? Algorithm::kGrid : Algorithm::kStandard;
+  expect(choose(call, c.device).algorithm == expected, "algorithm", shown);
+}
+
 }  // namespace
 
 int main() {
+  for (const GridCase& c : kGridCases) {
+    expect_grid(c, false);
+    expect_grid(c, true);
+  }
   for (const ClusterCase& c : kClusterCases) {
     expect_cluster(c, false);
     expect_cluster(c, true);
