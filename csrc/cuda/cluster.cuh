@@ -100,19 +100,11 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   {
     const auto first = reinterpret_cast<Piece<S>*>(shared + shape.weights) +
                        seat.warp * (chunks - kHeld) * kSlots * kWarpSize;
-    const auto load = [&](bool aligned) {
-      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
-        const int64_t unit = seat.unit(slot / kGates);
-        const int64_t k = (chunk * 4 + seat.lane % 4) * kValues;
-        return weights_at(f.w_hh + (slot % kGates * f.h + unit) * f.h, k, unit < f.h ? f.h : 0,
-                          aligned, h_of(0, 0));
-      });
-    };
-    if (f.copied == 16) {
-      load(true);
-    } else {
-      load(false);
-    }
+    weights.template load<M>(first, chunks, f.copied == 16, h_of(0, 0), [&](int chunk, int slot) {
+      const int64_t unit = seat.unit(slot / kGates);
+      const int64_t k = (chunk * 4 + seat.lane % 4) * kValues;
+      return WeightSource<S>{f.w_hh + (slot % kGates * f.h + unit) * f.h, k, unit < f.h ? f.h : 0};
+    });
   }
 
   // What enters the first step.
@@ -309,19 +301,13 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
     const auto unit = [&](int slot) {
       return int64_t{slot / kGroups} * units + seat.own_unit(slot % kGroups);
     };
-    const auto load = [&](bool aligned) {
-      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
-        const int k = (chunk * 4 + seat.lane % 4) * kValues, gate = k / units;
-        const int64_t of_gate = int64_t{seat.rank} * units + k % units;
-        return weights_at(f.w_hh_t + (unit(slot) * kGates + gate) * f.h, of_gate,
-                          unit(slot) < f.h && gate < kGates ? f.h : 0, aligned, dgates_of(0, 0));
-      });
-    };
-    if (f.copied == 16) {
-      load(true);
-    } else {
-      load(false);
-    }
+    weights.template load<M>(
+        first, chunks, f.copied == 16, dgates_of(0, 0), [&](int chunk, int slot) {
+          const int k = (chunk * 4 + seat.lane % 4) * kValues, gate = k / units;
+          const int64_t of_gate = int64_t{seat.rank} * units + k % units;
+          return WeightSource<S>{f.w_hh_t + (unit(slot) * kGates + gate) * f.h, of_gate,
+                                 unit(slot) < f.h && gate < kGates ? f.h : 0};
+        });
   }
   __syncthreads();
   clear(dgates_of(0, 0), int64_t{kTiles} * shape.operands * chunks * kWarpSize);

@@ -30,13 +30,13 @@ class Watch {
   void check() {
     const std::lock_guard lock(mutex_);
     if (words_ == nullptr || *const_cast<volatile uint32_t*>(words_) == 0) return;
-    const std::string shape =
-        "B = " + std::to_string(words_[1]) + ", H = " + std::to_string(words_[2]);
+    const std::string kernel = words_[0] == 1 ? "forward_grid" : "backward_grid";
     words_[0] = 0;
     lost_ = true;
-    throw std::runtime_error("CUDA kernel forward_grid, called before with " + shape +
-                             ": its blocks waited for each other in vain, and its outputs are NaN; "
-                             "from now on this device runs without such kernels");
+    throw std::runtime_error("CUDA kernel " + kernel + ", called before with B = " +
+                             std::to_string(words_[1]) + ", H = " + std::to_string(words_[2]) +
+                             ": blocks of it waited for others in vain, and what they return is "
+                             "NaN; from now on this device runs without such kernels");
   }
 
  private:
@@ -51,12 +51,14 @@ Watch& watch() {
   return watches[current_device_index() % 128];
 }
 
+// `words` is where kernels say that they waited in vain; without such a place none may wait.
 template <class Args>
-Choice choice_for(int cell, Arithmetic arithmetic, bool backward, const Args& args) {
+Choice choice_for(int cell, Arithmetic arithmetic, bool backward, const Args& args,
+                  const uint32_t* words) {
   const Call call{
       args.b, args.h, args.p, cell_facts(cell).gates, arithmetic, backward, args.w_hr != nullptr};
   Device device = current_device();
-  device.waits = device.waits && watch().words() != nullptr;
+  device.waits = device.waits && words != nullptr;
   return args.b == 0 || args.t == 0 ? Choice{} : choose(call, device);
 }
 
@@ -67,10 +69,11 @@ void run(int cell, Arithmetic arithmetic, bool backward, const Args& args, const
   watch().check();
   if (args.b == 0) return;
   const int index = static_cast<int>(arithmetic);
-  const Choice choice = choice_for(cell, arithmetic, backward, args);
+  uint32_t* const words = watch().words();
+  const Choice choice = choice_for(cell, arithmetic, backward, args, words);
   if (choice.algorithm == Algorithm::kCluster && by(*kClusters[index], choice.cluster)) return;
   if (choice.algorithm == Algorithm::kGrid && args.exchange != nullptr &&
-      by(*kGrids[index], choice.grid, watch().words())) {
+      by(*kGrids[index], choice.grid, words)) {
     return;
   }
   by(*kStandard[index]);
@@ -79,10 +82,10 @@ void run(int cell, Arithmetic arithmetic, bool backward, const Args& args, const
 }  // namespace
 
 int64_t forward_exchange_bytes(int cell, Arithmetic arithmetic, const Forward<void, void>& args) {
-  return choice_for(cell, arithmetic, false, args).grid.exchange;
+  return choice_for(cell, arithmetic, false, args, watch().words()).grid.exchange;
 }
 int64_t backward_exchange_bytes(int cell, Arithmetic arithmetic, const Backward<void, void>& args) {
-  return choice_for(cell, arithmetic, true, args).grid.exchange;
+  return choice_for(cell, arithmetic, true, args, watch().words()).grid.exchange;
 }
 
 void forward(int cell, Arithmetic arithmetic, const Forward<void, void>& args, void* stream) {

@@ -79,7 +79,7 @@ __device__ __forceinline__ bool has_come(const uint4& v) {
 // Polls kN pieces until all that are `needed` (by bit) have come; false if that takes too long.
 template <int kN>
 __device__ __forceinline__ bool receive(const uint4* const (&from)[kN], uint32_t needed,
-                                        uint4 (&v)[kN], uint64_t patience) {
+                                        uint4 (&v)[kN], int64_t patience) {
   const uint64_t start = cycles();
   for (;;) {
     bool all = true;
@@ -90,8 +90,13 @@ __device__ __forceinline__ bool receive(const uint4* const (&from)[kN], uint32_t
       if (needed >> i & 1) all = all && has_come(v[i]);
     }
     if (all) return true;
-    if (cycles() - start > patience) return false;
+    if (static_cast<int64_t>(cycles() - start) > patience) return false;
   }
+}
+
+// Before the first exchange blocks may have to wait for other kernels to leave.
+__device__ __forceinline__ int64_t patience_at(const GridShape& shape, int64_t n) {
+  return n <= 1 ? 8 * shape.patience : shape.patience;
 }
 
 // For the host: which kernel waited in vain, with which batch and hidden size.
@@ -136,7 +141,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
                 lane];
   };
 
-  // Whether one of the warps has waited in vain at step n: [2].
+  // Whether a thread has waited in vain at step n: [2].
   const auto failed = [&](int64_t n) -> uint32_t& {
     return reinterpret_cast<uint32_t*>(shared + shape.failed)[n % 2];
   };
@@ -150,20 +155,14 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   {
     const auto first = reinterpret_cast<Piece<S>*>(shared) +
                        warp * (each > kHeld ? each - kHeld : 0) * kSlots * kWarpSize;
-    const auto load = [&](bool aligned) {
-      weights.template load<M>(first, each, [&](int chunk, int slot) {
-        const int64_t unit = int64_t{rank} * kGridUnits + slot / kGates * kSlotRows + lane / 4;
-        const int64_t k = (int64_t{warp} * each + chunk) * 4 * kValues + lane % 4 * kValues;
-        const bool in = unit < f.h && chunk < each;
-        return weights_at(f.w_hh + (slot % kGates * f.h + unit) * f.h, k, in ? f.h : 0, aligned,
-                          reinterpret_cast<Piece<S>*>(shared + shape.sums));
-      });
-    };
-    if (f.copied == 16) {
-      load(true);
-    } else {
-      load(false);
-    }
+    weights.template load<M>(
+        first, each, f.copied == 16, reinterpret_cast<Piece<S>*>(shared + shape.sums),
+        [&](int chunk, int slot) {
+          const int64_t unit = int64_t{rank} * kGridUnits + slot / kGates * kSlotRows + lane / 4;
+          const int64_t k = (int64_t{warp} * each + chunk) * 4 * kValues + lane % 4 * kValues;
+          const bool in = unit < f.h && chunk < each;
+          return WeightSource<S>{f.w_hh + (slot % kGates * f.h + unit) * f.h, k, in ? f.h : 0};
+        });
   }
 
   const auto own_word = [&](int64_t n) {
@@ -177,23 +176,25 @@ __global__ void __launch_bounds__(kGridThreads, 1)
 
   typename Steps::Inputs in = {};
   S gx[kGates] = {};
-  const auto read_gx = [&](int64_t s) {
+  Entry now = Entry::kNone, next = Entry::kNone;  // of step s, and of the one after it
+  const auto read_ahead = [&](int64_t s) {
     if (!there) return;
+    now = next;
+    next = timeline.entry(s + 1, p.row);
     const S* row = f.gx + (timeline.time(s) * f.b + p.row) * kGates * f.h + p.unit;
     FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gx[gate] = row[gate * f.h];
   };
   if (there) {
     steps.start_h(p);
     steps.start_others(p);
-    for (int j = 0; j < kStates; ++j) {
-      in.state[j] = steps.entering(timeline.entry(span.begin, p.row), p, j, V(0));
-    }
+    next = timeline.entry(span.begin, p.row);
+    for (int j = 0; j < kStates; ++j) in.state[j] = steps.entering(next, p, j, V(0));
     steps.read_bias(p, in);
     for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
   }
   if (span.begin < span.end) {
     if (seat.mine) publish(0, in.state[0]);
-    read_gx(span.begin);
+    read_ahead(span.begin);
   }
   if (threadIdx.x < 2) failed(threadIdx.x) = 0;
   __syncthreads();
@@ -213,6 +214,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   for (int64_t s = span.begin; s < span.end && !lost; ++s) {
     const int64_t n = s - span.begin;
     const bool plain = timeline.full() && s + 1 < f.t, more = s + 1 < span.end;
+    bool came = true;
     FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
       const Piece<S>* const h = h_of(n, tile) + warp * each * kWarpSize + lane_in_chunk();
       ResidentProduct<M, kSlots, kHeld> product;
@@ -223,7 +225,10 @@ __global__ void __launch_bounds__(kGridThreads, 1)
         FRNN_UNROLL for (int c = 0; c < kBatch; ++c) {
           from[c] = reinterpret_cast<const uint4*>(h + (first + c) * kWarpSize);
         }
-        if (!receive(from, needed(first, tile), v, shape.patience)) failed(n) = 1;
+        if (came && !receive(from, needed(first, tile), v, patience_at(shape, n))) {
+          came = false;
+          failed(n) = 1;
+        }
         FRNN_UNROLL for (int c = 0; c < kBatch; ++c) b[c][0] = __builtin_bit_cast(Piece<S>, v[c]);
       });
       FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
@@ -250,9 +255,9 @@ __global__ void __launch_bounds__(kGridThreads, 1)
       result = steps.compute(of_x, of_h, in);
       FRNN_UNROLL for (int j = 0; j < kStates; ++j) in.state[j] = result.out[j];
       if (!plain && there) {
-        if (!timeline.computed(s, p.row)) result = {};
+        if (now == Entry::kNone) result = {};
         FRNN_UNROLL for (int j = 0; j < kStates; ++j) {
-          in.state[j] = steps.entering(timeline.entry(s + 1, p.row), p, j, result.out[j]);
+          in.state[j] = steps.entering(next, p, j, result.out[j]);
         }
       }
       in.state[0] = static_cast<V>(static_cast<S>(in.state[0]));
@@ -261,7 +266,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     }
     fence_gpu();
     if (there) {
-      if (more) read_gx(s + 1);
+      if (more) read_ahead(s + 1);
       if (plain) {
         steps.template keep<true>(s, p, result);
       } else {
@@ -323,8 +328,9 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const auto barrier_of = [&](int64_t n, int tile) {
     return reinterpret_cast<uint64_t*>(shared + shape.barriers) + tile * 2 + n % 2;
   };
-  const auto failed = [&](int64_t n) -> uint32_t& {
-    return reinterpret_cast<uint32_t*>(shared + shape.failed)[n % 2];
+  // Whether a thread has waited in vain before a barrier of the block: [2].
+  const auto failed = [&](int64_t round) -> uint32_t& {
+    return reinterpret_cast<uint32_t*>(shared + shape.failed)[round % 2];
   };
 
   Place p{first_row + seat.tile * kTileColumns + seat.column,
@@ -338,22 +344,16 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   {
     const auto first =
         reinterpret_cast<Piece<S>*>(shared) + warp * (chunks - kHeld) * kSlots * kWarpSize;
-    const auto load = [&](bool aligned) {
-      weights.template load<M>(first, chunks, [&](int chunk, int slot) {
-        const int k = (chunk * 4 + lane % 4) * kValues, gate = k / kGridUnits % kGates;
-        const int from = k / kGridUnits / kGates;
-        const int64_t unit =
-            (int64_t{cluster} * kBlocks + warp) * kGridUnits + slot * kSlotRows + lane / 4;
-        const int64_t of_gate = (int64_t{from} * kBlocks + rank) * kGridUnits + k % kGridUnits;
-        return weights_at(f.w_hh_t + (unit * kGates + gate) * f.h, of_gate,
-                          unit < f.h && from < clusters ? f.h : 0, aligned, operand_of(0, 0));
-      });
-    };
-    if (f.copied == 16) {
-      load(true);
-    } else {
-      load(false);
-    }
+    weights.template load<M>(
+        first, chunks, f.copied == 16, operand_of(0, 0), [&](int chunk, int slot) {
+          const int k = (chunk * 4 + lane % 4) * kValues, gate = k / kGridUnits % kGates;
+          const int from = k / kGridUnits / kGates;
+          const int64_t unit =
+              (int64_t{cluster} * kBlocks + warp) * kGridUnits + slot * kSlotRows + lane / 4;
+          const int64_t of_gate = (int64_t{from} * kBlocks + rank) * kGridUnits + k % kGridUnits;
+          return WeightSource<S>{f.w_hh_t + (unit * kGates + gate) * f.h, of_gate,
+                                 unit < f.h && from < clusters ? f.h : 0};
+        });
   }
   __syncthreads();
   clear(operand_of(0, 0), int64_t{kTiles} * 2 * chunks * kWarpSize);
@@ -385,6 +385,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     return reinterpret_cast<uint32_t*>(&operand_at(exchanged(n, seat.tile), k, seat.column));
   };
   const int pieces = clusters * kGates * kGridUnits / kValues;  // of a row
+  int64_t round = 0;                                            // of the block's barriers
   bool lost = false;
   for (int64_t s = span.end - 1; span.begin < span.end && s >= span.begin - 1 && !lost; --s) {
     const int64_t n = span.end - 1 - s;
@@ -398,13 +399,14 @@ __global__ void __launch_bounds__(kGridThreads, 1)
                                   kBlocks * kGridUnits * (rest > 4 ? 8 : 4) * sizeof(float));
       }
       typename Steps::Outcome result = {};
+      bool came = true;
       const bool finishes = seat.mine && seat.tile == tile;
       if (finishes) {
         V product = 0;
-        bool came = true;
         if (n > 0) {
-          came = mbarrier_wait(barrier_of(n, tile), (n - 1) / 2 % 2, shape.patience);
-          if (!came) failed(n) = 1;
+          came = mbarrier_wait(barrier_of(n, tile), (n - 1) / 2 % 2, patience_at(shape, n));
+          came = __ballot_sync(~0u, came) == ~0u;  // a word is of two lanes
+          if (!came) failed(round) = 1;
           const float* sums = sums_of(n, tile) + seat.own_unit() * kTileColumns + seat.column;
           FRNN_UNROLL for (int r = 0; r < kBlocks; ++r) {
             product += sums[r * kGridUnits * kTileColumns];
@@ -442,7 +444,10 @@ __global__ void __launch_bounds__(kGridThreads, 1)
           if (place < pieces * kTileColumns && column < rest) needed |= 1u << i;
           from[i] = reinterpret_cast<const uint4*>(exchanged(n, tile) + place);
         }
-        if (!receive(from, needed, v, shape.patience)) failed(n) = 1;
+        if (came && !receive(from, needed, v, patience_at(shape, n))) {
+          came = false;
+          failed(round) = 1;
+        }
         FRNN_UNROLL for (int i = 0; i < kAtOnce; ++i) {
           if (needed >> i & 1) {
             *reinterpret_cast<uint4*>(operand + first + i * kGridThreads) = v[i];
@@ -450,7 +455,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
         }
       }
       __syncthreads();
-      lost = failed(n) != 0;
+      lost = failed(round++) != 0;
       if (lost) break;
       ResidentProduct<M, kSlots, kHeld> product;
       product.run(weights, chunks, from_shared<kHeld>(operand, chunks));

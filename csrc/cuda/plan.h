@@ -228,7 +228,7 @@ struct GridShape {
   int tiles;          // of a team
   int chunks, each;   // of an operand: all, and a warp's share in forward
   int64_t exchange;   // bytes of global memory
-  uint64_t patience;  // clock cycles after which a block gives up its wait for others
+  int64_t patience;   // clock cycles after which a block gives up its wait for others
 
   // Shared memory of a block: its weights, and what begins at these offsets; and all.
   int operands, sums, barriers, failed, bytes;

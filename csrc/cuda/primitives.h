@@ -92,10 +92,14 @@ inline int current_device_index() {
 }
 
 // `n` words of zeros that kernels of all devices reach and that the host can read at any time; null
-// if there are none now, as during the capture of a graph.
+// if there are none. A graph that is being captured does not notice.
 inline uint32_t* host_words(int n) {
   void* words = nullptr;
-  if (cudaHostAlloc(&words, n * sizeof(uint32_t), cudaHostAllocPortable) != cudaSuccess) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  const cudaError_t error = cudaHostAlloc(&words, n * sizeof(uint32_t), cudaHostAllocPortable);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error != cudaSuccess) {
     cudaGetLastError();
     return nullptr;
   }
@@ -507,10 +511,10 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 }
 // False if so many clock cycles have passed before it has.
 __device__ __forceinline__ bool mbarrier_wait(uint64_t* barrier, uint32_t parity,
-                                              uint64_t patience) {
+                                              int64_t patience) {
   const uint64_t start = cycles();
   while (!mbarrier_try_wait(barrier, parity)) {
-    if (cycles() - start > patience) return false;
+    if (static_cast<int64_t>(cycles() - start) > patience) return false;
   }
   return true;
 }

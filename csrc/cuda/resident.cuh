@@ -26,41 +26,56 @@ __device__ __forceinline__ Span span_of(const Timeline<S>& timeline, const Seque
 
 // ---- A warp's weights: kHeld chunks in registers, the others in shared memory.
 
+// The piece at k of a row of size `end`, zeros beyond.
+template <class S>
+struct WeightSource {
+  const S* row;
+  int64_t k, end;
+};
+
 template <class S, int kSlots, int kHeld>
 struct ResidentWeights {
   Piece<S> held[kHeld][kSlots];
   Piece<S>* rest;  // [chunks - kHeld, kSlots, 32]
 
-  // value(chunk, slot) is the lane's piece of its row of a slot.
-  template <class M, class Value>
-  __device__ __forceinline__ void load(Piece<S>* shared, int chunks, const Value& value) {
-    const int lane = threadIdx.x % kWarpSize;
-    rest = shared + lane;
+  // source(chunk, slot) is where the lane's piece of its row of a slot is. Rows are read 16 bytes
+  // at a time if they are `aligned`, else value by value through a place in shared memory: values
+  // that end up in registers all at once would take more of them than there are.
+  template <class M, class Source>
+  __device__ __forceinline__ void load(Piece<S>* shared, int chunks, bool aligned,
+                                       Piece<S>* scratch, const Source& source) {
+    rest = shared + threadIdx.x % kWarpSize;
+    if (aligned) {
+      load_by<M>(chunks, source, [](const WeightSource<S>& from) {
+        return from.k < from.end ? read_piece(reinterpret_cast<const Piece<S>*>(from.row + from.k))
+                                 : Piece<S>{};
+      });
+    } else {
+      load_by<M>(chunks, source, [scratch](const WeightSource<S>& from) {
+        Piece<S>* const piece = scratch + threadIdx.x;
+        FRNN_ROLLED for (int i = 0; i < Piece<S>::kValues; ++i) {
+          piece->v[i] = from.k + i < from.end ? from.row[from.k + i] : S{};
+        }
+        return read_piece(piece);
+      });
+    }
+  }
+
+ private:
+  template <class M, class Source, class Read>
+  __device__ __forceinline__ void load_by(int chunks, const Source& source, const Read& read) {
     FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
       FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
-        held[c][slot] = operand<M>(value(c, slot));
+        held[c][slot] = operand<M>(read(source(c, slot)));
       }
     }
     FRNN_ROLLED for (int c = kHeld; c < chunks; ++c) {
       FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
-        rest[((c - kHeld) * kSlots + slot) * kWarpSize] = operand<M>(value(c, slot));
+        rest[((c - kHeld) * kSlots + slot) * kWarpSize] = operand<M>(read(source(c, slot)));
       }
     }
   }
 };
-
-// The piece at k of a row of size `end`, zeros beyond; 16 bytes at a time where `aligned`, else
-// value by value through a place in shared memory, since values that end up in registers all at
-// once would take more of them than there are.
-template <class S>
-__device__ __forceinline__ Piece<S> weights_at(const S* row, int64_t k, int64_t end, bool aligned,
-                                               Piece<S>* scratch) {
-  if (aligned) return k < end ? read_piece(reinterpret_cast<const Piece<S>*>(row + k)) : Piece<S>{};
-  FRNN_ROLLED for (int i = 0; i < Piece<S>::kValues; ++i) {
-    scratch[threadIdx.x].v[i] = k + i < end ? row[k + i] : S{};
-  }
-  return read_piece(scratch + threadIdx.x);
-}
 
 // The sums of kSlots slots over all chunks of an operand of eight rows. Few slots are summed in
 // several parts, since an instruction waits for the one before on the same sums.

@@ -189,7 +189,7 @@ inline void mma_f64(double (&d)[2], double a, double b) {
 inline uint32_t to_tf32(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
+  if ((bits & 0x7f800000u) == 0x7f800000u) return bits & 0xffffe000u;
   return (bits + 0x1000u) & 0xffffe000u;
 }
 
@@ -309,7 +309,7 @@ inline bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity) {
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   sim::mbarrier_wait(barrier, parity);
 }
-inline bool mbarrier_wait(uint64_t* barrier, uint32_t parity, uint64_t) {
+inline bool mbarrier_wait(uint64_t* barrier, uint32_t parity, int64_t) {
   sim::mbarrier_wait(barrier, parity);  // a wait in vain is reported as a deadlock
   return true;
 }
