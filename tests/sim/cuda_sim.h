@@ -286,7 +286,7 @@ inline void bar_arrive(int id, int threads) {
   sim::block_barrier("bar_arrive", id, threads, false);
 }
 inline uint64_t global_timer() { return sim::ticks(); }
-inline uint64_t cycles() { return sim::ticks() * (loses_a_block ? 100'000 : 1); }
+inline uint64_t cycles() { return sim::ticks() * (loses_a_block ? 10'000'000 : 1); }
 
 inline void dependency_wait() { sim::dependency_wait(); }
 inline void dependency_launch() { sim::dependency_launch(); }
