@@ -12,8 +12,11 @@ if "cuda" not in fusedrnn.list_backends():
     sys.exit('this fusedrnn has no backend "cuda"')
 LAYERS = (fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN, partial(fusedrnn.LSTM, proj_size=8))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Rows in parts of 8 and of 16 bytes, in 16 bits.
-for layer, dtype, hidden in itertools.product(LAYERS, DTYPES, (20, 24)):
+CASES = [
+    *itertools.product(LAYERS, DTYPES, (20, 24)),  # rows in parts of 8 and of 16 bytes, in 16 bits
+    *itertools.product(LAYERS[:2], DTYPES[1:], (136, 520)),  # several blocks: a cluster, a grid
+]
+for layer, dtype, hidden in CASES:
     module = layer(5, hidden, backend="cuda").to("cuda", dtype)
     x = torch.randn(3, 3, 5, device="cuda", dtype=dtype, requires_grad=True)
     y, _ = module(x)
