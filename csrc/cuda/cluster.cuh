@@ -15,8 +15,8 @@
 // A single block needs no exchange, and its warps meet at the block's barrier.
 #pragma once
 
+#include "cuda/recurrence.h"
 #include "cuda/resident.cuh"
-#include "cuda/standard.h"
 
 namespace frnn::cuda {
 

@@ -7,7 +7,7 @@
 #include <initializer_list>
 
 #include "cells/cell.h"
-#include "cuda/standard.h"
+#include "cuda/recurrence.h"
 
 namespace frnn::cuda {
 

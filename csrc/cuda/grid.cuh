@@ -21,8 +21,8 @@
 // what it should have returned is NaN.
 #pragma once
 
+#include "cuda/recurrence.h"
 #include "cuda/resident.cuh"
-#include "cuda/standard.h"
 
 namespace frnn::cuda {
 
@@ -59,8 +59,9 @@ __device__ __forceinline__ uint32_t word_of(S value) {
   if constexpr (sizeof(S) == 4) {
     return __builtin_bit_cast(uint32_t, value);
   } else {
-    const uint32_t own = __builtin_bit_cast(uint16_t, value);
-    return own | __shfl_xor_sync(~0u, own, 4) << 16;
+    uint16_t own;  // initialised, it would be taken for a constant, on which nvcc 13.0 fails
+    own = __builtin_bit_cast(uint16_t, value);
+    return own | __shfl_xor_sync(~0u, uint32_t{own}, 4) << 16;
   }
 }
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cuda/product.cuh"
-#include "cuda/standard.h"
+#include "cuda/recurrence.h"
 #include "steps.h"
 
 namespace frnn::cuda {
