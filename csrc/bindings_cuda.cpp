@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "bindings.h"
-#include "cuda/recurrence.h"
+#include "cuda/kernels.h"
 
 namespace {
 

@@ -15,7 +15,7 @@
 // A single block needs no exchange, and its warps meet at the block's barrier.
 #pragma once
 
-#include "cuda/recurrence.h"
+#include "cuda/kernels.h"
 #include "cuda/resident.cuh"
 
 namespace frnn::cuda {

@@ -7,7 +7,7 @@
 #include <initializer_list>
 
 #include "cells/cell.h"
-#include "cuda/recurrence.h"
+#include "cuda/kernels.h"
 
 namespace frnn::cuda {
 

@@ -21,7 +21,7 @@
 // what it should have returned is NaN.
 #pragma once
 
-#include "cuda/recurrence.h"
+#include "cuda/kernels.h"
 #include "cuda/resident.cuh"
 
 namespace frnn::cuda {

@@ -6,8 +6,8 @@
 // transposed, so that both directions read them along k.
 #pragma once
 
+#include "cuda/kernels.h"
 #include "cuda/product.cuh"
-#include "cuda/recurrence.h"
 #include "steps.h"
 
 namespace frnn::cuda {
