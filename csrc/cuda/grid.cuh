@@ -14,8 +14,7 @@
 // In backward the blocks of a team are clusters of eight. Of what a step's gates become, a block
 // gathers that of one block of each cluster, the one with its own rank in it, and multiplies it
 // with the weights to the 128 units of its cluster, whose blocks each add up their share as those
-// of the cluster algorithm do. So that each block reads an eighth of all, and sends a fraction of
-// it.
+// of the cluster algorithm do. So a block reads an eighth of what all gates become.
 //
 // Nobody waits for ever: a block that waits too long says so in the error words and leaves, and
 // what it should have returned is NaN.
@@ -27,8 +26,7 @@
 namespace frnn::cuda {
 
 constexpr int kGridThreads = kGridWarps * kWarpSize;
-constexpr uint32_t kEmpty =
-    0xffffffffu;  // no number: a NaN becomes another one where it is rounded
+constexpr uint32_t kEmpty = 0xffffffffu;  // never a value: rounding leaves other NaNs
 
 // The lane's result, if its warp has one: kGridGroups * kTiles * 2 warps have one for each lane.
 template <int kTiles>
@@ -72,7 +70,7 @@ struct GridSizes {
   static constexpr int kHeldBackward = grid_held(Cell::kGates, true);
 };
 
-// The piece of eight, four or two values that a word of such a piece belongs to has come.
+// Whether all words of a piece have come.
 __device__ __forceinline__ bool has_come(const uint4& v) {
   return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty;
 }
