@@ -63,11 +63,11 @@ __device__ __forceinline__ uint32_t word_of(S value) {
   }
 }
 
-template <class Cell>
+template <class Cell, int kTiles>
 struct GridSizes {
   static constexpr int kSlots = grid_slots(Cell::kGates);
-  static constexpr int kHeld = grid_held(Cell::kGates, false);
-  static constexpr int kHeldBackward = grid_held(Cell::kGates, true);
+  static constexpr int kHeld = grid_held(Cell::kGates, kTiles, false);
+  static constexpr int kHeldBackward = grid_held(Cell::kGates, kTiles, true);
 };
 
 // Whether all words of a piece have come.
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   using V = typename M::Real;
   using Steps = ForwardSteps<Cell, V, S, typename M::V>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kValues = Piece<S>::kValues;
-  constexpr int kSlots = GridSizes<Cell>::kSlots, kHeld = GridSizes<Cell>::kHeld;
+  constexpr int kSlots = GridSizes<Cell, kTiles>::kSlots, kHeld = GridSizes<Cell, kTiles>::kHeld;
   FRNN_DYN_SMEM(shared);
   const GridSeat<kTiles> seat;
   const int lane = seat.lane, warp = seat.warp;
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   using V = typename M::Real;
   using Steps = BackwardSteps<Cell, V, S, typename M::V>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kValues = Piece<S>::kValues;
-  constexpr int kSlots = kGridGroups, kHeld = GridSizes<Cell>::kHeldBackward;
+  constexpr int kSlots = kGridGroups, kHeld = GridSizes<Cell, kTiles>::kHeldBackward;
   constexpr int kBlocks = kClusterBlocks;
   static_assert(kBlocks == kGridWarps, "each warp multiplies for a block of the cluster");
   FRNN_DYN_SMEM(shared);
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   for (int64_t s = span.end - 1; span.begin < span.end && s >= span.begin - 1 && !lost; --s) {
     const int64_t n = span.end - 1 - s;
     const bool more = s >= span.begin;
-    FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+    FRNN_ROLLED for (int tile = 0; tile < kTiles; ++tile) {
       const int64_t rest = f.b - first_row - tile * kTileColumns;
       if (rest <= 0 || lost) break;
       // Rows are sent by fours.

@@ -217,9 +217,10 @@ constexpr int kExchangeSlots = 4;                    // that take turns
 constexpr int grid_slots(int gates) { return gates * kGridGroups; }
 
 // Chunks of a warp's weights in registers.
-constexpr int grid_held(int gates, bool backward) {
-  const int fit = 32 / (backward ? kGridGroups : grid_slots(gates));
-  return backward || fit < 8 ? fit : 8;
+constexpr int grid_held(int gates, int tiles, bool backward) {
+  if (backward) return tiles == 1 ? 16 : 12;
+  const int fit = 32 / grid_slots(gates);
+  return fit < 8 ? fit : 8;
 }
 
 // A team of blocks owns a few tiles of rows for all steps, and a block of it kGridUnits units.
@@ -236,7 +237,7 @@ struct GridShape {
 
 constexpr GridShape grid_shape_of(int64_t teams, int64_t blocks, int tiles, int gates,
                                   Arithmetic arithmetic, bool backward) {
-  const int size = value_bytes(arithmetic), held = grid_held(gates, backward);
+  const int size = value_bytes(arithmetic), held = grid_held(gates, tiles, backward);
   GridShape shape{};
   shape.teams = static_cast<int>(teams);
   shape.blocks = static_cast<int>(blocks);
