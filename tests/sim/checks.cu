@@ -213,36 +213,39 @@ Answer check_conversions() {
 }
 
 // ---- Functions, with the error that primitives.h promises.
-enum class Function { kTanh, kExp2 };
+enum class Function { kTanh, kExp2, kReciprocal };
 
 template <Function kFunction>
 __global__ void apply(const float* in, float* out, int n) {
   for (int i = static_cast<int>(threadIdx.x); i < n; i += 32) {
-    out[i] = kFunction == Function::kTanh ? tanh_approx(in[i]) : exp2_approx(in[i]);
+    out[i] = kFunction == Function::kTanh   ? tanh_approx(in[i])
+             : kFunction == Function::kExp2 ? exp2_approx(in[i])
+                                            : reciprocal_approx(in[i]);
   }
 }
 
 template <Function kFunction>
 Answer check_function() {
-  constexpr bool kTanh = kFunction == Function::kTanh;
+  constexpr bool kTanh = kFunction == Function::kTanh, kExp2 = kFunction == Function::kExp2;
   std::vector<float> in = {0, INFINITY, -INFINITY};
   for (int i = 0; i < 250; ++i) {
     in.push_back(kTanh ? std::ldexp(1 + i / 250.0f, i % 20 - 15) * (i % 2 ? 1 : -1) : i - 125.3f);
   }
-  if (!kTanh) in.push_back(-130);  // a subnormal result becomes 0
+  if (kExp2) in.push_back(-130);  // a subnormal result becomes 0
   DeviceArray values(in);
   auto array = poison<float>(in.size());
   launch("apply", apply<kFunction>, Launch{dim3(1), dim3(32)}, values.get(), array.get(),
          static_cast<int>(in.size()));
   const auto out = array.read();
   for (size_t i = 0; i < in.size(); ++i) {
-    const double x = in[i], exact = kTanh ? std::tanh(x) : x == -130 ? 0 : std::exp2(x);
+    const double x = in[i];
+    const double exact = kTanh ? std::tanh(x) : !kExp2 ? 1 / x : x == -130 ? 0 : std::exp2(x);
     const double bound = (kTanh ? 0x1p-11 : 0x1p-22) * std::abs(exact);
     if (out[i] != exact && !(std::abs(out[i] - exact) <= bound)) {
       throw std::runtime_error("a function is less exact than promised");
     }
   }
-  // The simulator's tanh is wrong by 2^-12; its exp2 is the library's, within one unit.
+  // The simulator's tanh is wrong by 2^-12; the others are the library's, within one unit.
   return answer(out, kTanh ? (0x1p-11 + 0x1p-12) * 0x1p24 + 1 : 3);
 }
 
@@ -286,6 +289,7 @@ Answer run(int check) {
                                      check_conversions,
                                      check_function<Function::kTanh>,
                                      check_function<Function::kExp2>,
+                                     check_function<Function::kReciprocal>,
                                      check_shuffles};
   constexpr int kMine = sizeof(kChecks) / sizeof(*kChecks);
   return check < kMine ? kChecks[check]() : run_exchange(check - kMine);

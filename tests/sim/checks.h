@@ -10,9 +10,10 @@
 namespace frnn::checks {
 
 constexpr const char* kNames[] = {
-    "mma_bf16", "mma_f16",     "mma_tf32", "mma_f64",    "sums_bf16", "sums_f16", "sums_tf32",
-    "matrices", "conversions", "tanh",     "exp2",       "shuffles",  "copies",   "named_barriers",
-    "words",    "messages",    "clocks",   "dependency", "bulk",      "cluster",  "store_async"};
+    "mma_bf16",   "mma_f16",  "mma_tf32",       "mma_f64",    "sums_bf16", "sums_f16",
+    "sums_tf32",  "matrices", "conversions",    "tanh",       "exp2",      "reciprocal",
+    "shuffles",   "copies",   "named_barriers", "words",      "messages",  "clocks",
+    "dependency", "bulk",     "cluster",        "store_async"};
 constexpr int kCount = sizeof(kNames) / sizeof(*kNames);
 
 // What a kernel computed. A device's words are those of the simulator; where `ulp` is not 0 they

@@ -99,7 +99,7 @@ def test_planted(sim, toy, bug, sentence):
 @pytest.mark.parametrize(
     "check",
     "mma_bf16 mma_f16 mma_tf32 mma_f64 sums_bf16 sums_f16 sums_tf32 matrices conversions tanh exp2 "
-    "shuffles copies named_barriers words messages clocks dependency bulk cluster "
+    "reciprocal shuffles copies named_barriers words messages clocks dependency bulk cluster "
     "store_async".split(),
 )
 def test_primitive(sim, check):
