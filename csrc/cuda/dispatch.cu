@@ -19,7 +19,7 @@ constexpr const Grids* kGrids[] = {&kGridsFloat16, &kGridsBfloat16, &kGridsTf32}
 // Whether blocks of a grid have waited for others in vain, for each device.
 class Watch {
  public:
-  // Where a kernel says so, by `error_of`; null if there is no place, or if one has.
+  // Where a kernel says so; null if there is no place, or if one has.
   uint32_t* words() {
     const std::lock_guard lock(mutex_);
     if (words_ == nullptr) words_ = host_words(kWords);
