@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.backends import products
@@ -94,23 +93,16 @@ class Cuda(Ops):
         return f"{arithmetic}, forward {forward}, backward {backward}"
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if a.dtype != torch.float32 or a.numel() == 0 or b.numel() == 0:
-        return a @ b
+        return products.product(a, b, bias)
     transpose_a, transpose_b = not a.is_contiguous(), not b.is_contiguous()
     a, b = a.t() if transpose_a else a, b.t() if transpose_b else b
     tf32 = uses_tf32(a.dtype, precision())
     out: Tensor = torch.ops.fusedrnn.cuda_product(
         a.contiguous(), b.contiguous(), transpose_a, transpose_b, tf32
     )
-    return out
-
-
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype != torch.float32:
-        return F.linear(x, w, bias)
-    y: Tensor = _product(x.flatten(0, 1), w.t()).view(*x.shape[:2], w.shape[0])
-    return y if bias is None else y.add_(bias)
+    return out if bias is None else out.add_(bias)
 
 
 def _forward(
@@ -131,12 +123,10 @@ def _forward(
     bfloat16: bool,
 ) -> tuple[Tensor, ...]:
     *_, additive = facts_of(cell)
-    bias = b_ih
-    if additive and b_hh is not None:
-        bias = b_hh if b_ih is None else b_ih + b_hh
+    gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), additive, _product)
     out: tuple[Tensor, ...] = torch.ops.fusedrnn.cuda_forward(
-        _linear(x, w_ih, bias), w_hh, b_hh, w_hr, h0, c0, lengths, resets, cell, reverse, training,
-        cell_states, uses_tf32(x.dtype, precision()),
+        gx, w_hh, b_hh, w_hr, h0, c0, lengths, resets, cell, reverse, training, cell_states,
+        uses_tf32(x.dtype, precision()),
     )  # fmt: skip
     return out
 

@@ -205,6 +205,65 @@ class Native(Ops):
         return Gradients(*(None if d is None else d.to(dtype) for d in found))
 
 
+def empty_run(
+    x: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    c0: Tensor | None,
+    gates: int,
+    planes: int,
+    training: bool,
+    cell_states: bool,
+) -> tuple[Tensor, ...]:
+    """The results of a forward op, unset: y, h_n, c_n, c, then the reserve; ``[0]`` if not asked
+    for. ``w_hh [G*H,P]`` tells H, by the number of gates."""
+    steps, batch, proj = x.shape[0], x.shape[1], w_hh.shape[1]
+    hidden, others = w_hh.shape[0] // gates, 0 if c0 is None else c0.shape[0]
+
+    def empty(wanted: bool, *shape: Any, dtype: torch.dtype = x.dtype) -> Tensor:
+        return x.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    wide = compute_dtype(x.dtype)
+    return (
+        empty(True, steps, batch, proj),
+        empty(True, batch, proj),
+        empty(c0 is not None, others, batch, hidden),
+        empty(cell_states, steps, batch, hidden),
+        empty(training, steps, batch, proj),
+        empty(training and c0 is not None, others, steps, batch, hidden, dtype=wide),
+        empty(training, planes, steps, batch, hidden),
+        empty(training and w_hr is not None, steps, batch, hidden),
+    )
+
+
+def empty_gradients(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    saved: Tensor,
+    states: int,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """The results of a backward op, unset, in the order of Gradients; ``[0]`` if not wanted."""
+    batch, hidden = saved.shape[2:]
+    want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr = wanted
+
+    def empty(wanted: bool, *shape: Any) -> Tensor:
+        return x.new_empty(shape if wanted else (0,))
+
+    return (
+        empty(want_x, *x.shape),
+        empty(want_w_ih, *w_ih.shape),
+        empty(want_w_hh, *w_hh.shape),
+        empty(want_b_ih, w_hh.shape[0]),
+        empty(want_b_hh, w_hh.shape[0]),
+        empty(want_w_hr and w_hr is not None, *(() if w_hr is None else w_hr.shape)),
+        empty(True, batch, w_hh.shape[1]),
+        empty(states > 1, states - 1, batch, hidden),
+    )
+
+
 def _fake_forward(
     x: Tensor,
     w_ih: Tensor,
@@ -222,26 +281,8 @@ def _fake_forward(
     cell_states: bool,
     bfloat16: bool,
 ) -> tuple[Tensor, ...]:
-    steps, batch, proj = x.shape[0], x.shape[1], w_hh.shape[1]
     gates, _, planes, _ = facts_of(cell)
-    hidden = w_hh.shape[0] // gates
-
-    def empty(wanted: bool, *shape: Any, dtype: torch.dtype = x.dtype) -> Tensor:
-        return x.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    others = 0 if c0 is None else c0.shape[0]
-    return (
-        empty(True, steps, batch, proj),
-        empty(True, batch, proj),
-        empty(c0 is not None, others, batch, hidden),
-        empty(cell_states, steps, batch, hidden),
-        empty(training, steps, batch, proj),
-        empty(
-            training and c0 is not None, others, steps, batch, hidden, dtype=compute_dtype(x.dtype)
-        ),
-        empty(training, planes, steps, batch, hidden),
-        empty(training and w_hr is not None, steps, batch, hidden),
-    )
+    return empty_run(x, w_hh, w_hr, c0, gates, planes, training, cell_states)
 
 
 def _fake_backward(
@@ -268,22 +309,9 @@ def _fake_backward(
     want_b_hh: bool,
     want_w_hr: bool,
 ) -> tuple[Tensor, ...]:
-    _, batch, proj = h_prev.shape
     _, states, _, _ = facts_of(cell)
-
-    def empty(wanted: bool, *shape: Any) -> Tensor:
-        return x.new_empty(shape if wanted else (0,))
-
-    return (
-        empty(want_x, *x.shape),
-        empty(want_w_ih, *w_ih.shape),
-        empty(want_w_hh, *w_hh.shape),
-        empty(want_b_ih, w_hh.shape[0]),
-        empty(want_b_hh, w_hh.shape[0]),
-        empty(want_w_hr and w_hr is not None, *(() if w_hr is None else w_hr.shape)),
-        empty(True, batch, proj),
-        empty(states > 1, states - 1, batch, saved.shape[3]),
-    )
+    wanted = want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr
+    return empty_gradients(x, w_ih, w_hh, w_hr, saved, states, wanted)
 
 
 if _library is not None:

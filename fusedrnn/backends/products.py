@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fusedrnn.backends.backend import Gradients, Wanted, Weights
@@ -17,17 +17,33 @@ class Recurrent(NamedTuple):
     m: Tensor  # [T,B,H] the output before projection, if there is one
     dgx: Tensor  # [T,B,G*H]
     dgh: Tensor  # [T,B,G*H], the same tensor as dgx for an additive cell
-    dh: Tensor  # [T,B,P] the whole gradient of each h, with a projection
+    dh: Tensor | None  # [T,B,P] the whole gradient of each h, with a projection
     dh0: Tensor  # [B,P]
     dc0: Tensor  # [S-1,B,H]
 
 
+class Product(Protocol):
+    """``a @ b (+ bias)`` of matrices, rounded once."""
+
+    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """PyTorch's own."""
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def inputs(x: Tensor, weights: Weights, additive: bool, product: Product) -> Tensor:
+    """``gx [T,B,G*H]``, with both biases if they only meet as a sum."""
+    bias = weights.b_ih
+    if additive and weights.b_hh is not None:
+        bias = weights.b_hh if bias is None else bias + weights.b_hh
+    gx = product(x.flatten(0, 1), weights.w_ih.t(), bias)
+    return gx.view(*x.shape[:2], gx.shape[1])
+
+
 def gradients(
-    x: Tensor,
-    weights: Weights,
-    run: Recurrent,
-    wanted: Wanted,
-    product: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor, weights: Weights, run: Recurrent, wanted: Wanted, product: Product
 ) -> Gradients:
     """All gradients: one GEMM or sum for each of x, weights and biases, without atomics."""
     rows_ih, rows_hh = run.dgx.flatten(0, 1), run.dgh.flatten(0, 1)
@@ -42,6 +58,6 @@ def gradients(
         db_ih = rows_ih.sum(0)
     if wanted.b_hh:
         db_hh = db_ih.clone() if run.dgx is run.dgh and db_ih is not None else rows_hh.sum(0)
-    if wanted.w_hr:
+    if wanted.w_hr and run.dh is not None:
         dw_hr = product(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))
     return Gradients(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dh0, run.dc0)
