@@ -20,10 +20,11 @@ from fusedrnn.backends import (
     Run,
     Sequence,
     Weights,
-    cuda,
     products,
     reference,
 )
+from fusedrnn.backends.cuda import Cuda
+from fusedrnn.backends.triton import Triton
 from fusedrnn.cells import Cell
 from fusedrnn.cells.cell import Keep, keep
 from fusedrnn.recurrence import recurrence
@@ -200,7 +201,7 @@ def check_case(
 ) -> None:
     """Runs ``case`` on ``backend`` and asserts that it is as accurate as the reference on the CPU.
 
-    Where the CUDA kernels round on the way, to store 16 bits or for products in ``tf32``, each
+    Where the kernels of a GPU round on the way, to store 16 bits or for products in ``tf32``, each
     value they store is checked instead, see :func:`assert_stored`.
     """
 
@@ -208,7 +209,7 @@ def check_case(
         return {name: t.cpu() for name, t in tensors.items()}
 
     inputs = make_inputs(case, seed)
-    if isinstance(backend, cuda.Cuda) and (tf32 or case.dtype.itemsize == 2):
+    if isinstance(backend, Cuda | Triton) and (tf32 or case.dtype.itemsize == 2):
         with _recording(case, backend) as stored:
             out = run_case(case, inputs.on(device), backend)
         operand = to_tf32 if tf32 else unrounded
@@ -300,11 +301,11 @@ def rounding_of_products(inputs: Inputs, stored: dict[str, Tensor]) -> dict[str,
 
 @contextmanager
 def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
-    """What the backend "cuda" stores in the call inside, each ``[T,B,..]``."""
+    """What a backend of GPUs stores in the call inside, each ``[T,B,..]``."""
     stored: dict[str, Tensor] = {}
 
-    def linear(*args: Any) -> Tensor:
-        stored["gx"] = linear_itself(*args)
+    def inputs(*args: Any) -> Tensor:
+        stored["gx"] = inputs_themselves(*args)
         return stored["gx"]
 
     def forward(*args: Any) -> Run:
@@ -320,10 +321,10 @@ def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
             stored[name] = getattr(recurrent, name)
         return gradients_themselves(*args)
 
-    linear_itself, forward_itself = cuda._linear, backend.forward
-    gradients_themselves = products.gradients
+    inputs_themselves, gradients_themselves = products.inputs, products.gradients
+    forward_itself = backend.forward
     with (
-        patch.object(cuda, "_linear", linear),
+        patch.object(products, "inputs", inputs),
         patch.object(backend, "forward", forward),
         patch.object(products, "gradients", gradients),
     ):

@@ -22,6 +22,7 @@ from fusedrnn.backends.cuda import Cuda
 from fusedrnn.backends.cudnn import Cudnn
 from fusedrnn.backends.native import Native
 from fusedrnn.backends.reference import Reference
+from fusedrnn.backends.triton import Triton
 
 __all__ = [
     "REFERENCE",
@@ -46,7 +47,9 @@ __all__ = [
 
 REFERENCE = Reference()
 # cuDNN comes before our own CUDA kernels, which lose to it in many shapes (bench/results/h200).
-_ALL: dict[str, Backend | Reference] = {b.name: b for b in (Cudnn(), Cuda(), Native(), REFERENCE)}
+_ALL: dict[str, Backend | Reference] = {
+    b.name: b for b in (Cudnn(), Cuda(), Triton(), Native(), REFERENCE)
+}
 
 Names = str | list[str] | tuple[str, ...] | None
 
@@ -57,7 +60,7 @@ def list_backends() -> list[str]:
     Example:
         >>> import fusedrnn
         >>> fusedrnn.list_backends()
-        ['cudnn', 'cuda', 'cpu', 'reference']
+        ['cudnn', 'cuda', 'triton', 'cpu', 'reference']
     """
     return list(_ALL)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,6 +38,8 @@ class Cell:
         step: the equations in PyTorch, the oracle of every backend. ``gx = W_ih x + b_ih`` and
             ``gh = W_hh h + b_hh``, both ``[B,G,H]``; returns the new states, h before projection.
             What is ``saved`` passes through ``keep``, in the order of its planes.
+        triton: the functions ``forward`` and ``backward`` of the same cell in Triton, or the name
+            of the module that has them; None: the Triton backend does not run the cell.
     """
 
     name: str
@@ -46,3 +48,4 @@ class Cell:
     saved: int
     additive: bool
     step: Step
+    triton: str | tuple[Any, Any] | None = None

@@ -21,4 +21,12 @@ def step(
     return (n + z * (state[0] - n),)
 
 
-GRU = Cell("gru", gates="rzn", states="h", saved=4, additive=False, step=step)
+GRU = Cell(
+    "gru",
+    gates="rzn",
+    states="h",
+    saved=4,
+    additive=False,
+    step=step,
+    triton="fusedrnn.backends.triton_cells.gru",
+)

@@ -20,4 +20,12 @@ def step(
     return o * c.tanh(), c
 
 
-LSTM = Cell("lstm", gates="ifgo", states="hc", saved=4, additive=True, step=step)
+LSTM = Cell(
+    "lstm",
+    gates="ifgo",
+    states="hc",
+    saved=4,
+    additive=True,
+    step=step,
+    triton="fusedrnn.backends.triton_cells.lstm",
+)

@@ -19,5 +19,21 @@ def step_relu(
     return keep((gx + gh).squeeze(-2).relu())
 
 
-RNN_TANH = Cell("rnn_tanh", gates="h", states="h", saved=1, additive=True, step=step_tanh)
-RNN_RELU = Cell("rnn_relu", gates="h", states="h", saved=1, additive=True, step=step_relu)
+RNN_TANH = Cell(
+    "rnn_tanh",
+    gates="h",
+    states="h",
+    saved=1,
+    additive=True,
+    step=step_tanh,
+    triton="fusedrnn.backends.triton_cells.rnn_tanh",
+)
+RNN_RELU = Cell(
+    "rnn_relu",
+    gates="h",
+    states="h",
+    saved=1,
+    additive=True,
+    step=step_relu,
+    triton="fusedrnn.backends.triton_cells.rnn_relu",
+)

@@ -1,0 +1,365 @@
+"""A recurrence over T steps as two kernels, forward and BPTT backward, for any cell.
+
+A program owns a tile of ``BLOCK_B`` rows and ``BLOCK_H`` hidden units, has its states in registers,
+and runs steps ``first`` to ``last``:
+
+- If it has all units of its rows, their weights stay on chip and h goes from step to step in
+  registers.
+- Else it reads what the programs of the same rows stored at the step before: h in forward, the
+  gates' gradients in backward. Either each launch runs one step, or (``MEETS``) one launch runs
+  them all and those programs meet in between, for which all programs must run at once.
+
+``CELL`` is the cell's function of triton_cells/; ``G``, ``S`` and ``R`` count its gates, states and
+saved planes. 16 bits are for what is stored and for the operands of products; everything else is
+of type ``COMPUTE``. Names begin with what they hold: ``o_`` offsets, ``p_`` pointers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+# Whatever T and B are, and wherever h0 begins in the states of a stack, one kernel is compiled.
+specialised = triton.jit(
+    do_not_specialize=["T", "B", "first", "last"],
+    do_not_specialize_on_alignment=["h0", "lengths", "resets"],
+)
+
+
+class Tile(NamedTuple):
+    """What a program owns."""
+
+    row: tl.tensor  # the first one, of 64 bits; offsets are from there, and of 32
+    o_b: tl.tensor  # [BLOCK_B]
+    o_h: tl.tensor  # [BLOCK_H]
+    rows: tl.tensor  # [BLOCK_B] those there are
+    units: tl.tensor  # [BLOCK_H]
+    mask: tl.tensor  # [BLOCK_B, BLOCK_H]
+    plane: tl.tensor  # [BLOCK_B, BLOCK_H] in [B,H]
+    gates: tl.tensor  # [BLOCK_B, BLOCK_H] in [B,G*H]
+    length: tl.tensor  # [BLOCK_B] steps of each row
+
+
+@triton.jit
+def tile_of(
+    i_b, i_h, lengths, T, B, G: tl.constexpr, H: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    row = i_b.to(tl.int64) * BLOCK_B
+    o_b, o_h = tl.arange(0, BLOCK_B), i_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    rows, units = row + o_b < B, o_h < H
+    length = tl.zeros((BLOCK_B,), tl.int32) + T
+    if lengths is not None:
+        given = tl.load(lengths + row + o_b, mask=rows, other=0)
+        length = tl.minimum(given, T).to(tl.int32)
+    mask = rows[:, None] & units[None, :]
+    plane = o_b[:, None] * H + o_h[None, :]
+    gates = o_b[:, None] * (G * H) + o_h[None, :]
+    return Tile(row, o_b, o_h, rows, units, mask, plane, gates, length)
+
+
+@triton.jit
+def load_planes(p, stride, mask, N: tl.constexpr, DTYPE: tl.constexpr):
+    """N blocks that lie ``stride`` apart, 0 where masked."""
+    out = ()
+    for n in tl.static_range(N):
+        out += (tl.load(p + n * stride, mask=mask, other=0).to(DTYPE),)
+    return out
+
+
+@triton.jit
+def store_planes(p, stride, values, on, mask, N: tl.constexpr):
+    """N blocks, 0 in the rows that are not ``on``."""
+    for n in tl.static_range(N):
+        value = tl.where(on[:, None], values[n], 0)
+        tl.store(p + n * stride, value.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def select(on, values, others, N: tl.constexpr):
+    """``values`` in the rows that are ``on``, else ``others``."""
+    out = ()
+    for n in tl.static_range(N):
+        out += (tl.where(on[:, None], values[n], others[n]),)
+    return out
+
+
+@triton.jit
+def add(values, others, N: tl.constexpr):
+    out = ()
+    for n in tl.static_range(N):
+        out += (values[n] + others[n],)
+    return out
+
+
+@triton.jit
+def zeros(N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, DTYPE: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(N):
+        out += (tl.zeros((BLOCK_B, BLOCK_H), DTYPE),)
+    return out
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """``x`` as products take it: tf32 is made here, to nearest and ties away from zero, for tensor
+    cores would cut it."""
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x
+
+
+@triton.jit
+def add_product(sum, a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, sum, input_precision=PRECISION, out_dtype=sum.dtype)
+
+
+@triton.jit
+def load_weights(p, o_k, in_k, tile, stride, PRECISION: tl.constexpr):
+    """``[BLOCK_K, BLOCK_H]``: what the units of a tile have in rows that lie ``stride`` apart."""
+    mask = in_k[:, None] & tile.units[None, :]
+    w = tl.load(p + o_k[:, None] * stride + tile.o_h[None, :], mask=mask, other=0)
+    return operand(w, PRECISION)
+
+
+@triton.jit
+def cuts(resets, t, T, B, tile, REVERSE: tl.constexpr):
+    """The rows in which nothing passes from the step before, in the direction, into step t."""
+    begins = t + 1 if REVERSE else t
+    if resets is None:
+        cut = tile.o_b < 0
+    else:
+        p = resets + tl.cast(begins, tl.int64) * B + tile.row
+        cut = tl.load(p + tile.o_b, mask=tile.rows & (begins < T), other=0).to(tl.float32) != 0
+    return cut
+
+
+@triton.jit
+def arrive(p_counter):
+    """What the program stored before is there for those that have waited."""
+    tl.debug_barrier()
+    tl.atomic_add(p_counter, 1, sem="release")
+
+
+@triton.jit
+def wait(p_counter, arrivals):
+    while tl.atomic_add(p_counter, 0, sem="acquire") < arrivals:
+        pass
+    tl.debug_barrier()
+
+
+@specialised
+def forward(
+    gx,  # [T,B,G*H]
+    w_t,  # [H,G*H] W_hh transposed
+    b_hh,  # [G*H], None if gx has it
+    h0,  # [B,H]
+    lengths,  # [B] or None
+    resets,  # [T,B] or None
+    y,  # [T,B,H]
+    c,  # [T,B,H] the last state of each step, or None
+    h_prev,  # [T,B,H] what entered each step, None in inference as the next two
+    c_prev,  # [S-1,T,B,H] of type COMPUTE
+    saved,  # [R,T,B,H]
+    states,  # [S,B,H] of type COMPUTE, the ones before step first, then those after the last
+    counters,  # [rows of programs] 0, where programs meet
+    T,
+    B,
+    first,
+    last,
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    H: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MEETS: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+):
+    N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    storage: tl.constexpr = y.dtype.element_ty
+    i_b, i_h = tl.program_id(0) // N_H, tl.program_id(0) % N_H
+    tile = tile_of(i_b, i_h, lengths, T, B, G, H, BLOCK_B, BLOCK_H)
+    step = tl.cast(B, tl.int64) * H
+    all_steps = T * step
+    state = load_planes(states + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
+    if N_H == 1:
+        weights = ()
+        for g in tl.static_range(G):
+            weights += (load_weights(w_t + g * H, tile.o_h, tile.units, tile, G * H, PRECISION),)
+
+    for s in range(first, last):
+        t = T - 1 - s if REVERSE else s
+        i_t = tl.cast(t, tl.int64)
+        active = tile.rows & (t < tile.length)
+        on = tile.mask & active[:, None]
+        p = i_t * step + tile.row * H
+        x = load_planes(gx + p * G + tile.gates, H, on, G, COMPUTE)
+        anew = cuts(resets, t, T, B, tile, REVERSE)
+        state = select(anew, zeros(S, BLOCK_B, BLOCK_H, COMPUTE), state, S)
+
+        gh = zeros(G, BLOCK_B, BLOCK_H, COMPUTE)
+        if N_H == 1:
+            h = operand(state[0].to(storage), PRECISION)
+            sums = ()
+            for g in tl.static_range(G):
+                sums += (add_product(gh[g], h, weights[g], PRECISION),)
+            gh = sums
+        else:
+            if MEETS:
+                wait(counters + i_b, N_H * s)
+            p_before = y + p + step if REVERSE else y + p - step
+            steps_before = tile.length - 1 - t if REVERSE else tl.zeros_like(tile.length) + t
+            p_h = tl.where(steps_before > 0, p_before, h0 + tile.row * H) + tile.o_b * H
+            enters = active & (anew == 0)
+            for k in range(0, H, BLOCK_K):
+                o_k = k + tl.arange(0, BLOCK_K)
+                in_k = o_k < H
+                mask = enters[:, None] & in_k[None, :]
+                h = tl.load(p_h[:, None] + o_k[None, :], mask=mask, other=0)
+                h = operand(h, PRECISION)
+                sums = ()
+                for g in tl.static_range(G):
+                    w = load_weights(w_t + g * H, o_k, in_k, tile, G * H, PRECISION)
+                    sums += (add_product(gh[g], h, w, PRECISION),)
+                gh = sums
+        if b_hh is not None:
+            mask = tile.units[None, :]
+            gh = add(gh, load_planes(b_hh + tile.o_h[None, :], H, mask, G, COMPUTE), G)
+
+        new, kept = CELL(x, gh, state)
+        new = (new[0].to(storage).to(COMPUTE),) + new[1:]
+        store_planes(y + p + tile.plane, 0, new, active, tile.mask, 1)
+        if MEETS:
+            arrive(counters + i_b)
+        if c is not None:
+            store_planes(c + p + tile.plane, 0, new[S - 1 :], active, tile.mask, 1)
+        if h_prev is not None:
+            store_planes(h_prev + p + tile.plane, 0, state, active, tile.mask, 1)
+            store_planes(c_prev + p + tile.plane, all_steps, state[1:], active, tile.mask, S - 1)
+            store_planes(saved + p + tile.plane, all_steps, kept, active, tile.mask, R)
+        state = select(active, new, state, S)
+
+    store_planes(states + tile.row * H + tile.plane, step, state, tile.rows, tile.mask, S)
+
+
+@triton.jit
+def of_next(
+    dh, dgh, w_hh, resets, t, T, B, tile, G: tl.constexpr, H: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``dh`` of what leaves step t, with what the gates of the step after it add."""
+    after = t - 1 if REVERSE else t + 1
+    on = tile.rows & (cuts(resets, after, T, B, tile, REVERSE) == 0)
+    p_d = dgh + (tl.cast(after, tl.int64) * B + tile.row) * (G * H) + tile.o_b * (G * H)
+    for k in range(0, G * H, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        in_k = o_k < G * H
+        d = tl.load(p_d[:, None] + o_k[None, :], mask=on[:, None] & in_k[None, :], other=0)
+        w = load_weights(w_hh, o_k, in_k, tile, H, PRECISION)
+        dh = add_product(dh, operand(d, PRECISION), w, PRECISION)
+    return dh
+
+
+@specialised
+def backward(
+    dy,  # [T,B,H] or None
+    dc,  # [T,B,H] or None
+    w_hh,  # [G*H,H]
+    lengths,  # [B] or None
+    resets,  # [T,B] or None
+    h_prev,  # [T,B,H]
+    c_prev,  # [S-1,T,B,H] of type COMPUTE
+    saved,  # [R,T,B,H]
+    dgx,  # [T,B,G*H]
+    dgh,  # [T,B,G*H], the same array where gx and gh have the same gradients
+    dstates,  # [S,B,H] of type COMPUTE: the gradients of what left step first, then of the rest
+    counters,  # [rows of programs] 0, where programs meet
+    T,
+    B,
+    first,  # of the steps from the last one on
+    last,
+    CELL: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    R: tl.constexpr,
+    H: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MEETS: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+):
+    N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    storage: tl.constexpr = dgx.dtype.element_ty
+    i_b, i_h = tl.program_id(0) // N_H, tl.program_id(0) % N_H
+    tile = tile_of(i_b, i_h, lengths, T, B, G, H, BLOCK_B, BLOCK_H)
+    step = tl.cast(B, tl.int64) * H
+    all_steps = T * step
+    dstate = load_planes(dstates + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
+    if N_H == 1:
+        weights = ()
+        for g in tl.static_range(G):
+            weights += (load_weights(w_hh + g * H * H, tile.o_h, tile.units, tile, H, PRECISION),)
+
+    for s in range(first, last):
+        t = s if REVERSE else T - 1 - s
+        i_t = tl.cast(t, tl.int64)
+        active = tile.rows & (t < tile.length)
+        on = tile.mask & active[:, None]
+        p = i_t * step + tile.row * H
+        state = load_planes(h_prev + p + tile.plane, 0, on, 1, COMPUTE)
+        state += load_planes(c_prev + p + tile.plane, all_steps, on, S - 1, COMPUTE)
+        kept = load_planes(saved + p + tile.plane, all_steps, on, R, COMPUTE)
+        dnew = zeros(S, BLOCK_B, BLOCK_H, COMPUTE)
+        if dy is not None:
+            dnew = load_planes(dy + p + tile.plane, 0, on, 1, COMPUTE) + dnew[1:]
+        if dc is not None:
+            dnew = dnew[: S - 1] + load_planes(dc + p + tile.plane, 0, on, 1, COMPUTE)
+        if N_H > 1:
+            if s > 0:
+                if MEETS:
+                    wait(counters + i_b, N_H * s)
+                dh = of_next(
+                    dstate[0], dgh, w_hh, resets, t, T, B, tile, G, H, REVERSE, PRECISION, BLOCK_K
+                )
+                dstate = (dh,) + dstate[1:]
+        dnew = add(dnew, dstate, S)
+
+        d_x, d_h, before = CELL(state, kept, dnew)
+        store_planes(dgh + p * G + tile.gates, H, d_h, active, tile.mask, G)
+        if MEETS:
+            arrive(counters + i_b)
+        if not ADDITIVE:
+            store_planes(dgx + p * G + tile.gates, H, d_x, active, tile.mask, G)
+        if N_H == 1:
+            dh = before[0]
+            for g in tl.static_range(G):
+                d = operand(d_h[g].to(storage), PRECISION)
+                dh = add_product(dh, d, weights[g], PRECISION)
+            before = (dh,) + before[1:]
+        dstate = select(active, before, dstate, S)
+        anew = cuts(resets, t, T, B, tile, REVERSE)
+        dstate = select(anew, zeros(S, BLOCK_B, BLOCK_H, COMPUTE), dstate, S)
+
+    if N_H > 1:
+        if last == T and (MEETS or first == T):  # each step with a launch of its own: so does this
+            if MEETS:
+                wait(counters + i_b, N_H * T)
+            t = T if REVERSE else -1
+            dh = of_next(
+                dstate[0], dgh, w_hh, resets, t, T, B, tile, G, H, REVERSE, PRECISION, BLOCK_K
+            )
+            dstate = (dh,) + dstate[1:]
+    store_planes(dstates + tile.row * H + tile.plane, step, dstate, tile.rows, tile.mask, S)
