@@ -1,0 +1,400 @@
+"""The Triton backend on CPU tensors, its kernels run by Triton's interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from against_torch import assert_equals_torch, make_hx, twins
+
+import fusedrnn
+from fusedrnn import backends
+from fusedrnn.backends import Reference, Request, cuda
+from fusedrnn.backends import triton as backend
+from fusedrnn.backends.native import Device
+from fusedrnn.cells import CELLS, GRU, LSTM
+from fusedrnn.recurrence import recurrence
+from fusedrnn.testing import Case, check_case, make_inputs, run_case
+
+pytest.importorskip("triton")
+pytest.importorskip("numpy")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them itself: test_gpu.py"),
+]
+
+ARITHMETICS = ["float16", "bfloat16", "tf32", "float32", "float64"]
+DEVICES = {
+    "sequence": Device(132, 90, 232448),
+    "grid": Device(132, 90, 0),
+    "step": Device(0, 90, 0),
+}
+
+
+class Interpreted(backend.Triton):
+    """Takes CPU tensors."""
+
+    def supports(self, request: Request) -> str | None:
+        return self._lacks(request)
+
+
+class Machine:
+    """The backend, the interpreter that runs its kernels, and the device it takes it for."""
+
+    def __init__(self, monkeypatch) -> None:
+        from triton_interpreter import Interpreter
+
+        self.backend, self.tf32 = Interpreted(), False
+        self.interpreter = Interpreter(monkeypatch)
+        self.device = DEVICES["sequence"]
+        monkeypatch.setitem(backends._ALL, "triton", self.backend)
+        monkeypatch.setattr(cuda, "device", lambda index: self.device)
+        monkeypatch.setattr(cuda, "precision", lambda: "tf32" if self.tf32 else "ieee")
+
+    def choose(self, arithmetic: str) -> torch.dtype:
+        """Computes float32 in tf32 or as it is; returns the dtype of storage."""
+        self.tf32 = arithmetic == "tf32"
+        return torch.float32 if self.tf32 else getattr(torch, arithmetic)
+
+    def check(self, case: Case, seed: int = 0) -> None:
+        self.interpreter.seed = seed
+        check_case(case, self.backend, seed, self.tf32)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return Machine(monkeypatch)
+
+
+@pytest.fixture(params=DEVICES)
+def algorithm(machine, request):
+    machine.device = DEVICES[request.param]
+    return request.param
+
+
+FEATURES = {
+    "plain": {},
+    "nobias-reverse": {"bias": False, "reverse": True},
+    "lengths-resets": {"lengths": True, "resets": True},
+    "lengths-resets-reverse": {"lengths": True, "resets": True, "reverse": True},
+}
+# (T, B, I, H): one of each, several programs along rows and units, none of it full.
+SHAPES = [(1, 1, 1, 1), (3, 19, 4, 20), (2, 17, 3, 16)]
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_cells(machine, algorithm, cell, shape, feature, arithmetic):
+    dtype = machine.choose(arithmetic)
+    machine.check(Case(cell, *shape, dtype=dtype, cell_states=cell is LSTM, **feature))
+
+
+def test_algorithms(machine, algorithm):
+    """That each runs where it is meant to; a launch for each step and one for dh0, or one of all
+    programs, cooperative only where they meet."""
+    run_case(Case(LSTM, 3, 19, 4, 20), make_inputs(Case(LSTM, 3, 19, 4, 20)), machine.backend)
+    launches = machine.interpreter.launches
+    assert len(launches) == (7 if algorithm == "step" else 2)
+    assert {n["MEETS"] for n in launches} == {algorithm == "grid"}
+    assert {n.get("launch_cooperative_grid", False) for n in launches} == {algorithm == "grid"}
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(3, 5, 4, 136), (2, 70, 4, 72)], ids=str)
+def test_more_than_one_round_of_k(machine, algorithm, shape, arithmetic):
+    """Of a product over units, or gates in backward."""
+    machine.check(Case(LSTM, *shape, dtype=machine.choose(arithmetic), lengths=True))
+
+
+@pytest.mark.parametrize("tile", backend.TILES, ids=str)
+def test_tiles(machine, monkeypatch, tile):
+    monkeypatch.setattr(backend, "TILES", (tile,))
+    machine.device = DEVICES["grid"]
+    machine.check(Case(GRU, 2, 67, 3, 40, dtype=torch.bfloat16, lengths=True, reverse=True))
+
+
+@pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
+def test_programs_in_any_order(machine, cell):
+    """Which meet after each step."""
+    machine.device = DEVICES["grid"]
+    for seed in range(40):
+        machine.check(Case(cell, 4, 3, 2, 40, lengths=True, reverse=seed % 2 == 1), seed)
+
+
+def planted(monkeypatch, name: str, source: str) -> None:
+    """A function of the kernels in other words."""
+    from triton import jit
+
+    from fusedrnn.backends import triton_kernels
+
+    path = triton_kernels.__file__ + f".{name}"
+    monkeypatch.setitem(__import__("linecache").cache, path, (0, None, source.splitlines(True), ""))
+    scope = dict(vars(triton_kernels))
+    exec(compile(source, path, "exec"), scope)
+    monkeypatch.setattr(triton_kernels, name, jit(scope[name]))
+
+
+RACES = {
+    "no wait": ("wait", "def wait(p_counter, arrivals):\n    tl.debug_barrier()\n"),
+    "one step early": (
+        "wait",
+        "def wait(p_counter, arrivals):\n"
+        "    while tl.atomic_add(p_counter, 0, sem='acquire') < arrivals - 1:\n"
+        "        pass\n",
+    ),
+    "no release": (
+        "arrive",
+        "def arrive(p_counter):\n    tl.atomic_add(p_counter, 1, sem='relaxed')\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name, source", RACES.values(), ids=list(RACES))
+def test_planted_races_are_found(machine, monkeypatch, name, source):
+    machine.device = DEVICES["grid"]
+    case = Case(LSTM, 4, 3, 2, 40)
+    machine.check(case)
+    planted(monkeypatch, name, source)
+    with pytest.raises(AssertionError):
+        for seed in range(30):
+            machine.check(case, seed)
+
+
+def test_waiting_in_vain_is_found(machine, monkeypatch):
+    machine.device = DEVICES["grid"]
+    planted(monkeypatch, "arrive", "def arrive(p_counter):\n    tl.debug_barrier()\n")
+    with pytest.raises(AssertionError, match="programs wait in vain"):
+        machine.check(Case(LSTM, 4, 3, 2, 40))
+
+
+ARRAYS = {
+    "forward": "gx w_t b_hh h0 lengths resets y c h_prev c_prev saved states counters".split(),
+    "backward": "dy dc w_hh lengths resets h_prev c_prev saved dgx dgh dstates counters".split(),
+}
+
+
+@pytest.mark.parametrize("call, name", [(c, name) for c in ARRAYS for name in ARRAYS[c]])
+def test_bounds_of_arrays(machine, algorithm, call, name):
+    """Each array ends one element before the kernels take it to."""
+    if (name in ("counters", "h0")) > (algorithm == "grid"):
+        pytest.skip("not of this algorithm")
+    machine.interpreter.short = call, name
+    cell = GRU if name in ("b_hh", "dgh", "dgx", "h_prev") else LSTM
+    case = Case(cell, 3, 19, 4, 40, lengths=True, cell_states=cell is LSTM)
+    if name == "resets":  # which hides h0
+        case = replace(case, resets=True, reverse=True)
+    with pytest.raises(AssertionError, match="beyond all arrays"):
+        run_case(case, make_inputs(case), machine.backend)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_inference_gives_the_same(machine, algorithm, cell, arithmetic):
+    case = Case(cell, 3, 9, 4, 17, dtype=machine.choose(arithmetic), lengths=True)
+    inputs = make_inputs(case)
+    training = run_case(case, inputs, machine.backend)
+    outputs = recurrence(machine.backend, inputs.call(case))
+    for name, t in zip(inputs.grads, outputs, strict=True):
+        assert torch.equal(t, training[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_second_backward_is_the_same(machine, algorithm, dtype):
+    case = Case(LSTM, 3, 5, 4, 16, dtype=dtype)
+    inputs = make_inputs(case)
+    x = inputs.x.clone().requires_grad_()
+    weights = inputs.weights._replace(w_hh=inputs.weights.w_hh.clone().requires_grad_())
+    y, *_ = recurrence(machine.backend, inputs.call(case)._replace(x=x, weights=weights))
+    first, second = (
+        torch.autograd.grad(y, (x, weights.w_hh), inputs.grads["y"], retain_graph=True)
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_a_nan_stays_in_its_sequence(machine, algorithm, cell):
+    """A reset keeps it from later steps in forward and from earlier ones in backward."""
+    case = Case(cell, 4, 3, 4, 20, dtype=torch.bfloat16, resets=True)
+    resets = torch.zeros(4, 3, dtype=torch.bool)
+    resets[2] = True
+    inputs = replace(make_inputs(case), seq=make_inputs(case).seq._replace(resets=resets))
+    inputs.x[0, 0] = torch.nan
+    y = run_case(case, inputs, machine.backend)["y"]
+    assert y[:2, 0].isnan().all() and not y[2:].isnan().any() and not y[:, 1:].isnan().any()
+
+    inputs = replace(make_inputs(case), seq=inputs.seq)
+    inputs.grads["y"][3, 0] = torch.nan
+    dx = run_case(case, inputs, machine.backend)["dx"]
+    assert not dx[:2].isnan().any() and not dx[:, 1:].isnan().any()
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_empty_batch(machine, cell):
+    machine.check(Case(cell, T=3, B=0, I=4, H=5))
+
+
+@pytest.mark.parametrize("numbers", [torch.nan, torch.inf, -torch.inf, 3.4e38], ids=str)
+def test_numbers_beside_all_others_in_tf32(machine, numbers):
+    """NaN stays NaN, whatever its bits, and what is rounded beyond the largest number is inf."""
+    machine.choose("tf32")
+    case = Case(CELLS["rnn_relu"], 2, 3, 4, 5)
+    inputs = make_inputs(case)
+    h0 = inputs.h0.clone()
+    h0[1] = (
+        torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+        if numbers != numbers
+        else numbers
+    )
+    out = recurrence(machine.backend, inputs.call(case)._replace(h0=h0))[0]
+    expected = recurrence(Reference(), inputs.call(case)._replace(h0=h0))[0]
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    assert torch.equal(out.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN-tanh", "RNN-relu"])
+def test_beside_torch_nn(machine, kind):
+    ours, theirs = twins(kind, 5, 24, 2, bidirectional=True)
+    with fusedrnn.backend("triton"):
+        assert_equals_torch(ours, theirs, torch.randn(4, 3, 5), make_hx(theirs, 3))
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_ops(machine, cell):
+    """Their schemas and their shapes while traced."""
+    case = Case(cell, 3, 4, 5, 6, lengths=True, resets=True, cell_states=cell is LSTM)
+    inputs = make_inputs(case)
+    w_ih, w_hh, b_ih, b_hh, _ = inputs.weights
+    args = (
+        inputs.x, w_ih, w_hh, b_ih, b_hh, inputs.h0, inputs.c0, *inputs.seq, cell.name, True, True,
+        cell is LSTM,
+    )  # fmt: skip
+    tests = ("test_schema", "test_faketensor")
+    forward = torch.ops.fusedrnn.triton_forward
+    torch.library.opcheck(forward, args, test_utils=tests)
+    y, h_n, c_n, c, *reserve = forward(*args)
+    others = (c_n, c) if cell is LSTM else (None, None)
+    args = (
+        y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, *reserve, *inputs.seq, cell.name, True,
+        True, True, True, True, False,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fusedrnn.triton_backward, args, test_utils=tests)
+
+
+def test_compiles_in_one_graph(machine):
+    module = fusedrnn.LSTM(4, 20, backend="triton")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for steps in (3, 5):
+        x = torch.randn(steps, 2, 4, requires_grad=True)
+        for run in (module, compiled):
+            y, _ = run(x)
+            (dx,) = torch.autograd.grad(y.square().sum(), x)
+            if run is module:
+                expected = y, dx
+        torch.testing.assert_close((y, dx), expected)
+
+
+# ---- What is told without running anything.
+
+
+@pytest.fixture
+def present(monkeypatch):
+    monkeypatch.setattr(cuda, "capability", lambda i: {0: (9, 0), 1: (7, 5)}.get(i))
+    monkeypatch.setattr(cuda, "device", lambda i: DEVICES["sequence"])
+
+
+UNKNOWN = replace(LSTM, name="unknown", triton=None)
+GPU = torch.device("cuda", 0)
+REASONS = {
+    "cpu": (Request(LSTM, torch.float32, torch.device("cpu"), 8, 0), "CUDA tensors, got cpu"),
+    "absent": (Request(LSTM, torch.float32, torch.device("cuda", 2), 8, 0), "finds no GPU"),
+    "old": (Request(LSTM, torch.float32, torch.device("cuda", 1), 8, 0), "device 1 has 7.5"),
+    "dtype": (Request(LSTM, torch.complex64, GPU, 8, 0), "float64, got torch.complex64"),
+    "hidden": (Request(LSTM, torch.float32, GPU, 0, 0), "hidden size of at least 1"),
+    "projection": (Request(LSTM, torch.float32, GPU, 8, 4), "has no projection"),
+    "cell": (Request(UNKNOWN, torch.float32, GPU, 8, 0), "no kernel for the cell unknown"),
+}
+
+
+@pytest.mark.parametrize("request_, reason", REASONS.values(), ids=list(REASONS))
+def test_reasons(present, request_, reason):
+    assert reason in backend.Triton().supports(request_)
+
+
+def test_reason_without_triton(monkeypatch):
+    monkeypatch.setattr(backend, "_missing", "needs the package triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' needs the package triton"):
+        fusedrnn.LSTM(3, 4, backend="triton")(torch.randn(5, 2, 3))
+
+
+def test_a_package_without_triton():
+    """Imports, and runs by other backends."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fusedrnn; fusedrnn.LSTM(3, 4)(torch.randn(5, 2, 3))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_explain_tells_the_plan(present):
+    request = Request(LSTM, torch.bfloat16, GPU, 128, 0)
+    assert backend.Triton().algorithm(request, 40) == (
+        "bfloat16, forward sequence (one launch, 1 x 3 programs of 128 units x 16 rows), "
+        "backward sequence (one launch, 1 x 3 programs of 128 units x 16 rows)"
+    )
+    text = backend.Triton().algorithm(request._replace(hidden_size=1024), 16)
+    assert text.startswith("bfloat16, forward grid (one launch, 64 x 1 programs of 16 units x 16")
+    text = backend.Triton().algorithm(request._replace(hidden_size=2048), 512)
+    assert text.startswith("bfloat16, forward step (a launch a step, 64 x 8 programs of 32 units")
+
+
+GPUS = {
+    "sm_80": Device(108, 80, 163 * 1024),
+    "sm_86": Device(28, 86, 99 * 1024),
+    "sm_90": Device(132, 90, 227 * 1024),
+    "sm_100": Device(148, 100, 227 * 1024),
+    "mig": Device(16, 90, 227 * 1024),
+}
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
+def test_plans(gpu):
+    for cell in CELLS.values():
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            for hidden in (1, 16, 17, 64, 100, 128, 129, 256, 1024, 4096):
+                for backward in (False, True):
+                    rows = (1, 16, 17, 300, 5000)
+                    plans = [backend.plan(cell, dtype, hidden, b, backward, gpu) for b in rows]
+                    for b, plan in zip(rows, plans, strict=True):
+                        programs = plan.programs(b, hidden)
+                        if plan.algorithm == "sequence":  # one kernel for any number of rows
+                            assert plans == [plan] * len(rows) and programs[1] == 1
+                            weights = len(cell.gates) * plan.block_h**2 * dtype.itemsize
+                            assert weights < gpu.shared_memory
+                        elif plan.algorithm == "grid":
+                            assert programs[0] * programs[1] <= gpu.multiprocessors
+                        assert plan.block_b * plan.block_h <= 32 * plan.warps * 16
+
+
+def test_plans_of_the_sizes_that_matter():
+    def algorithm(gpu, cell, dtype, hidden, rows=32):
+        return backend.plan(CELLS[cell], dtype, hidden, rows, True, GPUS[gpu]).algorithm
+
+    for gpu in ("sm_80", "sm_90", "sm_100"):
+        assert algorithm(gpu, "lstm", torch.bfloat16, 128) == "sequence"
+        assert algorithm(gpu, "lstm", torch.float32, 64) == "sequence"
+        assert algorithm(gpu, "lstm", torch.bfloat16, 1024) == "grid"
+    assert algorithm("sm_86", "lstm", torch.bfloat16, 64) == "sequence"
+    assert algorithm("sm_90", "rnn_tanh", torch.bfloat16, 256) == "sequence"
+    assert algorithm("mig", "lstm", torch.bfloat16, 2048) == "step"
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_supports(present, cell, dtype):
+    assert backend.Triton().supports(Request(cell, dtype, GPU, 8, 0)) is None
