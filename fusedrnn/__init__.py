@@ -4,20 +4,24 @@ from fusedrnn import functional, reference
 from fusedrnn._version import __version__
 from fusedrnn.backends import backend, list_backends
 from fusedrnn.cell_modules import GRUCell, LSTMCell, RNNCell
+from fusedrnn.cells import Cell
 from fusedrnn.convert import convert, patch, to_torch
 from fusedrnn.explanation import Explanation, explain
 from fusedrnn.modules import GRU, LSTM, RNN
 from fusedrnn.recurrence import RecurrenceFunction
+from fusedrnn.recurrent import Recurrent
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Cell",
     "Explanation",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "RecurrenceFunction",
+    "Recurrent",
     "__version__",
     "backend",
     "convert",

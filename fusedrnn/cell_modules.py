@@ -35,7 +35,7 @@ def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ..
         input = input.unsqueeze(0)
         hx = None if hx is None else tuple(s.unsqueeze(0) for s in hx)
     _check_sizes(module, cell, input, hx)
-    weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, None)
+    weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
     new = functional.step(cell, input, hx, weights, check_names(getattr(module, "backend", None)))
     return new if batched else tuple(s.squeeze(0) for s in new)
 

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import cell_modules, modules
 from fusedrnn.backends import Request, by_name, check_names, weigh
+from fusedrnn.recurrent import Recurrent
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,15 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
         >>> print(fusedrnn.explain(layer, torch.randn(5, 2, 3)))
         reference: a loop of PyTorch operations
     """
-    if not isinstance(module, nn.RNNBase | RNNCellBase):
-        raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
-    if isinstance(module, nn.RNNBase):
+    proj_size = 0
+    if isinstance(module, Recurrent):
+        cell = module.cell
+    elif isinstance(module, nn.RNNBase):
         cell, proj_size = modules.cell_of(module), module.proj_size
+    elif isinstance(module, RNNCellBase):
+        cell = cell_modules.cell_of(module)
     else:
-        cell, proj_size = cell_modules.cell_of(module), 0
+        raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
     data = x.data if isinstance(x, PackedSequence) else x
     device, dtype = data.device.type, data.dtype
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -76,6 +80,6 @@ def _rows(module: nn.Module, x: Tensor | PackedSequence) -> int:
     """The batch size, 1 where x has no dimension for it."""
     if isinstance(x, PackedSequence):
         return int(x.batch_sizes[0])
-    if not isinstance(module, nn.RNNBase):
+    if not isinstance(module, nn.RNNBase | Recurrent):
         return x.shape[0] if x.dim() == 2 else 1
     return x.shape[0 if module.batch_first else 1] if x.dim() == 3 else 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def lstm(
     """
     if hx is not None and (isinstance(hx, Tensor) or len(hx) != 2):
         raise TypeError(f"hx should be a tuple of two tensors (h_0, c_0), got {type(hx).__name__}")
-    stack = _checked_run(
+    stack = _run_flat(
         LSTM, x, hx, params, has_biases=has_biases, num_layers=num_layers, dropout=dropout,
         training=training, bidirectional=bidirectional, batch_first=batch_first,
         proj_size=proj_size, lengths=lengths, resets=resets,
@@ -102,7 +103,7 @@ def gru(
         >>> y.shape
         torch.Size([5, 2, 4])
     """
-    stack = _checked_run(
+    stack = _run_flat(
         GRU, x, _only(hx), params, has_biases=has_biases,
         num_layers=num_layers, dropout=dropout, training=training, bidirectional=bidirectional,
         batch_first=batch_first, lengths=lengths, resets=resets, backend=backend,
@@ -139,7 +140,7 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    stack = _checked_run(
+    stack = _run_flat(
         CELLS[f"rnn_{nonlinearity}"], x, _only(hx), params,
         has_biases=has_biases, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,
@@ -154,7 +155,7 @@ def _only(hx: Tensor | None) -> tuple[Tensor, ...] | None:
     return None if hx is None else (hx,)
 
 
-def _checked_run(
+def _run_flat(
     cell: Cell,
     x: Tensor,
     hx: tuple[Tensor, ...] | None,
@@ -162,21 +163,11 @@ def _checked_run(
     *,
     has_biases: bool,
     num_layers: int,
-    dropout: float,
-    training: bool,
     bidirectional: bool,
-    batch_first: bool,
-    lengths: Lengths,
-    resets: Tensor | None,
-    backend: Names,
     proj_size: int = 0,
-    cell_states: bool = False,
+    **options: Any,
 ) -> Stack:
-    """The checks of a public function (the modules have torch.nn's own), then :func:`run`."""
-    if x.dim() != 3:
-        raise ValueError(f"x should be 3-D, got {x.dim()}-D")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout should be a probability in [0, 1], got {dropout}")
+    """:func:`checked_run` on the flat parameters of torch.nn's order."""
     if num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
     directions = 2 if bidirectional else 1
@@ -187,12 +178,43 @@ def _checked_run(
             f"directions, got {len(params)} in all"
         )
     weights = group(params, has_biases, proj_size > 0)
+    return checked_run(
+        cell, x, hx, weights, bidirectional=bidirectional, proj_size=proj_size, **options
+    )
+
+
+def checked_run(
+    cell: Cell,
+    x: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: list[Weights],
+    *,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Lengths,
+    resets: Tensor | None,
+    backend: Names,
+    proj_size: int = 0,
+    cell_states: bool = False,
+) -> Stack:
+    """The checks of a public function (the drop-in modules have torch.nn's own), then :func:`run`.
+
+    ``weights`` are those of each layer and direction, hx the states in the order of the cell.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x should be 3-D, got {x.dim()}-D")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout should be a probability in [0, 1], got {dropout}")
+    directions = 2 if bidirectional else 1
     hidden = weights[0].w_hh.shape[0] // len(cell.gates)
     out = proj_size or hidden
     rows = hidden * len(cell.gates)
     for k, w in enumerate(weights):
         inputs = x.shape[2] if k < directions else out * directions
-        expected = ((rows, inputs), (rows, out), (rows,), (rows,), (out, hidden))
+        of_units = len(cell.params), hidden
+        expected = ((rows, inputs), (rows, out), (rows,), (rows,), (out, hidden), of_units)
         for name, tensor, shape in zip(Weights._fields, w, expected, strict=True):
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(
@@ -200,10 +222,12 @@ def _checked_run(
                     f"got {list(tensor.shape)}"
                 )
     batch = x.shape[0 if batch_first else 1]
-    for state, size, name in zip(hx or (), (out, hidden), ("h_0", "c_0"), strict=False):
+    for letter, state in zip(cell.states, hx or (), strict=False):
+        size = out if letter == cell.states[0] else hidden
         if state.shape != (len(weights), batch, size):
             raise ValueError(
-                f"{name} should have shape {[len(weights), batch, size]}, got {list(state.shape)}"
+                f"{letter}_0 should have shape {[len(weights), batch, size]}, "
+                f"got {list(state.shape)}"
             )
     if batch_first:
         x = x.transpose(0, 1)

@@ -20,7 +20,7 @@ from fusedrnn.backends import (
     by_name,
     reference,
 )
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import by_key
 
 
 def recurrence(backend: Backend | Reference, call: Call) -> tuple[Tensor, ...]:
@@ -30,7 +30,7 @@ def recurrence(backend: Backend | Reference, call: Call) -> tuple[Tensor, ...]:
     if isinstance(backend, Reference) or _transformed(tensors):
         return reference.recurrence(call)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        args = (*tensors, *call.seq, call.cell.name, backend.name, call.reverse, call.cell_states)
+        args = (*tensors, *call.seq, call.cell.key, backend.name, call.reverse, call.cell_states)
         outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
         return outputs
     return _outputs(call, backend.forward(call, False))
@@ -70,34 +70,37 @@ class RecurrenceFunction(torch.autograd.Function):
         b_ih: Tensor | None,
         b_hh: Tensor | None,
         w_hr: Tensor | None,
+        params: Tensor | None,
         h0: Tensor,
         c0: Tensor | None,
         lengths: Tensor | None,
         resets: Tensor | None,
-        cell_name: str,
+        cell_key: str,
         backend_name: str,
         reverse: bool,
         cell_states: bool,
     ) -> tuple[Tensor, ...]:
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
-        weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Sequence(lengths, resets)
-        call = Call(CELLS[cell_name], x, weights, h0, c0, seq, reverse, cell_states)
+        weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr, params), Sequence(lengths, resets)
+        call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states)
         run = backend.forward(call, True)
-        ctx.constants = cell_name, backend_name, reverse, cell_states
+        ctx.constants = cell_key, backend_name, reverse, cell_states
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*call.tensors, *seq, *run.reserve)
         return _outputs(call, run)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *others: Tensor | None) -> Any:
-        cell_name, backend_name, reverse, cell_states = ctx.constants
-        x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0, lengths, resets, *reserve = ctx.saved_tensors
+        cell_key, backend_name, reverse, cell_states = ctx.constants
+        x, w_ih, w_hh, b_ih, b_hh, w_hr, params, h0, c0, lengths, resets, *reserve = (
+            ctx.saved_tensors
+        )
         if torch.is_autocast_enabled(x.device.type):  # products in the dtype they had in forward
             with torch.autocast(x.device.type, enabled=False):
                 return RecurrenceFunction.backward(ctx, dy, dh_n, *others)
-        weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr), Sequence(lengths, resets)
-        call = Call(CELLS[cell_name], x, weights, h0, c0, seq, reverse, cell_states)
+        weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr, params), Sequence(lengths, resets)
+        call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             out = _differentiable_backward(call, (dy, dh_n, *others))
             return (*out, *(None,) * 6)
@@ -105,7 +108,7 @@ class RecurrenceFunction(torch.autograd.Function):
         dc = others[-1] if cell_states else None
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
-        wanted = Wanted(*ctx.needs_input_grad[:8])
+        wanted = Wanted(*ctx.needs_input_grad[:9])
         found = backend.backward(call, Upstream(dy, dh_n, dc_n, dc), tuple(reserve), wanted)
         return (*found, *(None,) * 6)
 

@@ -26,7 +26,6 @@ from fusedrnn.backends import (
 from fusedrnn.backends.cuda import Cuda
 from fusedrnn.backends.triton import Triton
 from fusedrnn.cells import Cell
-from fusedrnn.cells.cell import Keep, keep
 from fusedrnn.recurrence import recurrence
 
 
@@ -115,6 +114,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         resets = torch.rand(case.T, case.B, generator=random) < 0.25
         if lengths is not None:
             resets &= torch.arange(case.T).unsqueeze(-1) < lengths
+    if case.cell.params:
+        weights = weights._replace(params=uniform(len(case.cell.params), case.H))
     others = len(case.cell.states) - 1
     grads = {"y": normal(case.T, case.B, out), "h_n": normal(case.B, out)}
     if others:
@@ -372,9 +373,10 @@ class OnStored:
         return reference.recurrence(call)
 
     def step(
-        self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
+        self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], *params: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        t, planes, (w_ih, w_hh, bias, b_hh, w_hr) = next(self.times), gx.shape[-2:], self.weights
+        t, planes, weights = next(self.times), gx.shape[-2:], self.weights
+        w_ih, w_hh, bias, b_hh, w_hr, _ = weights
         h = self.value("h_prev", t, state[0])
         others = [self.value(f"c_prev {j}", t, c) for j, c in enumerate(state[1:])]
         gx, gh = self.product(self.x[t], w_ih), self.product(h, w_hh)
@@ -388,28 +390,37 @@ class OnStored:
         gx = _with_value(gx, self.take("gx", t, gx.detach()))
         gx = self.gradient("dgx", t, gx)
         gh = self.gradient("dgh", t, gh)
-        new = self.cell(t, gx.unflatten(-1, planes), gh.unflatten(-1, planes), (h, *others))
+        new = self.cell(t, gx.unflatten(-1, planes), gh.unflatten(-1, planes), (h, *others), params)
         if w_hr is not None:
             h = self.product(self.value("m", t, new[0]), w_hr)
             new = (self.gradient("dh", t, h), *new[1:])
         return new
 
-    def cell(self, t: int, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def cell(
+        self, t: int, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], params: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
         """The cell's step, differentiated where it was saved: what autograd itself keeps for
         backward, such as the results of activations, it finds exchanged for the saved planes."""
+        made: list[Tensor] = []
         planes: dict[int, tuple[Tensor, Tensor]] = {}  # by the address of what was kept
 
+        def note(*saved: Tensor) -> tuple[Tensor, ...]:
+            made.extend(saved)
+            return saved
+
         def keep(*saved: Tensor) -> tuple[Tensor, ...]:
-            read = tuple(self.value(f"saved {r}", t, x) for r, x in enumerate(saved))
+            read = tuple(_with_value(x, next(stored)) for x in saved)
             planes.update({x.data_ptr(): (x, r.detach()) for x, r in zip(saved, read, strict=True)})
             return read
 
         def unpack(x: Tensor) -> Tensor:
             return planes[x.data_ptr()][1] if x.data_ptr() in planes else x
 
+        exact = self.case.cell.step(gx, gh, state, *params, keep=note)
+        stored = iter([self.exchange(f"saved {r}", t, x.detach()) for r, x in enumerate(made)])
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
-            new = self.case.cell.step(gx, gh, state, keep)
-        return tuple(map(_with_value, new, self.case.cell.step(gx, gh, state)))
+            new = self.case.cell.step(gx, gh, state, *params, keep=keep)
+        return tuple(map(_with_value, new, exact))
 
     def product(self, a: Tensor, w: Tensor) -> Tensor:
         out: Tensor = _Product.apply(a, w, self.operand)  # type: ignore[no-untyped-call]

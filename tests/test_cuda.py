@@ -164,7 +164,10 @@ def both_directions(dtype, cell, hidden, proj):
     x, h0 = empty(5, 2, 3), empty(2, out)
     call = Call(cell, x, weights, h0, c0, Sequence(), False, others > 0)
     run = backend.forward(call, True)
-    upstream, wanted = Upstream(run.y, None, None, None), Wanted(*(True,) * 5, proj > 0, True, True)
+    upstream, wanted = (
+        Upstream(run.y, None, None, None),
+        Wanted(*(True,) * 5, proj > 0, False, True, True),
+    )
     return call.tensors, run, backend.backward(call, upstream, run.reserve, wanted)
 
 

@@ -69,8 +69,9 @@ def test_gradcheck(cell, features, proj):
     tensors = [inputs.x, *inputs.weights, inputs.h0, inputs.c0]
     tensors = [None if t is None else t.requires_grad_() for t in tensors]
 
-    def run(x, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0):
-        weights = type(inputs.weights)(w_ih, w_hh, b_ih, b_hh, w_hr)
+    def run(x, *others):
+        *weights, h0, c0 = others
+        weights = type(inputs.weights)(*weights)
         call = inputs.call(case)._replace(x=x, weights=weights, h0=h0, c0=c0)
         return recurrence(Reference(), call)
 

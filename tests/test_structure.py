@@ -21,9 +21,8 @@ PACKAGE = Path(fusedrnn.__file__).parent
 ROOT = PACKAGE.parent
 
 # Each may import the ones after it, and none before it.
-ORDER = ["explanation", "convert", "modules", "cell_modules", "reference", "functional",
-         "testing", "layer", "recurrence", "backends", "cells"]  # fmt: skip
-FACADE = {"modules", "cell_modules", "functional", "convert", "__main__", "explanation"}
+ORDER = ["explanation", "convert", "modules", "recurrent", "cell_modules", "reference",
+         "functional", "testing", "layer", "recurrence", "backends", "cells"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -111,6 +111,18 @@ def test_more_than_one_round_of_k(machine, algorithm, shape, arithmetic):
     machine.check(Case(LSTM, *shape, dtype=machine.choose(arithmetic), lengths=True))
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("name", ["PEEPHOLE", "SLOW"])
+def test_cells_of_users(machine, algorithm, name, feature, arithmetic):
+    """With params, and with more states than two."""
+    import user_cells
+
+    dtype = machine.choose(arithmetic)
+    cell = getattr(user_cells, name)
+    machine.check(Case(cell, 3, 19, 4, 20, dtype=dtype, cell_states=True, **feature))
+
+
 @pytest.mark.parametrize("tile", backend.TILES, ids=str)
 def test_tiles(machine, monkeypatch, tile):
     monkeypatch.setattr(backend, "TILES", (tile,))
@@ -269,10 +281,10 @@ def test_ops(machine, cell):
     """Their schemas and their shapes while traced."""
     case = Case(cell, 3, 4, 5, 6, lengths=True, resets=True, cell_states=cell is LSTM)
     inputs = make_inputs(case)
-    w_ih, w_hh, b_ih, b_hh, _ = inputs.weights
+    w_ih, w_hh, b_ih, b_hh, _, params = inputs.weights
     args = (
-        inputs.x, w_ih, w_hh, b_ih, b_hh, inputs.h0, inputs.c0, *inputs.seq, cell.name, True, True,
-        cell is LSTM,
+        inputs.x, w_ih, w_hh, b_ih, b_hh, params, inputs.h0, inputs.c0, *inputs.seq, cell.key,
+        True, True, cell is LSTM,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor")
     forward = torch.ops.fusedrnn.triton_forward
@@ -280,8 +292,8 @@ def test_ops(machine, cell):
     y, h_n, c_n, c, *reserve = forward(*args)
     others = (c_n, c) if cell is LSTM else (None, None)
     args = (
-        y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, *reserve, *inputs.seq, cell.name, True,
-        True, True, True, True, False,
+        y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, params, *reserve, *inputs.seq,
+        cell.key, True, True, True, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedrnn.triton_backward, args, test_utils=tests)
 

@@ -32,7 +32,8 @@ class Weights(NamedTuple):
     w_hh: Tensor  # [G*H, P]
     b_ih: Tensor | None  # [G*H]
     b_hh: Tensor | None  # [G*H]
-    w_hr: Tensor | None  # [P, H]
+    w_hr: Tensor | None = None  # [P, H]
+    params: Tensor | None = None  # [K, H] those of the cell
 
 
 class Sequence(NamedTuple):
@@ -93,6 +94,7 @@ class Gradients(NamedTuple):
     b_ih: Tensor | None
     b_hh: Tensor | None
     w_hr: Tensor | None
+    params: Tensor | None
     h0: Tensor | None
     c0: Tensor | None
 
@@ -106,6 +108,7 @@ class Wanted(NamedTuple):
     b_ih: bool
     b_hh: bool
     w_hr: bool
+    params: bool
     h0: bool
     c0: bool
 

@@ -165,9 +165,11 @@ def _backward(
     dh0, dc0 = dh0.to(w_hh.dtype), dc0.to(w_hh.dtype)
     run = products.Recurrent(h_prev, m, dgx, dgx if additive else dgh, dh, dh0, dc0)
     weights = Weights(w_ih, w_hh, None, None, w_hr)
-    wanted = Wanted(want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, True, True)
+    wanted = Wanted(
+        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, False, True, True
+    )
     found = products.gradients(x, weights, run, wanted, _product)
-    return tuple(x.new_empty(0) if d is None else d for d in found)
+    return tuple(x.new_empty(0) if d is None else d for d in (*found[:6], *found[7:]))
 
 
 if _missing is None:

@@ -49,7 +49,7 @@ class Cudnn:
             version = torch.backends.cudnn.version() or 0
             if version < BFLOAT16_SINCE:
                 return f"computes in bfloat16 from cuDNN {BFLOAT16_SINCE} on, this one is {version}"
-        if request.cell.name not in MODES:
+        if request.cell.key not in MODES:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
@@ -112,7 +112,7 @@ def _states(h0: Tensor, c0: Tensor | None) -> tuple[Tensor, Tensor | None]:
 def _sizes(cell: Cell, weights: Weights) -> tuple[int, int, int, int]:
     """Mode, hidden size, projection size (0: none) and number of layers."""
     proj = 0 if weights.w_hr is None else weights.w_hr.shape[0]
-    return MODES[cell.name], weights.w_hh.shape[0] // len(cell.gates), proj, 1
+    return MODES[cell.key], weights.w_hh.shape[0] // len(cell.gates), proj, 1
 
 
 def _layout(cell: Cell, weights: Weights, training: bool) -> tuple[object, ...]:

@@ -123,7 +123,7 @@ class Ops:
 
     def _lacks(self, request: Request) -> str | None:
         """What no device has a kernel for."""
-        if request.cell.name not in self._index:
+        if request.cell.key not in self._index:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
@@ -135,10 +135,10 @@ class Ops:
     def _forward(self, call: Call, training: bool, bfloat16: bool) -> Run:
         """``bfloat16``: float32 tensors hold bfloat16 values, and h may be rounded to them."""
         cell, x, weights, h0, c0, seq, reverse, cell_states = call
-        tensors = (x, *weights, h0, c0, *seq)
+        tensors = (x, *weights[:5], h0, c0, *seq)
         y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
             *(None if t is None else t.contiguous() for t in tensors),
-            self._index[cell.name],
+            self._index[cell.key],
             reverse,
             training,
             cell_states,
@@ -151,18 +151,17 @@ class Ops:
     ) -> Gradients:
         cell, x, weights, _, c0, seq, reverse, _ = call
         dy, dh_n, dc_n, dc = upstream
-        w_ih, w_hh, _, _, w_hr = weights
+        w_ih, w_hh, _, _, w_hr, _ = weights
         tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, *reserve, *seq)
         found = torch.ops.fusedrnn.recurrence_backward(
             *(None if t is None else t.contiguous() for t in tensors),
-            self._index[cell.name],
+            self._index[cell.key],
             reverse,
             *wanted[:6],
         )
         given = (*wanted[:6], True, c0 is not None)
-        return Gradients(
-            *(d if is_given else None for d, is_given in zip(found, given, strict=True))
-        )
+        asked = [d if g else None for d, g in zip(found, given, strict=True)]
+        return Gradients._make((*asked[:6], None, *asked[6:]))
 
 
 class Native(Ops):
@@ -245,7 +244,8 @@ def empty_gradients(
     states: int,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    """The results of a backward op, unset, in the order of Gradients; ``[0]`` if not wanted."""
+    """The results of a backward op, unset, in the order of Gradients but for those of params;
+    ``[0]`` if not wanted."""
     batch, hidden = saved.shape[2:]
     want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr = wanted
 

@@ -20,6 +20,7 @@ class Recurrent(NamedTuple):
     dh: Tensor | None  # [T,B,P] the whole gradient of each h, with a projection
     dh0: Tensor  # [B,P]
     dc0: Tensor  # [S-1,B,H]
+    dparams: Tensor | None = None  # [K,H]
 
 
 class Product(Protocol):
@@ -60,4 +61,4 @@ def gradients(
         db_hh = db_ih.clone() if run.dgx is run.dgh and db_ih is not None else rows_hh.sum(0)
     if wanted.w_hr and run.dh is not None:
         dw_hr = product(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))
-    return Gradients(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dh0, run.dc0)
+    return Gradients(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dparams, run.dh0, run.dc0)

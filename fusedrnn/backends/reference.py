@@ -33,11 +33,12 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     """``y, h_n`` then ``c_n`` and ``c`` as they apply, in the shapes of :class:`Run`."""
     cell, x, weights, h0, c0, seq, reverse, cell_states = call
     storage, compute = x.dtype, compute_dtype(x.dtype)
-    w_ih, w_hh, b_ih, b_hh, w_hr = (None if w is None else w.to(compute) for w in weights)
+    w_ih, w_hh, b_ih, b_hh, w_hr, params = (None if w is None else w.to(compute) for w in weights)
     assert w_ih is not None and w_hh is not None
     steps, planes = x.shape[0], (len(cell.gates), w_hh.shape[0] // len(cell.gates))
     gx = F.linear(x.to(compute), w_ih, b_ih).unflatten(-1, planes)
     state = (h0.to(compute), *(() if c0 is None else c0.to(compute).unbind(0)))
+    of_units = () if params is None else (params.unbind(0),)
     y: list[Tensor] = [x] * steps
     c: list[Tensor] = [x] * steps
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
@@ -46,7 +47,7 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
             keep = ~seq.resets[begins].unsqueeze(-1)
             state = tuple(torch.where(keep, s, 0) for s in state)
         gh = F.linear(state[0], w_hh, b_hh).unflatten(-1, planes)
-        new = cell.step(gx[t], gh, state)
+        new = cell.step(gx[t], gh, state, *of_units)
         if w_hr is not None:
             new = (F.linear(new[0], w_hr), *new[1:])
         new = (new[0].to(storage).to(compute), *new[1:])

@@ -20,7 +20,7 @@ from fusedrnn.backends import cuda, products
 from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted, Weights
 from fusedrnn.backends.native import DTYPES, Device, empty_gradients, empty_run
 from fusedrnn.backends.reference import compute_dtype
-from fusedrnn.cells import CELLS, Cell
+from fusedrnn.cells import Cell, by_key
 
 _missing = None if importlib.util.find_spec("triton") else "needs the package triton"
 
@@ -125,22 +125,26 @@ class Triton:
         return f"{arithmetic}, forward {forward}, backward {backward}"
 
     def forward(self, call: Call, training: bool) -> Run:
-        cell, x, (w_ih, w_hh, b_ih, b_hh, _), h0, c0, seq, reverse, cell_states = call
-        tensors = _contiguous(x, w_ih, w_hh, b_ih, b_hh, h0, c0, *seq)
+        cell, x, weights, h0, c0, seq, reverse, cell_states = call
+        w_ih, w_hh, b_ih, b_hh, _, params = weights
+        tensors = _contiguous(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq)
         y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.triton_forward(
-            *tensors, cell.name, reverse, training, cell_states
+            *tensors, cell.key, reverse, training, cell_states
         )
         return Run(y, h_n, c_n, c, tuple(reserve))
 
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
-        cell, x, (w_ih, w_hh, *_), _, c0, seq, reverse, _ = call
+        cell, x, weights, _, c0, seq, reverse, _ = call
         dy, dh_n, dc_n, dc = upstream
-        tensors = _contiguous(dy, dc, dh_n, dc_n, x, w_ih, w_hh, *reserve, *seq)
-        found = torch.ops.fusedrnn.triton_backward(*tensors, cell.name, reverse, *wanted[:5])
-        given = (*wanted[:5], False, True, c0 is not None)
-        return Gradients(*(d if g else None for d, g in zip(found, given, strict=True)))
+        tensors = (dy, dc, dh_n, dc_n, x, weights.w_ih, weights.w_hh, weights.params)
+        found = torch.ops.fusedrnn.triton_backward(
+            *_contiguous(*tensors, *reserve, *seq), cell.key, reverse, *wanted[:5]
+        )
+        given = (*wanted[:5], wanted.params, True, c0 is not None)
+        asked = [d if g else None for d, g in zip(found, given, strict=True)]
+        return Gradients._make((*asked[:5], None, *asked[5:]))
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -177,6 +181,7 @@ def constants(
         "G": len(cell.gates),
         "S": len(cell.states),
         "R": cell.saved,
+        "K": len(cell.params),
         "H": hidden,
         "ADDITIVE": cell.additive,
         "REVERSE": reverse,
@@ -230,6 +235,7 @@ def _forward(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    params: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     lengths: Tensor | None,
@@ -239,17 +245,31 @@ def _forward(
     training: bool,
     cell_states: bool,
 ) -> tuple[Tensor, ...]:
-    facts, hidden = CELLS[cell], w_hh.shape[1]
+    facts, hidden = by_key(cell), w_hh.shape[1]
     run = _fake_forward(
-        x, w_ih, w_hh, b_ih, b_hh, h0, c0, lengths, resets, cell, reverse, training, cell_states
+        x,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        params,
+        h0,
+        c0,
+        lengths,
+        resets,
+        cell,
+        reverse,
+        training,
+        cell_states,
     )
     y, h_n, c_n, c, h_prev, c_prev, saved, _ = run
-    gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh, None), facts.additive, products.product)
+    gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh), facts.additive, products.product)
     states = torch.cat([h0.unsqueeze(0), *([] if c0 is None else [c0])]).to(compute_dtype(x.dtype))
     arguments = {
         "gx": gx,
         "w_t": w_hh.t().contiguous(),
         "b_hh": None if facts.additive else b_hh,
+        "params": params,
         "h0": h0,
         "lengths": lengths,
         "resets": _resets(resets, x.dtype),
@@ -275,6 +295,7 @@ def _backward(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
+    params: Tensor | None,
     h_prev: Tensor,
     c_prev: Tensor,
     saved: Tensor,
@@ -289,11 +310,12 @@ def _backward(
     want_b_ih: bool,
     want_b_hh: bool,
 ) -> tuple[Tensor, ...]:
-    facts, wide = CELLS[cell], compute_dtype(x.dtype)
+    facts, wide = by_key(cell), compute_dtype(x.dtype)
     steps, rows, hidden = h_prev.shape
     dgx = x.new_empty(steps, rows, len(facts.gates) * hidden)
     dgh = dgx if facts.additive else torch.empty_like(dgx)
     dstates = x.new_zeros(len(facts.states), rows, hidden, dtype=wide)
+    dparams = x.new_zeros(len(facts.params), rows, hidden, dtype=wide)
     if dh_n is not None:
         dstates[0] = dh_n
     if dc_n is not None:
@@ -302,6 +324,7 @@ def _backward(
         "dy": dy,
         "dc": dc,
         "w_hh": w_hh,
+        "params": params,
         "lengths": lengths,
         "resets": _resets(resets, x.dtype),
         "h_prev": h_prev,
@@ -310,16 +333,17 @@ def _backward(
         "dgx": dgx,
         "dgh": dgh,
         "dstates": dstates,
+        "dparams": dparams,
     }
     _launch(h_prev, facts, hidden, reverse, True, arguments)
     dh0, dc0 = (d.to(x.dtype, copy=True) for d in (dstates[0], dstates[1:]))
     dc0 = dc0 if len(facts.states) > 1 else x.new_empty(0)
-    run = products.Recurrent(h_prev, m, dgx, dgh, None, dh0, dc0)
-    wanted = Wanted(want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, True)
-    found = products.gradients(
-        x, Weights(w_ih, w_hh, None, None, None), run, wanted, products.product
-    )
-    return tuple(x.new_empty(0) if d is None else d for d in found)
+    of_params = dparams.sum(1).to(x.dtype) if facts.params else None
+    run = products.Recurrent(h_prev, m, dgx, dgh, None, dh0, dc0, of_params)
+    wanted = Wanted(want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, True, True)
+    weights = Weights(w_ih, w_hh, None, None)
+    found = products.gradients(x, weights, run, wanted, products.product)
+    return tuple(x.new_empty(0) if d is None else d for d in (*found[:5], *found[6:]))
 
 
 def _fake_forward(
@@ -328,6 +352,7 @@ def _fake_forward(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
+    params: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     lengths: Tensor | None,
@@ -337,7 +362,7 @@ def _fake_forward(
     training: bool,
     cell_states: bool,
 ) -> tuple[Tensor, ...]:
-    facts = CELLS[cell]
+    facts = by_key(cell)
     return empty_run(x, w_hh, None, c0, len(facts.gates), facts.saved, training, cell_states)
 
 
@@ -349,6 +374,7 @@ def _fake_backward(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
+    params: Tensor | None,
     h_prev: Tensor,
     c_prev: Tensor,
     saved: Tensor,
@@ -359,21 +385,23 @@ def _fake_backward(
     reverse: bool,
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
-    return empty_gradients(x, w_ih, w_hh, None, saved, len(CELLS[cell].states), (*wanted, False))
+    states = len(by_key(cell).states)
+    found = empty_gradients(x, w_ih, w_hh, None, saved, states, (*wanted, False))
+    return (*found[:5], x.new_empty(0) if params is None else torch.empty_like(params), *found[6:])
 
 
 _library = torch.library.Library("fusedrnn", "FRAGMENT")
 _library.define(
-    "triton_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h0, "
-    "Tensor? c0, Tensor? lengths, Tensor? resets, str cell, bool reverse, bool training, "
-    "bool cell_states) -> "
+    "triton_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+    "Tensor? params, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, str cell, "
+    "bool reverse, bool training, bool cell_states) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "triton_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor w_ih, "
-    "Tensor w_hh, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, Tensor? lengths, "
-    "Tensor? resets, str cell, bool reverse, bool want_x, bool want_w_ih, bool want_w_hh, "
-    "bool want_b_ih, bool want_b_hh) -> "
+    "Tensor w_hh, Tensor? params, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, "
+    "Tensor? lengths, Tensor? resets, str cell, bool reverse, bool want_x, bool want_w_ih, "
+    "bool want_w_hh, bool want_b_ih, bool want_b_hh) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("triton_forward", _forward, "CompositeExplicitAutograd")

@@ -9,9 +9,10 @@ and runs steps ``first`` to ``last``:
   gates' gradients in backward. Either each launch runs one step, or (``MEETS``) one launch runs
   them all and those programs meet in between, for which all programs must run at once.
 
-``CELL`` is the cell's function of triton_cells/; ``G``, ``S`` and ``R`` count its gates, states and
-saved planes. 16 bits are for what is stored and for the operands of products; everything else is
-of type ``COMPUTE``. Names begin with what they hold: ``o_`` offsets, ``p_`` pointers.
+``CELL`` is the cell's function of triton_cells/; ``G``, ``S``, ``R`` and ``K`` count its gates,
+states, saved planes and params. 16 bits are for what is stored and for the operands of products;
+everything else is of type ``COMPUTE``. Names begin with what they hold: ``o_`` offsets, ``p_``
+pointers.
 """
 
 from __future__ import annotations
@@ -66,6 +67,15 @@ def load_planes(p, stride, mask, N: tl.constexpr, DTYPE: tl.constexpr):
     out = ()
     for n in tl.static_range(N):
         out += (tl.load(p + n * stride, mask=mask, other=0).to(DTYPE),)
+    return out
+
+
+@triton.jit
+def load_of_units(p, tile, N: tl.constexpr, H: tl.constexpr, DTYPE: tl.constexpr):
+    """N rows ``[1, BLOCK_H]`` of an array [N,H]."""
+    out = ()
+    for n in tl.static_range(N):  # p may be None if N is 0
+        out += load_planes(p + n * H + tile.o_h[None, :], 0, tile.units[None, :], 1, DTYPE)
     return out
 
 
@@ -156,6 +166,7 @@ def forward(
     gx,  # [T,B,G*H]
     w_t,  # [H,G*H] W_hh transposed
     b_hh,  # [G*H], None if gx has it
+    params,  # [K,H] or None
     h0,  # [B,H]
     lengths,  # [B] or None
     resets,  # [T,B] or None
@@ -174,6 +185,7 @@ def forward(
     G: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
+    K: tl.constexpr,
     H: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -191,6 +203,7 @@ def forward(
     step = tl.cast(B, tl.int64) * H
     all_steps = T * step
     state = load_planes(states + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
+    of_units = load_of_units(params, tile, K, H, COMPUTE)
     if N_H == 1:
         weights = ()
         for g in tl.static_range(G):
@@ -232,10 +245,12 @@ def forward(
                     sums += (add_product(gh[g], h, w, PRECISION),)
                 gh = sums
         if b_hh is not None:
-            mask = tile.units[None, :]
-            gh = add(gh, load_planes(b_hh + tile.o_h[None, :], H, mask, G, COMPUTE), G)
+            gh = add(gh, load_of_units(b_hh, tile, G, H, COMPUTE), G)
 
-        new, kept = CELL(x, gh, state)
+        if K > 0:
+            new, kept = CELL(x, gh, state, of_units)
+        else:
+            new, kept = CELL(x, gh, state)
         new = (new[0].to(storage).to(COMPUTE),) + new[1:]
         store_planes(y + p + tile.plane, 0, new, active, tile.mask, 1)
         if MEETS:
@@ -274,6 +289,7 @@ def backward(
     dy,  # [T,B,H] or None
     dc,  # [T,B,H] or None
     w_hh,  # [G*H,H]
+    params,  # [K,H] or None
     lengths,  # [B] or None
     resets,  # [T,B] or None
     h_prev,  # [T,B,H]
@@ -282,6 +298,7 @@ def backward(
     dgx,  # [T,B,G*H]
     dgh,  # [T,B,G*H], the same array where gx and gh have the same gradients
     dstates,  # [S,B,H] of type COMPUTE: the gradients of what left step first, then of the rest
+    dparams,  # [K,B,H] of type COMPUTE, to which those of each row are added
     counters,  # [rows of programs] 0, where programs meet
     T,
     B,
@@ -291,6 +308,7 @@ def backward(
     G: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
+    K: tl.constexpr,
     H: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -308,6 +326,8 @@ def backward(
     step = tl.cast(B, tl.int64) * H
     all_steps = T * step
     dstate = load_planes(dstates + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
+    of_units = load_of_units(params, tile, K, H, COMPUTE)
+    sums = load_planes(dparams + tile.row * H + tile.plane, step, tile.mask, K, COMPUTE)
     if N_H == 1:
         weights = ()
         for g in tl.static_range(G):
@@ -337,7 +357,11 @@ def backward(
                 dstate = (dh,) + dstate[1:]
         dnew = add(dnew, dstate, S)
 
-        d_x, d_h, before = CELL(state, kept, dnew)
+        if K > 0:
+            d_x, d_h, before, d_units = CELL(state, kept, dnew, of_units)
+            sums = add(sums, select(active, d_units, zeros(K, BLOCK_B, BLOCK_H, COMPUTE), K), K)
+        else:
+            d_x, d_h, before = CELL(state, kept, dnew)
         store_planes(dgh + p * G + tile.gates, H, d_h, active, tile.mask, G)
         if MEETS:
             arrive(counters + i_b)
@@ -363,3 +387,4 @@ def backward(
             )
             dstate = (dh,) + dstate[1:]
     store_planes(dstates + tile.row * H + tile.plane, step, dstate, tile.rows, tile.mask, S)
+    store_planes(dparams + tile.row * H + tile.plane, step, sums, tile.rows, tile.mask, K)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 Keep = Callable[..., tuple[Tensor, ...]]
+Step = Callable[..., tuple[Tensor, ...]]
+
+_registered: dict[str, Cell] = {}
 
 
 def keep(*saved: Tensor) -> tuple[Tensor, ...]:
@@ -16,36 +20,84 @@ def keep(*saved: Tensor) -> tuple[Tensor, ...]:
     return saved
 
 
-class Step(Protocol):
-    """step(gx [B,G,H], gh [B,G,H], state: S tensors [B,H]) -> S tensors [B,H], h first."""
-
-    def __call__(
-        self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], keep: Keep = keep
-    ) -> tuple[Tensor, ...]: ...
-
-
 @dataclass(frozen=True)
 class Cell:
-    """One recurrent cell: everything a driver must know to run it over a sequence.
+    """One recurrent cell: everything that backends must know to run it over a sequence.
 
     Args:
-        name: the key of the cell in ``CELLS`` and in the native library.
+        name: what the cell is called; a backend knows the package's own by it.
         gates: one letter per gate, in the order of the weight rows.
         states: one letter per carried state, ``h`` first.
-        saved: planes ``[T,B,H]`` a fused backend keeps from forward for backward.
+        step: the equations in PyTorch: ``step(gx, gh, state)``, or ``step(gx, gh, state, params)``
+            for a cell with params, returns the new states ``[B,H]``, as many as in the tuple
+            ``state``. ``gx = W_ih x + b_ih`` and ``gh = W_hh h + b_hh`` are ``[B,G,H]``. It may
+            have an argument ``keep``, a function through which it passes what a fused backend
+            saves, in that order; tests use it.
+        params: the names of parameters that a unit has beside the weights, each ``[H]``.
+        saved: planes ``[T,B,H]`` that a fused backend keeps from forward for backward; None: as
+            many as there are gates.
         additive: ``gx`` and ``gh`` meet only as ``gx + gh``, so their gradients are equal and
             both biases can be added to ``gx``.
-        step: the equations in PyTorch, the oracle of every backend. ``gx = W_ih x + b_ih`` and
-            ``gh = W_hh h + b_hh``, both ``[B,G,H]``; returns the new states, h before projection.
-            What is ``saved`` passes through ``keep``, in the order of its planes.
-        triton: the functions ``forward`` and ``backward`` of the same cell in Triton, or the name
-            of the module that has them; None: the Triton backend does not run the cell.
+        triton: the functions ``forward`` and ``backward`` of the same cell in Triton, as
+            :mod:`fusedrnn.backends.triton_cells` describes them, or the name of a module that has
+            them; None: the Triton backend does not run the cell.
+
+    Raises:
+        ValueError: no gate, no state, a letter or name twice, params named as a layer's weights.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> def step(gx, gh, state):
+        ...     f, g = (gx + gh).unbind(-2)
+        ...     return (torch.lerp(g.tanh(), state[0], f.sigmoid()),)
+        >>> minimal = fusedrnn.Cell("minimal", gates="fg", states="h", step=step)
+        >>> y, h_n = fusedrnn.Recurrent(minimal, 3, 4)(torch.randn(5, 2, 3))
+        >>> y.shape
+        torch.Size([5, 2, 4])
     """
 
     name: str
     gates: str
     states: str
-    saved: int
-    additive: bool
     step: Step
+    _: KW_ONLY
+    params: tuple[str, ...] = ()
+    saved: int = None  # type: ignore[assignment]
+    additive: bool = True
     triton: str | tuple[Any, Any] | None = None
+    key: str = field(init=False, compare=False, repr=False)  # by which ops name the cell
+
+    def __post_init__(self) -> None:
+        for what in ("gates", "states", "params"):
+            names = getattr(self, what)
+            if len(set(names)) != len(names) or (what != "params" and not names):
+                raise ValueError(f"{what} should be distinct and not empty, got {names!r}")
+        taken = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}.intersection(self.params)
+        if taken:
+            raise ValueError(f"params should not be named as weights are, got {min(taken)!r}")
+        if self.saved is None:
+            object.__setattr__(self, "saved", len(self.gates))
+        if self.saved < 0:
+            raise ValueError(f"saved should not be negative, got {self.saved}")
+        # A name may come again with other equations, as it does in a notebook.
+        key, number = self.name, 1
+        while _registered.setdefault(key, self) != self:
+            number += 1
+            key = f"{self.name}#{number}"
+        object.__setattr__(self, "key", key)
+
+    def __deepcopy__(self, memo: object) -> Cell:
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return _restored, (fields,)
+
+
+def _restored(fields: dict[str, Any]) -> Cell:
+    """A pickled cell, which in another process must be registered anew."""
+    return Cell(**fields)
+
+
+def by_key(key: str) -> Cell:
+    return _registered[key]

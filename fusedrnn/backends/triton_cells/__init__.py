@@ -7,5 +7,8 @@ Each argument is a tuple of blocks ``[BLOCK_B, BLOCK_H]`` of float32 or float64:
 - ``backward(state, saved, dnew) -> dgx, dgh, dstate``: ``dstate[0]`` without what passes through
   ``gh``, which the driver adds.
 
+A cell with params takes them as a last argument, a tuple of rows ``[1, BLOCK_H]``, and its backward
+returns their gradients last, ``[BLOCK_B, BLOCK_H]`` each: what every row adds to them.
+
 What forward saves, and the new h, is rounded to the dtype of x in between.
 """

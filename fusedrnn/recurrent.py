@@ -1,0 +1,150 @@
+"""Layers of any cell, the user's own included."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedrnn import functional
+from fusedrnn.backends import Names, Weights, check_names
+from fusedrnn.cells import Cell
+from fusedrnn.functional import Lengths
+
+
+class Recurrent(nn.Module):
+    """A stack of layers of one :class:`fusedrnn.Cell`, on every backend that supports the cell.
+
+    Parameters have torch.nn's names and shapes, with G the number of the cell's gates:
+    ``weight_ih_l0 [G*H,I]``, ``weight_hh_l0 [G*H,H]``, ``bias_ih_l0``, ``bias_hh_l0 [G*H]``, and by
+    its name each of the cell's params, ``{name}_l0 [H]``; the initial values are from
+    U(-1/sqrt(H), 1/sqrt(H)).
+
+    Args:
+        cell: the cell.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
+            dtype: as of :class:`torch.nn.LSTM`.
+        backend: the name of a backend or a list of names, tried in order.
+
+    Args (forward):
+        input: ``[T,B,I]``; ``[B,T,I]`` with batch_first.
+        hx: the initial states ``[L*D,B,H]``, h first: a tensor if the cell has one state, else a
+            tuple; None: zeros.
+        lengths, resets, return_cell_states: as of :class:`fusedrnn.LSTM`; the cell state is the
+            cell's last.
+
+    Returns:
+        ``y [T,B,D*H]`` in the layout of input, the final states in the form of hx, and with
+        return_cell_states the last state of every step ``[T,B,D*H]``.
+
+    Raises:
+        TypeError: ``cell`` is no Cell, or hx not of the form that its states ask for.
+        ValueError, RuntimeError: a wrong size, shape, dtype, device or backend.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> from fusedrnn.cells import LSTM
+        >>> layer = fusedrnn.Recurrent(LSTM, 3, 4, num_layers=2)
+        >>> y, (h_n, c_n) = layer(torch.randn(5, 2, 3), lengths=[5, 2])
+        >>> y.shape, c_n.shape
+        (torch.Size([5, 2, 4]), torch.Size([2, 2, 4]))
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: Names = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(cell, Cell):
+            raise TypeError(f"cell should be a fusedrnn.Cell, got {type(cell).__name__}")
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be greater than zero, got {size}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout should be a probability in [0, 1], got {dropout}")
+        check_names(backend)
+        self.cell, self.backend = cell, backend
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
+        self.bidirectional = bidirectional
+        rows = len(cell.gates) * hidden_size
+        for layer, suffix in self._places():
+            inputs = hidden_size * (2 if bidirectional else 1) if layer else input_size
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (rows, inputs),
+                "weight_hh": (rows, hidden_size),
+                **({"bias_ih": (rows,), "bias_hh": (rows,)} if bias else {}),
+                **{name: (hidden_size,) for name in cell.params},
+            }
+            for name, shape in shapes.items():
+                empty = torch.empty(shape, device=device, dtype=dtype)
+                self.register_parameter(name + suffix, nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.hidden_size)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def _places(self) -> list[tuple[int, str]]:
+        """Each layer and direction, and what the names of its parameters end with."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [(k, f"_l{k}{end}") for k in range(self.num_layers) for end in directions]
+
+    def _weights(self, suffix: str) -> Weights:
+        def get(name: str) -> Any:
+            return getattr(self, name + suffix, None)
+
+        params = [get(name) for name in self.cell.params]
+        return Weights(
+            get("weight_ih"), get("weight_hh"), get("bias_ih"), get("bias_hh"),
+            params=torch.stack(params) if params else None,
+        )  # fmt: skip
+
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | tuple[Tensor, ...] | None = None,
+        *,
+        lengths: Lengths = None,
+        resets: Tensor | None = None,
+        return_cell_states: bool = False,
+    ) -> Any:
+        states = len(self.cell.states)
+        if hx is not None:
+            hx = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+            if len(hx) != states:
+                wanted = "a tensor" if states == 1 else f"a tuple of {states} tensors"
+                raise TypeError(f"hx should be {wanted}, got {len(hx)}")
+        stack = functional.checked_run(
+            self.cell, input, hx, [self._weights(suffix) for _, suffix in self._places()],
+            dropout=self.dropout, training=self.training, bidirectional=self.bidirectional,
+            batch_first=self.batch_first, lengths=lengths, resets=resets, backend=self.backend,
+            cell_states=return_cell_states,
+        )  # fmt: skip
+        final = stack.h_n if states == 1 else (stack.h_n, *stack.c_n)
+        return (stack.y, final, stack.c) if return_cell_states else (stack.y, final)
+
+    def extra_repr(self) -> str:
+        shown = f"{self.cell.name}, {self.input_size}, {self.hidden_size}"
+        defaults = {
+            "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0,
+            "bidirectional": False, "backend": None,
+        }  # fmt: skip
+        others = {name: getattr(self, name) for name in defaults}
+        changed = [f", {n}={v!r}" for n, v in others.items() if v != defaults[n]]
+        return shown + "".join(changed)

@@ -1,0 +1,213 @@
+"""Cells of users: fusedrnn.Cell and fusedrnn.Recurrent."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fusedrnn
+from fusedrnn.backends import by_name, native
+from fusedrnn.cells import CELLS, LSTM, by_key
+from fusedrnn.testing import Case, check_case
+
+
+def minimal_step(gx, gh, state):
+    f, g = (gx + gh).unbind(-2)
+    return (torch.lerp(g.tanh(), state[0], f.sigmoid()),)
+
+
+def leaky_step(gx, gh, state, params):
+    """Two states, a param of each unit."""
+    c = params[0].sigmoid() * state[1] + (gx + gh).squeeze(-2)
+    return c.tanh(), c
+
+
+MINIMAL = fusedrnn.Cell("minimal", gates="fg", states="h", step=minimal_step)
+LEAKY = fusedrnn.Cell("leaky", gates="c", states="hc", step=leaky_step, params=("leak",))
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_the_package_s_own_cells(cell):
+    """As torch.nn's layers, by the same parameters."""
+    kind = cell.name.split("_")[0].upper()
+    options = {"nonlinearity": cell.name.split("_")[1]} if kind == "RNN" else {}
+    theirs = getattr(nn, kind)(3, 5, num_layers=2, bidirectional=True, **options)
+    ours = fusedrnn.Recurrent(cell, 3, 5, num_layers=2, bidirectional=True)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 2, 3)
+    (y, state), (expected, expected_state) = ours(x), theirs(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, True)])
+@pytest.mark.parametrize("cell", [MINIMAL, LEAKY], ids=lambda c: c.name)
+def test_against_a_loop(cell, layers, bidirectional):
+    """Written once more, with F.linear for each step."""
+    module = fusedrnn.Recurrent(
+        cell, 3, 5, layers, batch_first=True, bidirectional=bidirectional, dtype=torch.float64
+    )
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    y, final = module(x)
+    final = (final,) if len(cell.states) == 1 else final
+    inputs, ends = x.unbind(1), []
+    for layer in range(layers):
+        directions = []
+        for end in ("", "_reverse") if bidirectional else ("",):
+            get = lambda name: getattr(module, f"{name}_l{layer}{end}")  # noqa: B023, E731
+            state, out = (x.new_zeros(2, 5),) * len(cell.states), []
+            for x_t in reversed(inputs) if end else inputs:
+                gx = nn.functional.linear(x_t, get("weight_ih"), get("bias_ih"))
+                gh = nn.functional.linear(state[0], get("weight_hh"), get("bias_hh"))
+                gx, gh = (g.unflatten(-1, (len(cell.gates), 5)) for g in (gx, gh))
+                params = ([get(name) for name in cell.params],) if cell.params else ()
+                state = cell.step(gx, gh, state, *params)
+                out.append(state[0])
+            directions.append(out[::-1] if end else out)
+            ends.append(state)
+        inputs = [torch.cat(both, -1) for both in zip(*directions, strict=True)]
+    torch.testing.assert_close(y, torch.stack(inputs, 1))
+    for k, states in enumerate(zip(*ends, strict=True)):
+        torch.testing.assert_close(final[k], torch.stack(states))
+
+
+@pytest.mark.parametrize("cell", [MINIMAL, LEAKY], ids=lambda c: c.name)
+def test_gradients_of_all_parameters(cell):
+    module = fusedrnn.Recurrent(cell, 2, 3, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64)
+    names, values = zip(*module.named_parameters(), strict=True)
+    options = {"lengths": [4, 2], "resets": torch.rand(4, 2) < 0.3}
+
+    def run(*values):
+        named = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(module, named, (x,), options)[0]
+
+    assert torch.autograd.gradcheck(run, values)
+    assert len(names) == 4 + len(cell.params)
+
+
+def test_cell_states_and_initial_states():
+    module = fusedrnn.Recurrent(LEAKY, 3, 5)
+    x, hx = torch.randn(4, 2, 3), (torch.randn(1, 2, 5), torch.randn(1, 2, 5))
+    y, (h_n, c_n), c = module(x, hx, return_cell_states=True)
+    assert torch.equal(y[-1:], h_n) and torch.equal(c[-1:], c_n)
+    y_2, final = module(x[2:], module(x[:2], hx)[1])
+    torch.testing.assert_close((y_2, *final), (y[2:], h_n, c_n))
+
+
+def test_a_name_may_come_again():
+    """As in a notebook: either keeps its equations, also through autograd."""
+    again = fusedrnn.Cell("minimal", gates="fg", states="h", step=lambda gx, gh, state: (
+        -minimal_step(gx, gh, state)[0],
+    ))  # fmt: skip
+    first = fusedrnn.Recurrent(MINIMAL, 3, 4)
+    second = fusedrnn.Recurrent(again, 3, 4)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(1, 2, 3)
+    torch.testing.assert_close(first(x)[0], -second(x)[0])
+
+
+def test_a_cell_with_the_name_of_ours_is_not_ours():
+    impostor = fusedrnn.Cell("lstm", gates="ifgo", states="hc", step=LSTM.step)
+    module, x = fusedrnn.Recurrent(impostor, 3, 4), torch.randn(5, 2, 3)
+    explanation = fusedrnn.explain(module, x)
+    assert explanation.backend == "reference"
+    assert "lstm" in explanation.reasons["cpu"] or "not built" in explanation.reasons["cpu"]
+    module(x)[0].sum().backward()
+
+
+def test_copies_and_compiles():
+    module, x = fusedrnn.Recurrent(LEAKY, 3, 5), torch.randn(4, 2, 3)
+    y, _ = module(x)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x)[0], y) and other.cell.key == LEAKY.key
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)[0], y)
+
+
+def test_a_pickled_cell_is_registered_where_it_is_loaded(monkeypatch):
+    pickled = pickle.dumps(LEAKY)
+    monkeypatch.setattr("fusedrnn.cells.cell._registered", {})
+    assert by_key(pickle.loads(pickled).key) == LEAKY
+
+
+def test_repr():
+    assert repr(fusedrnn.Recurrent(MINIMAL, 3, 5)) == "Recurrent(minimal, 3, 5)"
+    module = fusedrnn.Recurrent(LEAKY, 3, 5, 2, batch_first=True, backend="cpu")
+    assert repr(module) == "Recurrent(leaky, 3, 5, num_layers=2, batch_first=True, backend='cpu')"
+
+
+def step(*_):
+    raise AssertionError("is not run")
+
+
+BAD_CELLS = {
+    "no gates": (dict(gates="", states="h"), "gates should be distinct and not empty, got ''"),
+    "gates twice": (dict(gates="aa", states="h"), "gates should be distinct .* got 'aa'"),
+    "no states": (dict(gates="a", states=""), "states should be distinct and not empty, got ''"),
+    "params twice": (dict(gates="a", states="h", params=("p", "p")), "params should be distinct"),
+    "params of torch.nn": (dict(gates="a", states="h", params=("bias_ih",)), "'bias_ih'"),
+    "saved": (dict(gates="a", states="h", saved=-1), "saved should not be negative, got -1"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD_CELLS.values(), ids=list(BAD_CELLS))
+def test_bad_cells(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fusedrnn.Cell("bad", step=step, **arguments)
+
+
+BAD_LAYERS = {
+    "cell": (dict(cell="lstm"), TypeError, "cell should be a fusedrnn.Cell, got str"),
+    "hidden_size": (dict(hidden_size=0), ValueError, "hidden_size must be greater than zero"),
+    "num_layers": (dict(num_layers=0), ValueError, "num_layers must be greater than zero, got 0"),
+    "dropout": (dict(dropout=2.0), ValueError, r"probability in \[0, 1\], got 2.0"),
+    "backend": (dict(backend="gpu"), ValueError, "unknown backend 'gpu'"),
+}
+
+
+@pytest.mark.parametrize("change, error, message", BAD_LAYERS.values(), ids=list(BAD_LAYERS))
+def test_bad_layers(change, error, message):
+    with pytest.raises(error, match=message):
+        fusedrnn.Recurrent(**(dict(cell=LEAKY, input_size=3, hidden_size=4) | change))
+
+
+BAD_INPUTS = {
+    "2-D": (torch.zeros(5, 3), {}, ValueError, "x should be 3-D, got 2-D"),
+    "size": (torch.zeros(5, 2, 7), {}, ValueError, r"w_ih of layer 0 should have shape \[4, 7\]"),
+    "one state": (
+        torch.zeros(5, 2, 3),
+        {"hx": torch.zeros(1, 2, 4)},
+        TypeError,
+        "hx should be a tuple of 2 tensors, got 1",
+    ),
+    "state": (
+        torch.zeros(5, 2, 3),
+        {"hx": (torch.zeros(1, 2, 4), torch.zeros(1, 2, 5))},
+        ValueError,
+        r"c_0 should have shape \[1, 2, 4\], got \[1, 2, 5\]",
+    ),
+    "dtype": (torch.zeros(5, 2, 3).double(), {}, RuntimeError, "not the same dtype"),
+    "backend": (torch.zeros(5, 2, 3), {}, RuntimeError, "no kernel for the cell leaky"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_inputs(name):
+    x, others, error, message = BAD_INPUTS[name]
+    wish = "cpu" if name == "backend" else None
+    if wish and not native.isas():
+        pytest.skip("no native library")
+    with pytest.raises(error, match=message):
+        fusedrnn.Recurrent(LEAKY, 3, 4, backend=wish)(x, **others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", [MINIMAL, LEAKY], ids=lambda c: c.name)
+def test_the_reference_in_every_dtype(cell, dtype):
+    check_case(Case(cell, 5, 3, 4, 7, dtype=dtype, lengths=True, resets=True), by_name("reference"))
