@@ -46,16 +46,18 @@ __all__ = [
 ]
 
 REFERENCE = Reference()
-# cuDNN comes before our own CUDA kernels, which lose to it in many shapes (bench/results/h200).
 _ALL: dict[str, Backend | Reference] = {
     b.name: b for b in (Cudnn(), Cuda(), Triton(), Native(), REFERENCE)
 }
+# cuDNN comes before our own CUDA kernels, which lose to it in many shapes (bench/results/h200). The
+# Triton kernels have never run on a device: who wants them asks for them.
+_AUTOMATIC = tuple(name for name in _ALL if name != "triton")
 
 Names = str | list[str] | tuple[str, ...] | None
 
 
 def list_backends() -> list[str]:
-    """The names of all backends, in the order in which they are tried.
+    """The names of all backends, in the order in which they are tried; "triton" only if asked for.
 
     Example:
         >>> import fusedrnn
@@ -114,7 +116,7 @@ def backend(names: Names) -> Iterator[None]:
 
 def weigh(request: Request, wish: tuple[str, ...]) -> dict[str, str | None]:
     """Why each backend that may run ``request`` cannot, in order; None for those that can."""
-    names = wish or _context.names or _environment or tuple(_ALL)
+    names = wish or _context.names or _environment or _AUTOMATIC
     return {name: _ALL[name].supports(request) for name in names}
 
 
