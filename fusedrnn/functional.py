@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn.backends import Names, Sequence, Weights, check_names
+from fusedrnn.backends import Names, Request, Sequence, Weights, check_names, select
 from fusedrnn.cells import CELLS, GRU, LSTM, Cell
 from fusedrnn.layer import Stack, run_layers, run_step
+from fusedrnn.recurrence import cell_update
 
 Lengths = Tensor | list[int] | None
 
@@ -147,6 +148,47 @@ def rnn(
         backend=backend,
     )  # fmt: skip
     return stack.y, stack.h_n
+
+
+def lstm_cell_update(gates: Tensor, c: Tensor, *, backend: Names = None) -> tuple[Tensor, Tensor]:
+    """The elementwise part of one LSTM step alone, for loops of one's own; equations in
+    :mod:`fusedrnn.cells.lstm`.
+
+    Args:
+        gates: ``[B,4*H,*]``, what reaches the gates i f g o from x and h together; ``*`` may be
+            positions, as in a convolutional LSTM.
+        c: ``[B,H,*]``.
+        backend: a name or a list of names, tried in order: "triton" or "reference".
+
+    Returns:
+        The new ``h`` and ``c``, both ``[B,H,*]``.
+
+    Raises:
+        ValueError, RuntimeError: a wrong shape, or c not of the dtype and device of gates.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> w, h, c = torch.randn(4 * 6, 6), torch.zeros(2, 6), torch.zeros(2, 6)
+        >>> for gx in torch.randn(5, 2, 4 * 6):
+        ...     h, c = fusedrnn.functional.lstm_cell_update(gx + h @ w.t(), c)
+        >>> h.shape
+        torch.Size([2, 6])
+    """
+    planes = len(LSTM.gates)
+    if c.dim() < 2 or gates.shape != (c.shape[0], planes * c.shape[1], *c.shape[2:]):
+        raise ValueError(
+            f"gates should have shape [B,{planes}*H,*] for c [B,H,*], got {list(gates.shape)} and "
+            f"{list(c.shape)}"
+        )
+    if (c.dtype, c.device) != (gates.dtype, gates.device):
+        raise RuntimeError(
+            f"c should be {gates.dtype} on {gates.device} as gates are, got {c.dtype} on {c.device}"
+        )
+    shape, rows, units = c.shape, c.shape[0], c.shape[1:].numel()
+    gates, c = gates.reshape(rows, planes, units), c.reshape(rows, units)
+    request = Request(LSTM, c.dtype, c.device, units, 0, cell_update=True)
+    h, c = cell_update(select(request, check_names(backend)), LSTM, gates, c)
+    return h.view(shape), c.view(shape)
 
 
 def _only(hx: Tensor | None) -> tuple[Tensor, ...] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch.autograd import forward_ad
 from fusedrnn.backends import (
     Backend,
     Call,
+    CellUpdates,
     Reference,
     Run,
     Sequence,
@@ -20,7 +23,7 @@ from fusedrnn.backends import (
     by_name,
     reference,
 )
-from fusedrnn.cells import by_key
+from fusedrnn.cells import Cell, by_key
 
 
 def recurrence(backend: Backend | Reference, call: Call) -> tuple[Tensor, ...]:
@@ -117,23 +120,70 @@ def _differentiable_backward(
     call: Call, grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, weights, h0 and c0 as a function that can itself be differentiated."""
+
+    def again(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        *weights, h0, c0 = others
+        return reference.recurrence(call._replace(x=x, weights=Weights(*weights), h0=h0, c0=c0))
+
+    return _differentiated(again, call.tensors, grads)
+
+
+def _differentiated(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function's inputs, with a graph, from those of its outputs."""
     # A view gives each input a node of its own, so that no gradient passes from one to another
     # through what they were computed from.
-    inputs = [None if t is None else t.view_as(t) for t in call.tensors]
-    x, *weights, h0, c0 = inputs
-    assert x is not None and h0 is not None
-    views = call._replace(x=x, weights=Weights(*weights), h0=h0, c0=c0)  # type: ignore[arg-type]
-    outputs = reference.recurrence(views)
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
-    wanted = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad]
+    views = [None if t is None else t.view_as(t) for t in inputs]
+    pairs = [(o, g) for o, g in zip(function(*views), grads, strict=True) if g is not None]
+    wanted = [i for i, t in enumerate(views) if t is not None and t.requires_grad]
     found = torch.autograd.grad(
         [o for o, _ in pairs],
-        [t for t in (inputs[i] for i in wanted) if t is not None],
+        [t for t in (views[i] for i in wanted) if t is not None],
         [g for _, g in pairs],
         create_graph=True,
         allow_unused=True,
     )
-    out: list[Tensor | None] = [None] * len(inputs)
+    out: list[Tensor | None] = [None] * len(views)
     for i, gradient in zip(wanted, found, strict=True):
         out[i] = gradient
     return tuple(out)
+
+
+def cell_update(
+    backend: Backend | Reference, cell: Cell, gates: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What ``reference.cell_update`` gives, by a backend that supports it."""
+    if isinstance(backend, Reference) or _transformed((gates, c)):
+        return reference.cell_update(cell, gates, c)
+    if torch.is_grad_enabled() and (gates.requires_grad or c.requires_grad):
+        states: tuple[Tensor, Tensor] = CellUpdateFunction.apply(  # type: ignore[no-untyped-call]
+            gates, c, cell.key, backend.name
+        )
+        return states
+    return cast(CellUpdates, backend).cell_update(cell, gates, c)
+
+
+class CellUpdateFunction(torch.autograd.Function):
+    """The autograd node of a cell update, as RecurrenceFunction for a whole sequence."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gates: Tensor, c: Tensor, cell_key: str, backend_name: str
+    ) -> tuple[Tensor, Tensor]:
+        ctx.constants = cell_key, backend_name
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gates, c)
+        backend = cast(CellUpdates, by_name(backend_name))
+        return backend.cell_update(by_key(cell_key), gates, c)
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> Any:
+        (cell_key, backend_name), (gates, c) = ctx.constants, ctx.saved_tensors
+        cell, backend = by_key(cell_key), cast(CellUpdates, by_name(backend_name))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            again = functools.partial(reference.cell_update, cell)
+            return (*_differentiated(again, (gates, c), (dh, dc)), None, None)
+        return (*backend.cell_update_backward(cell, gates, c, dh, dc), None, None)

@@ -211,3 +211,47 @@ def test_bad_inputs(name):
 @pytest.mark.parametrize("cell", [MINIMAL, LEAKY], ids=lambda c: c.name)
 def test_the_reference_in_every_dtype(cell, dtype):
     check_case(Case(cell, 5, 3, 4, 7, dtype=dtype, lengths=True, resets=True), by_name("reference"))
+
+
+# ---- The cell alone.
+
+
+def test_cell_update_is_a_step_of_torch_nn():
+    cell, x = nn.LSTMCell(3, 5, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    h, c = torch.randn(2, 2, 5, dtype=torch.float64)
+    gates = nn.functional.linear(x, cell.weight_ih, cell.bias_ih)
+    gates = gates + nn.functional.linear(h, cell.weight_hh, cell.bias_hh)
+    new = fusedrnn.functional.lstm_cell_update(gates, c)
+    torch.testing.assert_close(new, cell(x, (h, c)))
+    inputs = gates.detach().requires_grad_(), c.requires_grad_()
+    assert torch.autograd.gradcheck(fusedrnn.functional.lstm_cell_update, inputs)
+
+
+def test_cell_update_of_a_convolution():
+    gates, c = torch.randn(2, 4 * 3, 5, 6), torch.randn(2, 3, 5, 6)
+    h, c_new = fusedrnn.functional.lstm_cell_update(gates, c)
+    at = (slice(None), slice(None), 2, 3)
+    expected = fusedrnn.functional.lstm_cell_update(gates[at], c[at])
+    torch.testing.assert_close((h[at], c_new[at]), expected)
+
+
+BAD_UPDATES = {
+    "gates": ((2, 15), (2, 5), ValueError, r"\[B,4\*H,\*\] for c \[B,H,\*\], got \[2, 15\] and"),
+    "rows": ((3, 20), (2, 5), ValueError, r"got \[3, 20\] and \[2, 5\]"),
+    "positions": ((2, 20, 3), (2, 5, 4), ValueError, r"got \[2, 20, 3\] and \[2, 5, 4\]"),
+    "1-D": ((20,), (5,), ValueError, r"got \[20\] and \[5\]"),
+    "dtype": ((2, 20), (2, 5), RuntimeError, "c should be torch.float64 on cpu as gates are"),
+    "backend": ((2, 20), (2, 5), RuntimeError, "backend 'cpu' has no cell update"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPDATES)
+def test_bad_cell_updates(name):
+    of_gates, of_c, error, message = BAD_UPDATES[name]
+    gates, c = torch.zeros(of_gates), torch.zeros(of_c)
+    gates = gates.double() if name == "dtype" else gates
+    if name == "backend" and not native.isas():
+        pytest.skip("no native library")
+    wish = "cpu" if name == "backend" else None
+    with pytest.raises(error, match=message):
+        fusedrnn.functional.lstm_cell_update(gates, c, backend=wish)

@@ -143,7 +143,8 @@ def test_backend_context():
     with fusedrnn.backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu'"):
         layer.to(torch.complex64)(x.to(torch.complex64))
     with pytest.raises(
-        ValueError, match=r"unknown backend 'nope', expected one of \['cudnn', 'cuda', 'triton', 'cpu'"
+        ValueError,
+        match=r"unknown backend 'nope', expected one of \['cudnn', 'cuda', 'triton', 'cpu'",
     ):
         fusedrnn.backend("nope").__enter__()
     with pytest.raises(ValueError, match="unknown backend"):

@@ -15,6 +15,8 @@ from fusedrnn import backends
 from fusedrnn.backends import Reference, Request, cuda
 from fusedrnn.backends import triton as backend
 from fusedrnn.backends.native import Device
+from fusedrnn.backends.triton import plans
+from fusedrnn.backends.triton.plans import TILES, plan
 from fusedrnn.cells import CELLS, GRU, LSTM
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, check_case, make_inputs, run_case
@@ -123,9 +125,9 @@ def test_cells_of_users(machine, algorithm, name, feature, arithmetic):
     machine.check(Case(cell, 3, 19, 4, 20, dtype=dtype, cell_states=True, **feature))
 
 
-@pytest.mark.parametrize("tile", backend.TILES, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_tiles(machine, monkeypatch, tile):
-    monkeypatch.setattr(backend, "TILES", (tile,))
+    monkeypatch.setattr(plans, "TILES", (tile,))
     machine.device = DEVICES["grid"]
     machine.check(Case(GRU, 2, 67, 3, 40, dtype=torch.bfloat16, lengths=True, reverse=True))
 
@@ -142,13 +144,13 @@ def planted(monkeypatch, name: str, source: str) -> None:
     """A function of the kernels in other words."""
     from triton import jit
 
-    from fusedrnn.backends import triton_kernels
+    from fusedrnn.backends.triton import kernels
 
-    path = triton_kernels.__file__ + f".{name}"
+    path = kernels.__file__ + f".{name}"
     monkeypatch.setitem(__import__("linecache").cache, path, (0, None, source.splitlines(True), ""))
-    scope = dict(vars(triton_kernels))
+    scope = dict(vars(kernels))
     exec(compile(source, path, "exec"), scope)
-    monkeypatch.setattr(triton_kernels, name, jit(scope[name]))
+    monkeypatch.setattr(kernels, name, jit(scope[name]))
 
 
 RACES = {
@@ -311,6 +313,72 @@ def test_compiles_in_one_graph(machine):
         torch.testing.assert_close((y, dx), expected)
 
 
+# ---- The cell alone.
+
+
+def update_inputs(shape, dtype, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    rows, units, *positions = shape
+
+    def normal(planes):
+        t = torch.randn(rows, planes * units, *positions, generator=random, dtype=torch.float64)
+        return t.to(dtype)
+
+    return normal(4), normal(1), (normal(1), normal(1))
+
+
+@pytest.mark.parametrize("which", ["both", "h", "c"])
+@pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 70), (2, 3, 5, 4), (0, 3)], ids=str)
+def test_cell_update(machine, shape, dtype, which):
+    """As accurate as the reference in the same dtype, and rounded where it is."""
+    gates, c, grads = update_inputs(shape, dtype)
+    picked = {"both": slice(2), "h": slice(1), "c": slice(1, 2)}[which]
+
+    def run(backend, dtype):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (gates, c)]
+        out = fusedrnn.functional.lstm_cell_update(*inputs, backend=backend)
+        torch.autograd.backward(out[picked], [d.to(dtype) for d in grads[picked]])
+        return [*out, *(t.grad for t in inputs)]
+
+    exact = run("reference", torch.float64)
+    given = run("reference", dtype)
+    for got, ref, ref64 in zip(run("triton", dtype), given, exact, strict=True):
+        assert (got.shape, got.dtype) == (ref.shape, dtype)
+        if got.numel():
+            error, allowed = ((t.double() - ref64).abs().max() for t in (got, ref))
+            wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+            assert error <= 2 * allowed + 16 * wide.eps * ref64.abs().max()
+
+
+def test_cell_update_can_be_differentiated_twice(machine):
+    gates, c, _ = update_inputs((2, 3), torch.float64)
+    inputs = gates.requires_grad_(), c.requires_grad_()
+    with fusedrnn.backend("triton"):
+        update = fusedrnn.functional.lstm_cell_update
+        assert torch.autograd.gradcheck(update, inputs)
+        assert torch.autograd.gradgradcheck(update, inputs)
+        tangents = torch.func.jvp(update, (gates.detach(), c.detach()), (gates, c))
+    assert len(tangents) == 2
+
+
+def test_cell_update_ops(machine):
+    gates, c, (dh, _) = update_inputs((3, 5), torch.float32)
+    gates, tests = gates.view(3, 4, 5), ("test_schema", "test_faketensor")
+    ops = torch.ops.fusedrnn
+    torch.library.opcheck(ops.triton_update, (gates, c, "lstm"), test_utils=tests)
+    args = (gates, c, dh, None, "lstm")
+    torch.library.opcheck(ops.triton_update_backward, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("name", ["gates", "c"])
+def test_bounds_of_cell_update(machine, name):
+    machine.interpreter.short = "update", name
+    gates, c, _ = update_inputs((3, 5), torch.float32)
+    with pytest.raises(AssertionError, match="beyond all arrays"):
+        fusedrnn.functional.lstm_cell_update(gates, c, backend="triton")
+
+
 # ---- What is told without running anything.
 
 
@@ -381,21 +449,21 @@ def test_plans(gpu):
             for hidden in (1, 16, 17, 64, 100, 128, 129, 256, 1024, 4096):
                 for backward in (False, True):
                     rows = (1, 16, 17, 300, 5000)
-                    plans = [backend.plan(cell, dtype, hidden, b, backward, gpu) for b in rows]
-                    for b, plan in zip(rows, plans, strict=True):
-                        programs = plan.programs(b, hidden)
-                        if plan.algorithm == "sequence":  # one kernel for any number of rows
-                            assert plans == [plan] * len(rows) and programs[1] == 1
-                            weights = len(cell.gates) * plan.block_h**2 * dtype.itemsize
+                    found = [plan(cell, dtype, hidden, b, backward, gpu) for b in rows]
+                    for b, how in zip(rows, found, strict=True):
+                        programs = how.programs(b, hidden)
+                        if how.algorithm == "sequence":  # one kernel for any number of rows
+                            assert found == [how] * len(rows) and programs[1] == 1
+                            weights = len(cell.gates) * how.block_h**2 * dtype.itemsize
                             assert weights < gpu.shared_memory
-                        elif plan.algorithm == "grid":
+                        elif how.algorithm == "grid":
                             assert programs[0] * programs[1] <= gpu.multiprocessors
-                        assert plan.block_b * plan.block_h <= 32 * plan.warps * 16
+                        assert how.options["maxnreg"] * 32 * how.warps <= 65536
 
 
 def test_plans_of_the_sizes_that_matter():
     def algorithm(gpu, cell, dtype, hidden, rows=32):
-        return backend.plan(CELLS[cell], dtype, hidden, rows, True, GPUS[gpu]).algorithm
+        return plan(CELLS[cell], dtype, hidden, rows, True, GPUS[gpu]).algorithm
 
     for gpu in ("sm_80", "sm_90", "sm_100"):
         assert algorithm(gpu, "lstm", torch.bfloat16, 128) == "sequence"

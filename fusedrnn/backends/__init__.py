@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from fusedrnn.backends.backend import (
     Backend,
     Call,
+    CellUpdates,
     Gradients,
     Request,
     Run,
@@ -28,6 +29,7 @@ __all__ = [
     "REFERENCE",
     "Backend",
     "Call",
+    "CellUpdates",
     "Gradients",
     "Names",
     "Reference",

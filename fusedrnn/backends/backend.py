@@ -23,6 +23,7 @@ class Request(NamedTuple):
     resets: bool = False
     cell_states: bool = False
     empty: bool = False  # x has no elements
+    cell_update: bool = False  # the cell alone is asked for, see reference.cell_update
 
 
 class Weights(NamedTuple):
@@ -131,3 +132,15 @@ class Backend(Protocol):
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
         """``reserve`` is that of the call's run, which stays as it is for another backward."""
+
+
+class CellUpdates(Protocol):
+    """What a backend has beside, if it supports requests for ``cell_update``."""
+
+    def cell_update(self, cell: Cell, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``reference.cell_update``."""
+
+    def cell_update_backward(
+        self, cell: Cell, gates: Tensor, c: Tensor, dh: Tensor | None, dc: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of gates and c from those of the new states; ``None``: zero."""

@@ -55,7 +55,7 @@ class Cudnn:
             return "needs a hidden size of at least 1"
         if request.empty:
             return "needs a batch and an input size of at least 1"
-        for name in ("lengths", "resets", "cell_states"):
+        for name in ("lengths", "resets", "cell_states", "cell_update"):
             if getattr(request, name):
                 return f"has no {name.replace('_', ' ')}"
         return None

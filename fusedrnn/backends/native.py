@@ -127,6 +127,8 @@ class Ops:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
+        if request.cell_update:
+            return "has no cell update"
         return None
 
     def forward(self, call: Call, training: bool) -> Run:

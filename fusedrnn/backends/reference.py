@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.backends.backend import Call, Request
+from fusedrnn.cells import Cell
 
 
 class Reference:
@@ -63,3 +64,13 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     if cell_states:
         out.append(torch.stack(c))
     return tuple(o.to(storage) for o in out)
+
+
+def cell_update(cell: Cell, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The elementwise step of a cell with the states h, which it does not read, and c: the new ones
+    from ``gates [B,G,H]``, what reaches the gates from x and h together, and ``c [B,H]``."""
+    wide = compute_dtype(gates.dtype)
+    none = torch.zeros((), dtype=wide, device=c.device).expand(c.shape)
+    x = gates.to(wide)
+    h, c = cell.step(x, torch.zeros_like(x), (none, c.to(wide)))
+    return h.to(gates.dtype), c.to(gates.dtype)

@@ -39,7 +39,7 @@ class Cell:
         additive: ``gx`` and ``gh`` meet only as ``gx + gh``, so their gradients are equal and
             both biases can be added to ``gx``.
         triton: the functions ``forward`` and ``backward`` of the same cell in Triton, as
-            :mod:`fusedrnn.backends.triton_cells` describes them, or the name of a module that has
+            :mod:`fusedrnn.backends.triton.cells` describes them, or the name of a module that has
             them; None: the Triton backend does not run the cell.
 
     Raises:

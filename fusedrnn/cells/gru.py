@@ -28,5 +28,5 @@ GRU = Cell(
     saved=4,
     additive=False,
     step=step,
-    triton="fusedrnn.backends.triton_cells.gru",
+    triton="fusedrnn.backends.triton.cells.gru",
 )

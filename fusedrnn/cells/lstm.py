@@ -27,5 +27,5 @@ LSTM = Cell(
     saved=4,
     additive=True,
     step=step,
-    triton="fusedrnn.backends.triton_cells.lstm",
+    triton="fusedrnn.backends.triton.cells.lstm",
 )

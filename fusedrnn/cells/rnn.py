@@ -26,7 +26,7 @@ RNN_TANH = Cell(
     saved=1,
     additive=True,
     step=step_tanh,
-    triton="fusedrnn.backends.triton_cells.rnn_tanh",
+    triton="fusedrnn.backends.triton.cells.rnn_tanh",
 )
 RNN_RELU = Cell(
     "rnn_relu",
@@ -35,5 +35,5 @@ RNN_RELU = Cell(
     saved=1,
     additive=True,
     step=step_relu,
-    triton="fusedrnn.backends.triton_cells.rnn_relu",
+    triton="fusedrnn.backends.triton.cells.rnn_relu",
 )

@@ -1,154 +1,25 @@
-"""The Triton backend: the kernels of triton_kernels.py, for any cell with a pair in Triton.
+"""The ops of the Triton backend: PyTorch's products, and around them the launches of the kernels.
 
-Around them are PyTorch's products, which follow PyTorch's own settings; in float32 the kernels
-follow ``torch.backends.cudnn.rnn.fp32_precision``, read when they run. Triton itself is imported
-when the first of them is launched.
+Inside an op is also where the precision of float32 products is read, when it runs: the kernels
+follow ``torch.backends.cudnn.rnn.fp32_precision``, PyTorch's products PyTorch's own settings.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedrnn.backends import cuda, products
-from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted, Weights
-from fusedrnn.backends.native import DTYPES, Device, empty_gradients, empty_run
+from fusedrnn.backends.backend import Wanted, Weights
+from fusedrnn.backends.native import empty_gradients, empty_run
 from fusedrnn.backends.reference import compute_dtype
+from fusedrnn.backends.triton.plans import Plan, plan
 from fusedrnn.cells import Cell, by_key
-
-_missing = None if importlib.util.find_spec("triton") else "needs the package triton"
-
-
-class Plan(NamedTuple):
-    """How the kernels run a call, forward or backward."""
-
-    algorithm: str  # "sequence", "grid" or "step"
-    block_b: int
-    block_h: int
-    block_k: int
-    warps: int
-    stages: int
-
-    def programs(self, rows: int, hidden: int) -> tuple[int, int]:
-        """Along the rows, along the units."""
-        return -(-rows // self.block_b), -(-hidden // self.block_h)
-
-
-# Rows, units and warps of a program, where several share the rows. Small ones share a step's work
-# among many multiprocessors; large ones read less for it.
-TILES = ((16, 16, 4), (16, 32, 4), (32, 32, 8), (64, 32, 8))
-
-
-def plan(
-    cell: Cell, dtype: torch.dtype, hidden: int, rows: int, backward: bool, on: Device
-) -> Plan:
-    """The plan for forward or backward, a function of these facts alone.
-
-    "sequence": a program has all units of 16 rows, where their weights fit into the shared memory
-    of a multiprocessor; it is the same for any number of rows. "grid": several share the rows, with
-    the smallest tiles that let all of them be on the device at once. "step": as these, a launch for
-    each step.
-    """
-    width, power = dtype.itemsize, max(16, 1 << (hidden - 1).bit_length())
-    for stages in (2, 1):
-        # Backward reads a step ahead; the rest is for h or gradients on their way to a product.
-        planes = cell.saved + 4 if backward and stages == 2 else 2
-        beside = 16 * power * (planes * width + max(4, width) * len(cell.states))
-        if width == 8:  # what operands of that width take to change their layout
-            beside += beside // 2
-        if len(cell.gates) * power**2 * width + beside <= on.shared_memory:
-            return Plan("sequence", 16, power, power, min(16, max(4, power // 16)), stages)
-    for block_b, block_h, warps in TILES:
-        found = Plan("grid", block_b, block_h, 128 // width, warps, 3)
-        along_rows, along_units = found.programs(rows, hidden)
-        if along_rows * along_units <= on.multiprocessors:
-            return found
-    return found._replace(algorithm="step")
-
-
-def describe(found: Plan, rows: int, hidden: int) -> str:
-    along_rows, along_units = found.programs(rows, hidden)
-    blocks = (
-        f"{along_units} x {along_rows} programs of {found.block_h} units x {found.block_b} rows"
-    )
-    launches = "a launch a step" if found.algorithm == "step" else "one launch"
-    return f"{found.algorithm} ({launches}, {blocks})"
-
-
-class Triton:
-    name = "triton"
-
-    def supports(self, request: Request) -> str | None:
-        if _missing is not None:
-            return _missing
-        if request.device.type != "cuda":
-            return f"runs on CUDA tensors, got {request.device.type}"
-        if torch.version.hip is not None:
-            return "is for NVIDIA GPUs"
-        index = request.device.index or 0
-        found = cuda.capability(index)
-        if found is None:
-            return "finds no GPU"
-        if found < (8, 0):
-            return f"needs compute capability 8.0, CUDA device {index} has {found[0]}.{found[1]}"
-        return self._lacks(request)
-
-    def _lacks(self, request: Request) -> str | None:
-        """What no device has a kernel for."""
-        if request.dtype not in DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            return f"computes in {names}, got {request.dtype}"
-        if request.cell.triton is None:
-            return f"has no kernel for the cell {request.cell.name}"
-        if request.hidden_size == 0:
-            return "needs a hidden size of at least 1"
-        if request.proj_size:
-            return "has no projection"
-        return None
-
-    def algorithm(self, request: Request, rows: int) -> str:
-        cell, dtype, index, hidden, *_ = request
-        arithmetic = (
-            "tf32" if cuda.uses_tf32(dtype, cuda.precision()) else str(dtype).removeprefix("torch.")
-        )
-        on = cuda.device(index.index or 0)
-        forward, backward = (
-            describe(plan(cell, dtype, hidden, rows, backward, on), rows, hidden)
-            for backward in (False, True)
-        )
-        return f"{arithmetic}, forward {forward}, backward {backward}"
-
-    def forward(self, call: Call, training: bool) -> Run:
-        cell, x, weights, h0, c0, seq, reverse, cell_states = call
-        w_ih, w_hh, b_ih, b_hh, _, params = weights
-        tensors = _contiguous(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq)
-        y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.triton_forward(
-            *tensors, cell.key, reverse, training, cell_states
-        )
-        return Run(y, h_n, c_n, c, tuple(reserve))
-
-    def backward(
-        self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
-    ) -> Gradients:
-        cell, x, weights, _, c0, seq, reverse, _ = call
-        dy, dh_n, dc_n, dc = upstream
-        tensors = (dy, dc, dh_n, dc_n, x, weights.w_ih, weights.w_hh, weights.params)
-        found = torch.ops.fusedrnn.triton_backward(
-            *_contiguous(*tensors, *reserve, *seq), cell.key, reverse, *wanted[:5]
-        )
-        given = (*wanted[:5], wanted.params, True, c0 is not None)
-        asked = [d if g else None for d, g in zip(found, given, strict=True)]
-        return Gradients._make((*asked[:5], None, *asked[5:]))
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def _module(name: str) -> ModuleType:
@@ -165,6 +36,11 @@ def _pair(cell: Cell) -> tuple[Any, Any]:
     return module.forward, module.backward
 
 
+def _compute_type(dtype: torch.dtype) -> Any:
+    tl = _module("triton.language")
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def constants(
     cell: Cell,
     dtype: torch.dtype,
@@ -175,7 +51,6 @@ def constants(
     how: Plan,
 ) -> dict[str, Any]:
     """What a kernel is compiled for, beside the types of its arguments."""
-    tl = _module("triton.language")
     return {
         "CELL": _pair(cell)[backward],
         "G": len(cell.gates),
@@ -186,12 +61,17 @@ def constants(
         "ADDITIVE": cell.additive,
         "REVERSE": reverse,
         "PRECISION": "tf32" if tf32 else "ieee",
-        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "COMPUTE": _compute_type(dtype),
         "BLOCK_B": how.block_b,
         "BLOCK_H": how.block_h,
         "BLOCK_K": how.block_k,
         "MEETS": how.algorithm == "grid",
     }
+
+
+def _current(x: Tensor) -> AbstractContextManager[object]:
+    """The device of ``x`` is the current one, on which Triton launches."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _launch(
@@ -205,20 +85,16 @@ def _launch(
     along_rows, along_units = how.programs(rows, hidden)
     tf32 = cuda.uses_tf32(x.dtype, cuda.precision())
     arguments |= constants(cell, x.dtype, tf32, hidden, reverse, backward, how)
-    arguments |= {"T": steps, "B": rows, "num_warps": how.warps, "num_stages": how.stages}
-    arguments["counters"] = None
+    arguments |= {"T": steps, "B": rows, "counters": None, **how.options}
     spans = [(0, steps)]
     if how.algorithm == "grid":
         arguments["counters"] = torch.zeros(along_rows, dtype=torch.int32, device=x.device)
         arguments["launch_cooperative_grid"] = True
     elif how.algorithm == "step":
         spans = [(s, s + 1) for s in range(steps)] + [(steps, steps)] * backward
-    kernels = _module("fusedrnn.backends.triton_kernels")
+    kernels = _module("fusedrnn.backends.triton.kernels")
     kernel = (kernels.backward if backward else kernels.forward)[(along_rows * along_units,)]
-    guard: AbstractContextManager[object] = nullcontext()
-    if x.is_cuda:
-        guard = torch.cuda.device(x.device)
-    with guard:
+    with _current(x):
         for first, last in spans:
             kernel(**arguments, first=first, last=last)
 
@@ -346,6 +222,40 @@ def _backward(
     return tuple(x.new_empty(0) if d is None else d for d in (*found[:5], *found[6:]))
 
 
+BLOCK = 512  # elements of a program of update
+
+
+def _launch_update(kernel: str, constexprs: dict[str, Any], gates: Tensor, **arrays: Any) -> None:
+    rows, planes, size = gates.shape
+    if rows * size:
+        wide = _compute_type(gates.dtype)
+        module = _module("fusedrnn.backends.triton.update")
+        with _current(gates):
+            getattr(module, kernel)[(-(-rows * size // BLOCK),)](
+                gates=gates, **arrays, N=rows * size, H=size, G=planes, COMPUTE=wide, BLOCK=BLOCK,
+                **constexprs,
+            )  # fmt: skip
+
+
+def _update(gates: Tensor, c: Tensor, cell: str) -> tuple[Tensor, Tensor]:
+    h_new, c_new = torch.empty_like(c), torch.empty_like(c)
+    forward, _ = _pair(by_key(cell))
+    _launch_update("update", {"CELL": forward}, gates, c=c, h_new=h_new, c_new=c_new)
+    return h_new, c_new
+
+
+def _update_backward(
+    gates: Tensor, c: Tensor, dh: Tensor | None, dc: Tensor | None, cell: str
+) -> tuple[Tensor, Tensor]:
+    dgates, dc_before = torch.empty_like(gates), torch.empty_like(c)
+    forward, backward = _pair(by_key(cell))
+    _launch_update(
+        "update_backward", {"CELL": forward, "BACKWARD": backward}, gates, c=c, dh_new=dh,
+        dc_new=dc, dgates=dgates, dc=dc_before,
+    )  # fmt: skip
+    return dgates, dc_before
+
+
 def _fake_forward(
     x: Tensor,
     w_ih: Tensor,
@@ -404,7 +314,18 @@ _library.define(
     "bool want_w_hh, bool want_b_ih, bool want_b_hh) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.impl("triton_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("triton_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedrnn::triton_forward", _fake_forward, lib=_library)
-torch.library.register_fake("fusedrnn::triton_backward", _fake_backward, lib=_library)
+_library.define("triton_update(Tensor gates, Tensor c, str cell) -> (Tensor, Tensor)")
+_library.define(
+    "triton_update_backward(Tensor gates, Tensor c, Tensor? dh, Tensor? dc, str cell) -> "
+    "(Tensor, Tensor)"
+)
+for name, op, fake in (
+    ("triton_forward", _forward, _fake_forward),
+    ("triton_backward", _backward, _fake_backward),
+    ("triton_update", _update, lambda gates, c, cell: (torch.empty_like(c), torch.empty_like(c))),
+    ("triton_update_backward", _update_backward, lambda gates, c, dh, dc, cell: (
+        torch.empty_like(gates), torch.empty_like(c),
+    )),
+):  # fmt: skip
+    _library.impl(name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedrnn::{name}", fake, lib=_library)

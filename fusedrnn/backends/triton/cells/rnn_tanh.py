@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedrnn.backends.triton_cells.numeric import tanh, tanh_backward
+from fusedrnn.backends.triton.cells.numeric import tanh, tanh_backward
 
 
 @triton.jit

@@ -9,7 +9,7 @@ and runs steps ``first`` to ``last``:
   gates' gradients in backward. Either each launch runs one step, or (``MEETS``) one launch runs
   them all and those programs meet in between, for which all programs must run at once.
 
-``CELL`` is the cell's function of triton_cells/; ``G``, ``S``, ``R`` and ``K`` count its gates,
+``CELL`` is the cell's function of cells/; ``G``, ``S``, ``R`` and ``K`` count its gates,
 states, saved planes and params. 16 bits are for what is stored and for the operands of products;
 everything else is of type ``COMPUTE``. Names begin with what they hold: ``o_`` offsets, ``p_``
 pointers.

@@ -2,7 +2,7 @@
 
 import triton
 
-from fusedrnn.backends.triton_cells.numeric import (
+from fusedrnn.backends.triton.cells.numeric import (
     sigmoid,
     sigmoid_backward,
     tanh,

@@ -1,0 +1,102 @@
+"""The Triton backend, for any cell with a pair of functions in Triton.
+
+Triton itself is imported when the first kernel is launched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from fusedrnn.backends import cuda
+from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted
+from fusedrnn.backends.native import DTYPES
+from fusedrnn.backends.triton import ops as ops  # registers them
+from fusedrnn.backends.triton.plans import describe, plan
+from fusedrnn.cells import Cell
+
+_missing = None if importlib.util.find_spec("triton") else "needs the package triton"
+
+
+class Triton:
+    name = "triton"
+
+    def supports(self, request: Request) -> str | None:
+        if _missing is not None:
+            return _missing
+        if request.device.type != "cuda":
+            return f"runs on CUDA tensors, got {request.device.type}"
+        if torch.version.hip is not None:
+            return "is for NVIDIA GPUs"
+        index = request.device.index or 0
+        found = cuda.capability(index)
+        if found is None:
+            return "finds no GPU"
+        if found < (8, 0):
+            return f"needs compute capability 8.0, CUDA device {index} has {found[0]}.{found[1]}"
+        return self._lacks(request)
+
+    def _lacks(self, request: Request) -> str | None:
+        """What no device has a kernel for."""
+        if request.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            return f"computes in {names}, got {request.dtype}"
+        if request.cell.triton is None:
+            return f"has no kernel for the cell {request.cell.name}"
+        if request.hidden_size == 0:
+            return "needs a hidden size of at least 1"
+        if request.proj_size:
+            return "has no projection"
+        return None
+
+    def algorithm(self, request: Request, rows: int) -> str:
+        cell, dtype, index, hidden, *_ = request
+        arithmetic = (
+            "tf32" if cuda.uses_tf32(dtype, cuda.precision()) else str(dtype).removeprefix("torch.")
+        )
+        on = cuda.device(index.index or 0)
+        forward, backward = (
+            describe(plan(cell, dtype, hidden, rows, backward, on), rows, hidden)
+            for backward in (False, True)
+        )
+        return f"{arithmetic}, forward {forward}, backward {backward}"
+
+    def forward(self, call: Call, training: bool) -> Run:
+        cell, x, weights, h0, c0, seq, reverse, cell_states = call
+        w_ih, w_hh, b_ih, b_hh, _, params = weights
+        tensors = _contiguous(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq)
+        y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.triton_forward(
+            *tensors, cell.key, reverse, training, cell_states
+        )
+        return Run(y, h_n, c_n, c, tuple(reserve))
+
+    def backward(
+        self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
+    ) -> Gradients:
+        cell, x, weights, _, c0, seq, reverse, _ = call
+        dy, dh_n, dc_n, dc = upstream
+        tensors = (dy, dc, dh_n, dc_n, x, weights.w_ih, weights.w_hh, weights.params)
+        found = torch.ops.fusedrnn.triton_backward(
+            *_contiguous(*tensors, *reserve, *seq), cell.key, reverse, *wanted[:5]
+        )
+        given = (*wanted[:5], wanted.params, True, c0 is not None)
+        asked = [d if g else None for d, g in zip(found, given, strict=True)]
+        return Gradients._make((*asked[:5], None, *asked[5:]))
+
+    def cell_update(self, cell: Cell, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        h, c = torch.ops.fusedrnn.triton_update(*_contiguous(gates, c), cell.key)
+        return h, c
+
+    def cell_update_backward(
+        self, cell: Cell, gates: Tensor, c: Tensor, dh: Tensor | None, dc: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        dgates, dc = torch.ops.fusedrnn.triton_update_backward(
+            *_contiguous(gates, c, dh, dc), cell.key
+        )
+        return dgates, dc
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)

@@ -1,0 +1,73 @@
+"""How the kernels of kernels.py run a call: a function of the call and of facts about the GPU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fusedrnn.backends.native import Device
+from fusedrnn.cells import Cell
+
+
+class Plan(NamedTuple):
+    """How the kernels run a call, forward or backward."""
+
+    algorithm: str  # "sequence", "grid" or "step"
+    block_b: int
+    block_h: int
+    block_k: int
+    warps: int
+    stages: int
+
+    def programs(self, rows: int, hidden: int) -> tuple[int, int]:
+        """Along the rows, along the units."""
+        return -(-rows // self.block_b), -(-hidden // self.block_h)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the compiler. A program may have all registers: left alone, ptxas spills some to make
+        room for others, of which there are none."""
+        registers = min(255, 65536 // (32 * self.warps))
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
+
+
+# Rows, units and warps of a program, where several share the rows. Small ones share a step's work
+# among many multiprocessors; large ones read less for it.
+TILES = ((16, 16, 4), (16, 32, 4), (32, 32, 8), (64, 32, 8))
+
+
+def plan(
+    cell: Cell, dtype: torch.dtype, hidden: int, rows: int, backward: bool, on: Device
+) -> Plan:
+    """The plan for forward or backward, a function of these facts alone.
+
+    "sequence": a program has all units of 16 rows, where their weights fit into the shared memory
+    of a multiprocessor; it is the same for any number of rows. "grid": several share the rows, with
+    the smallest tiles that let all of them be on the device at once. "step": as these, a launch for
+    each step.
+    """
+    width, power = dtype.itemsize, max(16, 1 << (hidden - 1).bit_length())
+    for stages in (2, 1):
+        # Backward reads a step ahead; the rest is for h or gradients on their way to a product.
+        planes = cell.saved + 4 if backward and stages == 2 else 2
+        beside = 16 * power * (planes * width + max(4, width) * len(cell.states))
+        if width == 8:  # what operands of that width take to change their layout
+            beside += beside // 2
+        if len(cell.gates) * power**2 * width + beside <= on.shared_memory:
+            return Plan("sequence", 16, power, power, min(16, max(4, power * width // 32)), stages)
+    for block_b, block_h, warps in TILES:
+        found = Plan("grid", block_b, block_h, 128 // width, warps, 3)
+        along_rows, along_units = found.programs(rows, hidden)
+        if along_rows * along_units <= on.multiprocessors:
+            return found
+    return found._replace(algorithm="step")
+
+
+def describe(found: Plan, rows: int, hidden: int) -> str:
+    along_rows, along_units = found.programs(rows, hidden)
+    blocks = (
+        f"{along_units} x {along_rows} programs of {found.block_h} units x {found.block_b} rows"
+    )
+    launches = "a launch a step" if found.algorithm == "step" else "one launch"
+    return f"{found.algorithm} ({launches}, {blocks})"
