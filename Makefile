@@ -9,13 +9,14 @@
 #   make sim      the CUDA kernels on a simulator, which needs no GPU but CUDA's headers
 #   make cuda     compile the CUDA kernels for three GPUs; what nvcc made of each against a baseline,
 #                 which make cuda ARGS=--write makes anew
+#   make triton   the same for the Triton kernels, without nvcc and without a GPU
 #   make gate     what bench/gpu_gate.sh needs on a machine with a GPU, in build/gate; takes nvcc
 #   make wheel    dist/: source archive and wheel, the wheel tried in a fresh environment
 #   make clean    remove all of it
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
-.PHONY: setup demo test bench lint ctest asan tsan simulator sim cuda gate wheel clean
+.PHONY: setup demo test bench lint ctest asan tsan simulator sim cuda triton gate wheel clean
 
 USABLE := -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))'
 PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -123,6 +124,9 @@ cuda: .venv/engine
 		grep -v ptxas build/$@/log; exit 1; }
 	@.venv/bin/python tests/cuda_gate.py build/$@/_C_cuda.so build/$@/log $(ARGS)
 	@.venv/bin/pytest -q tests/test_cuda.py -k library
+
+triton: .venv/engine
+	@.venv/bin/python tests/triton_gate.py $(ARGS)
 
 # The checks and toys for every architecture they can be compiled for, the simulator's answers, the
 # wheel and the test tools that a machine without a network may lack.

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 import fusedrnn
-from fusedrnn.backends.triton_cells.numeric import (
+from fusedrnn.backends.triton.cells.numeric import (
     sigmoid,
     sigmoid_backward,
     tanh,

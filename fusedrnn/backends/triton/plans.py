@@ -26,9 +26,9 @@ class Plan(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        """Of the compiler. A program may have all registers: left alone, ptxas spills some to make
-        room for others, of which there are none."""
-        registers = min(255, 65536 // (32 * self.warps))
+        """Of the compiler. Left alone, ptxas spills registers to make room for further programs,
+        of which there are few or none; with all 255 it spills in other kernels."""
+        registers = min(224, 65536 // (32 * self.warps))
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": registers}
 
 
@@ -48,7 +48,7 @@ def plan(
     each step.
     """
     width, power = dtype.itemsize, max(16, 1 << (hidden - 1).bit_length())
-    for stages in (2, 1):
+    for stages in (2, 1) if width < 8 or power <= 32 else ():  # else float64 runs out of registers
         # Backward reads a step ahead; the rest is for h or gradients on their way to a product.
         planes = cell.saved + 4 if backward and stages == 2 else 2
         beside = 16 * power * (planes * width + max(4, width) * len(cell.states))
@@ -56,7 +56,7 @@ def plan(
             beside += beside // 2
         if len(cell.gates) * power**2 * width + beside <= on.shared_memory:
             return Plan("sequence", 16, power, power, min(16, max(4, power * width // 32)), stages)
-    for block_b, block_h, warps in TILES:
+    for block_b, block_h, warps in TILES if width < 8 else TILES[:-1]:
         found = Plan("grid", block_b, block_h, 128 // width, warps, 3)
         along_rows, along_units = found.programs(rows, hidden)
         if along_rows * along_units <= on.multiprocessors:

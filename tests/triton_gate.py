@@ -1,0 +1,239 @@
+"""What Triton made of its kernels, against tests/triton_baseline.txt; `make triton` runs it.
+
+    triton_gate.py [--write]
+
+It needs no GPU. The baseline has a row for each kernel<cell, arithmetic, hidden size x rows> and a
+column for each GPU: registers / bytes spilled, as ptxas tells them / bytes of shared memory. It
+belongs to the version of Triton in its first line; --write makes it anew. Whatever it says,
+"sequence" may spill only in float32 and float64, shared memory must suffice, products must be on
+the tensor cores that their arithmetic is for, and the numbers of steps and rows must not be
+compiled in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+
+import torch
+import triton
+from cuda_gate import ENTRY
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedrnn.backends.native import Device
+from fusedrnn.backends.triton import kernels
+from fusedrnn.backends.triton.ops import constants
+from fusedrnn.backends.triton.plans import Plan, plan
+from fusedrnn.cells import CELLS
+
+BASELINE = Path(__file__).with_name("triton_baseline.txt")
+DEVICES = (Device(108, 80, 166912), Device(132, 90, 232448), Device(148, 100, 232448))
+KERNELS = {"forward": kernels.forward, "backward": kernels.backward}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+# The tensor core instruction of each arithmetic's products. UTC*MMA does not name its type.
+TENSOR = {
+    "bf16": r"HG?MMA\.\w+\.F32\.BF16|UTC\w*MMA.*",
+    "fp16": r"HG?MMA\.\w+\.F32|UTC\w*MMA.*",
+    "tf32": r"HG?MMA\.\w+\.F32\.TF32|UTC\w*MMA.*",
+    "fp64": r"DMMA\.\w+",
+}
+UNSPECIALISED = {"T", "B", "first", "last"}
+# Arrays by the type of their elements: that of x, that of states.
+STORED = "gx w_t w_hh b_hh params h0 resets y c dy dc h_prev saved dgx dgh".split()
+COMPUTED = "states dstates c_prev dparams".split()
+
+
+class Case(NamedTuple):
+    kernel: str
+    cell: str
+    arithmetic: str
+    hidden: int
+    rows: int
+    device: Device
+
+    def __str__(self) -> str:
+        shape = f"{self.hidden} x {self.rows}"
+        return f"{self.kernel}<{self.cell}, {self.arithmetic}, {shape}>"
+
+    @property
+    def gpu(self) -> str:
+        return f"sm_{self.device.capability}"
+
+    @property
+    def plan(self) -> Plan:
+        cell, dtype = CELLS[self.cell], DTYPES[self.arithmetic]
+        backward = self.kernel == "backward"
+        return plan(cell, dtype, self.hidden, self.rows, backward, self.device)
+
+    @property
+    def compiled(self) -> tuple[object, ...]:
+        """What tells one compilation from another."""
+        return (*self._replace(rows=0), self.plan)
+
+
+class Compiled(NamedTuple):
+    registers: int
+    spilled: int
+    shared: int
+    mma: frozenset[str]  # the kinds of tensor core instructions
+
+    def __str__(self) -> str:
+        return f"{self.registers}/{self.spilled}/{self.shared}"
+
+
+def cases() -> list[Case]:
+    """For each algorithm: all units in one program, programs that meet, a launch for each step."""
+    found = []
+    for arithmetic in DTYPES:
+        for cell in CELLS:
+            shapes = [(64, 8)]
+            if cell in ("lstm", "gru"):
+                shapes += [(512, 8), (512, 64)]
+                if arithmetic in ("bf16", "fp16"):
+                    shapes.append((128, 8))
+            if cell == "lstm":
+                shapes.append((2048, 4096))
+                if arithmetic == "bf16":
+                    shapes.append((100, 8))
+            for shape in shapes:
+                found += [Case(k, cell, arithmetic, *shape, d) for k in KERNELS for d in DEVICES]
+    return found
+
+
+def source(case: Case) -> ASTSource:
+    """All that is optional is given, but cell states only to the LSTM that has a launch a step."""
+    kernel, cell, dtype = KERNELS[case.kernel], CELLS[case.cell], DTYPES[case.arithmetic]
+    fixed: dict[str, Any] = constants(
+        cell, dtype, case.arithmetic == "tf32", case.hidden, False, case.kernel == "backward",
+        case.plan,
+    )  # fmt: skip
+    if cell.additive:
+        fixed["b_hh"] = None
+    if not cell.params:
+        fixed["params"] = None
+    if case.plan.algorithm != "grid":
+        fixed["counters"] = None
+    if case.plan.algorithm != "step" or case.cell != "lstm":
+        fixed |= {"c": None, "dc": None}
+    types = {"lengths": "*i64", "counters": "*i32"} | dict.fromkeys(UNSPECIALISED, "i32")
+    storage = {2: case.arithmetic, 4: "fp32", 8: "fp64"}[dtype.itemsize]
+    types |= dict.fromkeys(STORED, f"*{storage}")
+    types |= dict.fromkeys(COMPUTED, f"*{fixed['COMPUTE'].name}")
+    signature, constexprs, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        signature[name] = "constexpr" if name in fixed else types[name]
+        if name in fixed:
+            constexprs[name] = fixed[name]
+        elif signature[name].startswith("*") and not parameter.do_not_specialize_on_alignment:
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs, attributes)
+
+
+def compile_case(case: Case) -> Compiled | str:
+    """What came of it, or why nothing did."""
+    target = GPUTarget("cuda", case.device.capability, 32)
+    given = source(case)
+    triton.knobs.nvidia.dump_ptxas_log = True
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as triton.knobs.cache.dir:
+        try:
+            with contextlib.redirect_stdout(log):
+                made = triton.compile(given, target=target, options=case.plan.options)
+        except Exception as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
+        cubin = next(Path(triton.knobs.cache.dir).rglob("*.cubin"))
+        disassemble = [triton.knobs.nvidia.nvdisasm.path, "-c", cubin]
+        listing = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
+    entry = ENTRY.search(log.getvalue())
+    assert entry is not None, f"cannot be read as the output of ptxas: {log.getvalue()}"
+    return Compiled(
+        int(entry["registers"]),
+        int(entry["stores"]) + int(entry["loads"]),
+        made.metadata.shared,
+        frozenset(re.findall(r"\b\w+MMA[\w.]*", listing)),
+    )
+
+
+def violations(case: Case, made: Compiled | str) -> list[str]:
+    what = f"{case} on {case.gpu}, {case.plan.algorithm},"
+    if isinstance(made, str):
+        return [f"{what} does not compile: {made}"]
+    errors = []
+    on_chip = case.plan.algorithm == "sequence" and case.arithmetic in ("bf16", "fp16", "tf32")
+    if made.spilled and on_chip:
+        errors.append(f"{what} spills: {made}")
+    if made.shared > case.device.shared_memory:
+        errors.append(f"{what} has more shared memory than {case.device.shared_memory}: {made}")
+    wanted = TENSOR.get(case.arithmetic)
+    optional = case.arithmetic == "fp64" and case.device.capability > 90
+    wrong = [i for i in made.mma if wanted is None or not re.fullmatch(wanted, i)]
+    if wrong or (wanted and not made.mma and not optional):
+        found = ", ".join(sorted(made.mma)) or "no tensor core instruction"
+        errors.append(f"{what} has {found}, expected {wanted or 'none'}")
+    return errors
+
+
+def table(numbers: dict[tuple[str, str], str], version: str) -> str:
+    gpus = [f"sm_{device.capability}" for device in DEVICES]
+    rows = [[f"# {version}", *gpus]]
+    for name in sorted({name for name, _ in numbers}):
+        rows.append([name, *(numbers[name, gpu] for gpu in gpus)])
+    return "".join(f"{row[0]:<40}" + "".join(f"{c:>18}" for c in row[1:]) + "\n" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="make this the baseline")
+    args = parser.parse_args()
+    errors = []
+    for name, kernel in KERNELS.items():
+        free = {p.name for p in kernel.params if p.do_not_specialize}
+        errors += [f"{name} is compiled for each {p}" for p in sorted(UNSPECIALISED - free)]
+    wanted = cases()
+    once = {case.compiled: case for case in wanted}
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        made = dict(zip(once, pool.map(compile_case, once.values()), strict=True))
+    for key, case in once.items():
+        errors += violations(case, made[key])
+    numbers = {}
+    for case in wanted:
+        found = made[case.compiled]
+        numbers[str(case), case.gpu] = str(found) if isinstance(found, Compiled) else "-"
+    version = f"triton {triton.__version__}"
+    text = table(numbers, version)
+    if args.write:
+        BASELINE.write_text(text)
+    expected = BASELINE.read_text()
+    if not expected.startswith(f"# {version} "):
+        print(f"not compared with the baseline, which is not of {version}")
+    else:
+        was, is_ = expected.splitlines(), text.splitlines()
+        errors += [f"baseline: {line}" for line in was if line not in is_]
+        errors += [f"found:    {line}" for line in is_ if line not in was]
+    print("\n".join(errors) or f"{len(once)} kernels as they were")
+    sys.exit(bool(errors))
+
+
+if __name__ == "__main__":
+    main()
