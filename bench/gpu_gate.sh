@@ -1,10 +1,11 @@
 #!/bin/bash
-# What a machine with an NVIDIA device is for, in three stages of under 8 minutes each:
+# What a machine with an NVIDIA device is for, in four stages of under 8 minutes each:
 #
 #   bench/gpu_gate.sh correctness   every primitive and toy kernel against the simulator's answers,
 #                                   the package's GPU tests, compute-sanitizer
 #   bench/gpu_gate.sh micro         microbenchmarks of what the persistent kernels stand on
-#   bench/gpu_gate.sh table         torch.nn on cuDNN, beside fusedrnn's backend "cuda" where it is
+#   bench/gpu_gate.sh table         fusedrnn's backend "cuda" beside torch.nn on cuDNN
+#   bench/gpu_gate.sh triton        the GPU tests of the backend "triton", and its table
 #
 # Needs build/gate, which `make gate` builds on any machine with nvcc, and here python3 with torch;
 # no nvcc, no network. Results go to bench/results/DEVICE (and to $OUT, if set). Run again, a stage
@@ -14,8 +15,8 @@ set -u -o pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
-  correctness | micro | table) ;;
-  *) echo "usage: bench/gpu_gate.sh correctness | micro | table"; exit 2 ;;
+  correctness | micro | table | triton) ;;
+  *) echo "usage: bench/gpu_gate.sh correctness | micro | table | triton"; exit 2 ;;
 esac
 if ! device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) ||
   [ -z "$device" ]; then
@@ -59,15 +60,16 @@ begin "$1" "bench/results/$name" "$build" 460
 make_python >"$logs/python.log" 2>&1 || { echo "the wheel was not installed:"; cat "$logs/python.log"; }
 facts >"$results/facts.txt"
 
+# The GPU tests that an expression of pytest names. A run that skips all of them is no pass.
+gpu_tests='"$0" -P -m pytest -m gpu -k "$1" -rs tests | awk "{print} /[0-9] passed/ {ok = 1} END {exit !ok}"'
+
 correctness() {
   local check tool simulated=build/gate/simulated.txt
   step import 60 "$python" -I -m fusedrnn info
   for check in $(cut -d ' ' -f 1 "$simulated"); do
     step "$check" 20 build/gate/answers "$simulated" "$check"
   done
-  # A run that skips every test is no pass.
-  step pytest 240 bash -o pipefail -c \
-    '"$0" -P -m pytest -m gpu -rs tests | awk "{print} /[0-9] passed/ {ok = 1} END {exit !ok}"' "$python"
+  step pytest 240 bash -o pipefail -c "$gpu_tests" "$python" "not triton"
   for tool in memcheck racecheck synccheck initcheck; do
     step "$tool-checks" 60 bench/gpu/sanitize.sh "$tool" build/gate/answers "$simulated"
     step "$tool-layers" 90 bench/gpu/sanitize.sh "$tool" "$python" bench/gpu/layers.py
@@ -84,8 +86,13 @@ micro() {
 
 table() {
   local facts=$results/facts.txt
-  step times 330 "$python" bench/gpu/table.py times "$results/table.csv" "$facts" 300
+  step times 330 "$python" bench/gpu/table.py times "$results/table.csv" "$facts" 300 cuda
   step kernels 120 "$python" bench/gpu/table.py kernels "$results/table.kernels.csv" "$facts" 90
+}
+
+triton() {
+  step pytest-triton 260 bash -o pipefail -c "$gpu_tests" "$python" triton
+  step times-triton 180 "$python" bench/gpu/table.py times "$results/triton.csv" "$results/facts.txt" 150 triton
 }
 
 "$1"

@@ -92,7 +92,7 @@ _GPU_SIZES = (
     (512, 1, 256),
     (512, 128, 1024),
     (1024, 64, 2048),
-    *((512, b, h) for h in (512, 128, 1024, 2048, 256) for b in (1, 8, 32, 128)),
+    *((512, b, h) for h in (512, 128, 1024, 2048, 256, 64) for b in (1, 8, 32, 128)),
 )
 GPU = tuple(
     Shape(cell, t, b, h, h) for t, b, h in dict.fromkeys(_GPU_SIZES) for cell in ("lstm", "gru")

@@ -1,5 +1,5 @@
-"""The CUDA backend on a device: every call as accurate as the reference on the CPU, and what only a
-device has: streams, graphs, 64-bit addresses, other devices."""
+"""The backends of GPUs on a device: every call as accurate as the reference on the CPU, and what
+only a device has: streams, graphs, 64-bit addresses, other devices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from against_torch import LAYERS, assert_equals_torch, make_hx, twins
 
 import fusedrnn
-from fusedrnn.backends import by_name
+from fusedrnn.backends import by_name, cuda
+from fusedrnn.backends.native import Device
 from fusedrnn.cells import CELLS, GRU, LSTM
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, check_case, make_inputs, run_case
@@ -46,12 +47,17 @@ def exact_products():
     matmul.allow_bf16_reduced_precision_reduction = True
 
 
-def check(cell, *shape, arithmetic, device=DEVICE, **options):
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    return request.param
+
+
+def check(cell, *shape, arithmetic, device=DEVICE, backend="cuda", **options):
     tf32 = arithmetic == "tf32"
     torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
     dtype = torch.float32 if tf32 else getattr(torch, arithmetic)
     case = Case(cell, *shape, dtype=dtype, **options)
-    check_case(case, by_name("cuda"), tf32=tf32, device=device)
+    check_case(case, by_name(backend), tf32=tf32, device=device)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
@@ -62,6 +68,42 @@ def test_cells(cell, shape, feature, arithmetic):
     check(cell, *shape, arithmetic=arithmetic, **feature)
 
 
+# All units in a program, not all of a block filled; programs that meet.
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("shape", [(5, 33, 8, 20), (4, 19, 8, 100), (3, 40, 8, 520)], ids=str)
+@pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
+def test_triton(cell, shape, arithmetic):
+    check(cell, *shape, arithmetic=arithmetic, backend="triton", lengths=True, resets=True)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_triton_with_a_launch_a_step(monkeypatch, cell, arithmetic):
+    monkeypatch.setattr(cuda, "device", lambda index: Device(0, 90, 0))
+    check(cell, 4, 70, 8, 72, arithmetic=arithmetic, backend="triton", reverse=True)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("name", ["PEEPHOLE", "SLOW"])
+def test_triton_with_cells_of_users(name, arithmetic):
+    import user_cells
+
+    cell = getattr(user_cells, name)
+    check(cell, 4, 19, 8, 40, arithmetic=arithmetic, backend="triton", cell_states=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_triton_cell_update(dtype):
+    gates, c = torch.randn(40, 4 * 70, 3).to(dtype), torch.randn(40, 70, 3).to(dtype)
+    found = []
+    for name, device in (("reference", "cpu"), ("triton", DEVICE)):
+        inputs = [t.to(device).detach().requires_grad_() for t in (gates, c)]
+        h, c_new = fusedrnn.functional.lstm_cell_update(*inputs, backend=name)
+        torch.autograd.backward((h, c_new), (c.to(device), c.to(device)))
+        found.append([t.cpu() for t in (h, c_new, *(t.grad for t in inputs))])
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("proj", [1, 7, 16])
@@ -70,11 +112,11 @@ def test_projection(proj, feature, arithmetic):
 
 
 @pytest.mark.parametrize("shape", [(65_600, 1, 1, 2), (2, 70_000, 1, 3)], ids=str)
-def test_more_than_16_bits_count(shape):
+def test_more_than_16_bits_count(backend, shape):
     """Steps, or rows; the last ones as the reference makes them."""
     case = Case(CELLS["gru"], *shape)
     inputs = make_inputs(case).on(DEVICE)
-    out = run_case(case, inputs, by_name("cuda"))
+    out = run_case(case, inputs, by_name(backend))
     rows, steps = slice(-8, None), slice(-600, None)
     x, dy = inputs.x[steps, rows], inputs.grads["y"][steps, rows]
     h0 = out["y"][-601, rows] if case.T > 600 else inputs.h0[rows]
@@ -106,10 +148,10 @@ def test_one_launch_for_all_steps(cell, batch, hidden, feature, arithmetic):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("hidden", [100, 256, 512, 1023, 1024])
-def test_inference_of_many_steps_is_the_same(hidden, dtype):
+def test_inference_of_many_steps_is_the_same(backend, hidden, dtype):
     """Whose states take turns in two buffers, which kernels that overlap read and write, or in four
     that blocks exchange."""
-    module = fusedrnn.LSTM(8, hidden, backend="cuda").to(DEVICE, dtype)
+    module = fusedrnn.LSTM(8, hidden, backend=backend).to(DEVICE, dtype)
     x = torch.randn(600, 16, 8).to(DEVICE, dtype)
     training, _ = module(x)
     with torch.no_grad():
@@ -117,13 +159,13 @@ def test_inference_of_many_steps_is_the_same(hidden, dtype):
             assert torch.equal(module(x)[0], training)
 
 
-def test_addresses_of_64_bits():
+def test_addresses_of_64_bits(backend):
     """The last rows of arrays of more than 2^31 elements, beside a call of these rows alone."""
     steps, batch, hidden = 9, 2**20, 64
     free = torch.cuda.mem_get_info()[0]
     if free < 40 * 2**30:
         pytest.skip(f"{free / 2**30:.0f} GiB of memory are free, 40 are needed")
-    module = fusedrnn.LSTM(1, hidden, device=DEVICE, dtype=torch.float16, backend="cuda")
+    module = fusedrnn.LSTM(1, hidden, device=DEVICE, dtype=torch.float16, backend=backend)
     x = torch.randn(steps, batch, 1, device=DEVICE, dtype=torch.float16)
     found = []
     for rows in (x, x[:, -64:]):
@@ -135,9 +177,10 @@ def test_addresses_of_64_bits():
         torch.testing.assert_close(all_rows, alone)
 
 
-def layer(dtype=torch.float32):
+def layer(backend, dtype=torch.float32):
     """A module of the backend, and inputs."""
-    module = fusedrnn.LSTM(8, 40, 2, bidirectional=True, proj_size=16, backend="cuda")
+    proj_size = 16 if backend == "cuda" else 0
+    module = fusedrnn.LSTM(8, 40, 2, bidirectional=True, proj_size=proj_size, backend=backend)
     return module.to(DEVICE, dtype), torch.randn(5, 9, 8).to(DEVICE, dtype)
 
 
@@ -154,14 +197,14 @@ def assert_equal(got, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_same_twice(dtype):
-    module, x = layer(dtype)
+def test_same_twice(backend, dtype):
+    module, x = layer(backend, dtype)
     assert_equal(outputs_and_gradients(module, x), outputs_and_gradients(module, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_second_backward_is_the_same(dtype):
-    module, x = layer(dtype)
+def test_a_second_backward_is_the_same(backend, dtype):
+    module, x = layer(backend, dtype)
     y, _ = module(x.requires_grad_())
     inputs = [x, *module.parameters()]
     first, second = (torch.autograd.grad(y.sum(), inputs, retain_graph=True) for _ in range(2))
@@ -169,16 +212,16 @@ def test_a_second_backward_is_the_same(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_inference_gives_the_same(dtype):
-    module, x = layer(dtype)
+def test_inference_gives_the_same(backend, dtype):
+    module, x = layer(backend, dtype)
     training = module(x.requires_grad_())
     with torch.no_grad():
         inference = module(x)
     assert_equal((training[0], *training[1]), (inference[0], *inference[1]))
 
 
-def test_capture_in_a_graph():
-    module, x = layer()
+def test_capture_in_a_graph(backend):
+    module, x = layer(backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -193,9 +236,9 @@ def test_capture_in_a_graph():
         assert_equal(captured, outputs_and_gradients(module, x))
 
 
-def test_runs_on_the_stream_of_the_caller():
+def test_runs_on_the_stream_of_the_caller(backend):
     """Between what is queued there before, its input, and after, its input again."""
-    module, x = layer()
+    module, x = layer(backend)
     expected = outputs_and_gradients(module, x)
     late, stream = torch.full_like(x, float("nan")), torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -209,22 +252,24 @@ def test_runs_on_the_stream_of_the_caller():
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-def test_a_device_that_is_not_current(arithmetic):
+def test_a_device_that_is_not_current(backend, arithmetic):
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one device")
-    check(LSTM, 3, 9, 4, 32, arithmetic=arithmetic, P=7, device="cuda:1", lengths=True)
+    proj = 7 if backend == "cuda" else 0
+    options = {"P": proj, "device": "cuda:1", "backend": backend}
+    check(LSTM, 3, 9, 4, 32, arithmetic=arithmetic, lengths=True, **options)
     assert torch.cuda.current_device() == 0
 
 
-def test_the_host_never_waits():
-    case = Case(LSTM, 5, 9, 8, 40, P=16, lengths=True, resets=True)
-    inputs, (module, x) = make_inputs(case).on(DEVICE), layer()
-    run_case(case, inputs, by_name("cuda"))
+def test_the_host_never_waits(backend):
+    case = Case(LSTM, 5, 9, 8, 40, lengths=True, resets=True)
+    inputs, (module, x) = make_inputs(case).on(DEVICE), layer(backend)
+    run_case(case, inputs, by_name(backend))
     outputs_and_gradients(module, x)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run_case(case, inputs, by_name("cuda"))
+        run_case(case, inputs, by_name(backend))
         outputs_and_gradients(module, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -232,11 +277,13 @@ def test_the_host_never_waits():
 
 @pytest.mark.parametrize("sizes", [(8, 40), (3, 129)], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_beside_torch_nn(kind, sizes):
+def test_beside_torch_nn(backend, kind, sizes):
+    if kind == "LSTM-proj" and backend == "triton":
+        pytest.skip("it has no projection")
     ours, theirs = twins(kind, *sizes, 2, bidirectional=True)
     input, hx = torch.randn(7, 5, sizes[0]), make_hx(theirs, 5)
     hx = tuple(h.to(DEVICE) for h in hx) if isinstance(hx, tuple) else hx.to(DEVICE)
-    with fusedrnn.backend("cuda"):
+    with fusedrnn.backend(backend):
         assert_equals_torch(ours.to(DEVICE), theirs.to(DEVICE), input.to(DEVICE), hx)
 
 

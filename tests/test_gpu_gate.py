@@ -53,7 +53,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_no_device_is_no_pass(tree: Path) -> None:
     write_program(tree / "bin" / "nvidia-smi", "echo it has failed; exit 9")
-    for stage in ("correctness", "micro", "table"):
+    for stage in ("correctness", "micro", "table", "triton"):
         assert run(tree, GATE, stage) == (1, ["no NVIDIA device here"])
 
 

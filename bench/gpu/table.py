@@ -1,6 +1,6 @@
-"""torch.nn.LSTM and GRU on cuDNN, with fusedrnn's backend "cuda" in turn where there is one.
+"""torch.nn.LSTM and GRU on cuDNN, with fusedrnn in turn where a BACKEND is named.
 
-    python bench/gpu/table.py times ROWS.csv FACTS SECONDS
+    python bench/gpu/table.py times ROWS.csv FACTS SECONDS BACKEND
     python bench/gpu/table.py kernels ROWS.csv FACTS SECONDS
 
 `times` measures; `kernels` lists what torch.nn launches, which tells cuDNN's algorithm, in a
@@ -29,8 +29,6 @@ import measure
 import report
 from shapes import GPU, Shape
 from workload import Workload
-
-import fusedrnn
 
 # Storage, and the rounding of what the products are taken of.
 DTYPES = {
@@ -139,8 +137,7 @@ def fill(
     return int(wrong > 0)
 
 
-def main(what: str, path: str, facts: str, seconds: str) -> int:
-    backend = "cuda" if "cuda" in fusedrnn.list_backends() else None
+def main(what: str, path: str, facts: str, seconds: str, backend: str | None = None) -> int:
     measured: dict[str, Callable[[Shape, str, str], Values]] = {
         "times": functools.partial(
             times, backend=backend, device="cuda", sample=measure.DeviceTimer()
