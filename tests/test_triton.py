@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +124,24 @@ def test_cells_of_users(machine, algorithm, name, feature, arithmetic):
     dtype = machine.choose(arithmetic)
     cell = getattr(user_cells, name)
     machine.check(Case(cell, 3, 19, 4, 20, dtype=dtype, cell_states=True, **feature))
+
+
+def test_readme_s_cell(machine, tmp_path, monkeypatch):
+    """Runs as it stands there, in fewer than 40 lines, and is right."""
+    readme = Path(__file__).parents[1] / "README.md"
+    code = readme.read_text().split("<!-- cell:begin -->\n```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) < 40
+    (tmp_path / "readme_cell.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    import readme_cell
+
+    assert readme_cell.y.shape == (100, 32, 256)
+    for dtype in (torch.float64, torch.float32):
+        machine.check(Case(readme_cell.cell, 4, 19, 5, 20, dtype=dtype, lengths=True, resets=True))
+    layer, x = readme_cell.layer, torch.randn(3, 2, 64)
+    y, _ = layer(x)
+    with fusedrnn.backend("triton"):
+        torch.testing.assert_close(layer(x)[0], y)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
