@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn.backends import Request, by_name, cuda, cudnn, native
+from fusedrnn.backends import Request, by_name, cuda, cudnn, native, triton
 from fusedrnn.cells import CELLS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -121,6 +121,7 @@ def test_readme_table_of_cells(monkeypatch):
 
     monkeypatch.setattr(cuda, "_missing", None)
     monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(triton, "_missing", None)
     monkeypatch.setattr(cudnn, "_missing", None)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn.BFLOAT16_SINCE)
     if not native.isas():

@@ -403,6 +403,7 @@ def test_bounds_of_cell_update(machine, name):
 
 @pytest.fixture
 def present(monkeypatch):
+    monkeypatch.setattr(backend, "_missing", None)
     monkeypatch.setattr(cuda, "capability", lambda i: {0: (9, 0), 1: (7, 5)}.get(i))
     monkeypatch.setattr(cuda, "device", lambda i: DEVICES["sequence"])
 
@@ -428,6 +429,12 @@ def test_reasons(present, request_, reason):
 def test_reason_without_triton(monkeypatch):
     monkeypatch.setattr(backend, "_missing", "needs the package triton")
     with pytest.raises(RuntimeError, match="backend 'triton' needs the package triton"):
+        fusedrnn.LSTM(3, 4, backend="triton")(torch.randn(5, 2, 3))
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built for CUDA")
+def test_reason_on_a_pytorch_without_cuda():
+    with pytest.raises(RuntimeError, match="'triton' needs a PyTorch built for CUDA, this one is"):
         fusedrnn.LSTM(3, 4, backend="triton")(torch.randn(5, 2, 3))
 
 

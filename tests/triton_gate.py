@@ -35,14 +35,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedrnn.backends.native import Device
-from fusedrnn.backends.triton import kernels
-from fusedrnn.backends.triton.ops import constants
+from fusedrnn.backends.triton import kernels, update
+from fusedrnn.backends.triton.ops import constants, update_constants
 from fusedrnn.backends.triton.plans import Plan, plan
 from fusedrnn.cells import CELLS
 
 BASELINE = Path(__file__).with_name("triton_baseline.txt")
 DEVICES = (Device(108, 80, 166912), Device(132, 90, 232448), Device(148, 100, 232448))
-KERNELS = {"forward": kernels.forward, "backward": kernels.backward}
+KERNELS = {
+    "forward": kernels.forward,
+    "backward": kernels.backward,
+    "update": update.update,
+    "update_backward": update.update_backward,
+}
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -57,9 +62,12 @@ TENSOR = {
     "tf32": r"HG?MMA\.\w+\.F32\.TF32|UTC\w*MMA.*",
     "fp64": r"DMMA\.\w+",
 }
-UNSPECIALISED = {"T", "B", "first", "last"}
+UNSPECIALISED = {"T", "B", "first", "last", "N"}
 # Arrays by the type of their elements: that of x, that of states.
-STORED = "gx w_t w_hh b_hh params h0 resets y c dy dc h_prev saved dgx dgh".split()
+STORED = (
+    "gx w_t w_hh b_hh params h0 resets y c dy dc h_prev saved dgx dgh "
+    "gates dgates h_new c_new dh_new dc_new"
+).split()
 COMPUTED = "states dstates c_prev dparams".split()
 
 
@@ -72,8 +80,13 @@ class Case(NamedTuple):
     device: Device
 
     def __str__(self) -> str:
-        shape = f"{self.hidden} x {self.rows}"
-        return f"{self.kernel}<{self.cell}, {self.arithmetic}, {shape}>"
+        shape = "" if self.alone else f", {self.hidden} x {self.rows}"
+        return f"{self.kernel}<{self.cell}, {self.arithmetic}{shape}>"
+
+    @property
+    def alone(self) -> bool:
+        """The cell, without a recurrence."""
+        return self.kernel.startswith("update")
 
     @property
     def gpu(self) -> str:
@@ -82,7 +95,7 @@ class Case(NamedTuple):
     @property
     def plan(self) -> Plan:
         cell, dtype = CELLS[self.cell], DTYPES[self.arithmetic]
-        backward = self.kernel == "backward"
+        backward = self.kernel.endswith("backward")
         return plan(cell, dtype, self.hidden, self.rows, backward, self.device)
 
     @property
@@ -116,26 +129,35 @@ def cases() -> list[Case]:
                 if arithmetic == "bf16":
                     shapes.append((100, 8))
             for shape in shapes:
-                found += [Case(k, cell, arithmetic, *shape, d) for k in KERNELS for d in DEVICES]
+                both = ("forward", "backward")
+                found += [Case(k, cell, arithmetic, *shape, d) for k in both for d in DEVICES]
+        if arithmetic != "tf32":  # which is of products
+            both = ("update", "update_backward")
+            found += [Case(k, "lstm", arithmetic, 1, 1, d) for k in both for d in DEVICES]
     return found
 
 
 def source(case: Case) -> ASTSource:
     """All that is optional is given, but cell states only to the LSTM that has a launch a step."""
     kernel, cell, dtype = KERNELS[case.kernel], CELLS[case.cell], DTYPES[case.arithmetic]
-    fixed: dict[str, Any] = constants(
-        cell, dtype, case.arithmetic == "tf32", case.hidden, False, case.kernel == "backward",
-        case.plan,
-    )  # fmt: skip
-    if cell.additive:
-        fixed["b_hh"] = None
-    if not cell.params:
-        fixed["params"] = None
-    if case.plan.algorithm != "grid":
-        fixed["counters"] = None
-    if case.plan.algorithm != "step" or case.cell != "lstm":
-        fixed |= {"c": None, "dc": None}
-    types = {"lengths": "*i64", "counters": "*i32"} | dict.fromkeys(UNSPECIALISED, "i32")
+    fixed: dict[str, Any]
+    if case.alone:
+        fixed = update_constants(cell, dtype, case.kernel.endswith("backward"))
+    else:
+        fixed = constants(
+            cell, dtype, case.arithmetic == "tf32", case.hidden, False, case.kernel == "backward",
+            case.plan,
+        )  # fmt: skip
+        if cell.additive:
+            fixed["b_hh"] = None
+        if not cell.params:
+            fixed["params"] = None
+        if case.plan.algorithm != "grid":
+            fixed["counters"] = None
+        if case.plan.algorithm != "step" or case.cell != "lstm":
+            fixed |= {"c": None, "dc": None}
+    types = {"lengths": "*i64", "counters": "*i32", "H": "i32"}
+    types |= dict.fromkeys(UNSPECIALISED, "i32")
     storage = {2: case.arithmetic, 4: "fp32", 8: "fp64"}[dtype.itemsize]
     types |= dict.fromkeys(STORED, f"*{storage}")
     types |= dict.fromkeys(COMPUTED, f"*{fixed['COMPUTE'].name}")
@@ -159,7 +181,9 @@ def compile_case(case: Case) -> Compiled | str:
     with tempfile.TemporaryDirectory() as triton.knobs.cache.dir:
         try:
             with contextlib.redirect_stdout(log):
-                made = triton.compile(given, target=target, options=case.plan.options)
+                made = triton.compile(
+                    given, target=target, options={} if case.alone else case.plan.options
+                )
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
         cubin = next(Path(triton.knobs.cache.dir).rglob("*.cubin"))
@@ -176,16 +200,17 @@ def compile_case(case: Case) -> Compiled | str:
 
 
 def violations(case: Case, made: Compiled | str) -> list[str]:
-    what = f"{case} on {case.gpu}, {case.plan.algorithm},"
+    what = f"{case} on {case.gpu}, {'alone' if case.alone else case.plan.algorithm},"
     if isinstance(made, str):
         return [f"{what} does not compile: {made}"]
     errors = []
-    on_chip = case.plan.algorithm == "sequence" and case.arithmetic in ("bf16", "fp16", "tf32")
+    on_chip = case.alone or case.plan.algorithm == "sequence"
+    on_chip = on_chip and case.arithmetic in ("bf16", "fp16", "tf32")
     if made.spilled and on_chip:
         errors.append(f"{what} spills: {made}")
     if made.shared > case.device.shared_memory:
         errors.append(f"{what} has more shared memory than {case.device.shared_memory}: {made}")
-    wanted = TENSOR.get(case.arithmetic)
+    wanted = None if case.alone else TENSOR.get(case.arithmetic)
     optional = case.arithmetic == "fp64" and case.device.capability > 90
     wrong = [i for i in made.mma if wanted is None or not re.fullmatch(wanted, i)]
     if wrong or (wanted and not made.mma and not optional):
@@ -209,7 +234,8 @@ def main() -> None:
     errors = []
     for name, kernel in KERNELS.items():
         free = {p.name for p in kernel.params if p.do_not_specialize}
-        errors += [f"{name} is compiled for each {p}" for p in sorted(UNSPECIALISED - free)]
+        given = {p.name for p in kernel.params}
+        errors += [f"{name} is compiled for each {p}" for p in sorted(UNSPECIALISED & given - free)]
     wanted = cases()
     once = {case.compiled: case for case in wanted}
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -17,7 +17,11 @@ from fusedrnn.backends.triton import ops as ops  # registers them
 from fusedrnn.backends.triton.plans import describe, plan
 from fusedrnn.cells import Cell
 
-_missing = None if importlib.util.find_spec("triton") else "needs the package triton"
+_missing = None
+if importlib.util.find_spec("triton") is None:
+    _missing = "needs the package triton"
+elif torch.version.cuda is None:
+    _missing = f"needs a PyTorch built for CUDA, this one is {torch.__version__}"
 
 
 class Triton:
@@ -28,8 +32,6 @@ class Triton:
             return _missing
         if request.device.type != "cuda":
             return f"runs on CUDA tensors, got {request.device.type}"
-        if torch.version.hip is not None:
-            return "is for NVIDIA GPUs"
         index = request.device.index or 0
         found = cuda.capability(index)
         if found is None:

@@ -225,22 +225,27 @@ def _backward(
 BLOCK = 512  # elements of a program of update
 
 
-def _launch_update(kernel: str, constexprs: dict[str, Any], gates: Tensor, **arrays: Any) -> None:
-    rows, planes, size = gates.shape
-    if rows * size:
-        wide = _compute_type(gates.dtype)
-        module = _module("fusedrnn.backends.triton.update")
+def update_constants(cell: Cell, dtype: torch.dtype, backward: bool) -> dict[str, Any]:
+    """As :func:`constants`, of the kernels of update.py."""
+    pair = dict(zip(("CELL", "BACKWARD") if backward else ("CELL",), _pair(cell), strict=False))
+    return {**pair, "G": len(cell.gates), "COMPUTE": _compute_type(dtype), "BLOCK": BLOCK}
+
+
+def _launch_update(cell: str, gates: Tensor, backward: bool, **arrays: Tensor | None) -> None:
+    size = gates.shape[0] * gates.shape[2]
+    if size:
+        kernels = _module("fusedrnn.backends.triton.update")
+        kernel = kernels.update_backward if backward else kernels.update
+        constexprs = update_constants(by_key(cell), gates.dtype, backward)
         with _current(gates):
-            getattr(module, kernel)[(-(-rows * size // BLOCK),)](
-                gates=gates, **arrays, N=rows * size, H=size, G=planes, COMPUTE=wide, BLOCK=BLOCK,
-                **constexprs,
-            )  # fmt: skip
+            kernel[(-(-size // BLOCK),)](
+                gates=gates, **arrays, N=size, H=gates.shape[2], **constexprs
+            )
 
 
 def _update(gates: Tensor, c: Tensor, cell: str) -> tuple[Tensor, Tensor]:
     h_new, c_new = torch.empty_like(c), torch.empty_like(c)
-    forward, _ = _pair(by_key(cell))
-    _launch_update("update", {"CELL": forward}, gates, c=c, h_new=h_new, c_new=c_new)
+    _launch_update(cell, gates, False, c=c, h_new=h_new, c_new=c_new)
     return h_new, c_new
 
 
@@ -248,11 +253,7 @@ def _update_backward(
     gates: Tensor, c: Tensor, dh: Tensor | None, dc: Tensor | None, cell: str
 ) -> tuple[Tensor, Tensor]:
     dgates, dc_before = torch.empty_like(gates), torch.empty_like(c)
-    forward, backward = _pair(by_key(cell))
-    _launch_update(
-        "update_backward", {"CELL": forward, "BACKWARD": backward}, gates, c=c, dh_new=dh,
-        dc_new=dc, dgates=dgates, dc=dc_before,
-    )  # fmt: skip
+    _launch_update(cell, gates, True, c=c, dh_new=dh, dc_new=dc, dgates=dgates, dc=dc_before)
     return dgates, dc_before
 
 
