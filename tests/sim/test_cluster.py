@@ -6,14 +6,13 @@ Up to 128 units of 16 bits, or 64 in tf32, are a single block's; more are a clus
 from __future__ import annotations
 
 import pytest
-from test_standard import FEATURES
+from test_standard import FEATURES, WAYS
 
 from fusedrnn.cells import CELLS
 from fusedrnn.testing import Case, check_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
-ARITHMETICS = ["float16", "bfloat16", "tf32"]
 KERNELS = {"forward_cluster", "backward_cluster"}
 # (T, B, I, H): one of each; few rows; units that leave a warp and a chunk of k half empty; a full
 # block in 16 bits; units that leave the last block empty; rows of another size than 16 bytes; two
@@ -37,13 +36,11 @@ def simulated(machine):
     return machine.backend
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("cell, feature, arithmetic", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_cells(machine, simulated, cell, shape, feature, arithmetic):
-    dtype = simulated.choose(arithmetic)
-    check_case(Case(cell, *shape, dtype=dtype, **feature), simulated, tf32=simulated.tf32)
+    case = Case(CELLS[cell], *shape, dtype=simulated.choose(arithmetic), **FEATURES[feature])
+    check_case(case, simulated, tf32=simulated.tf32)
     assert machine.ran() == KERNELS
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_standard import FEATURES
+from test_standard import FEATURES, WAYS
 
 from fusedrnn.cells import CELLS
 from fusedrnn.testing import Case, check_case, make_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
-ARITHMETICS = ["float16", "bfloat16", "tf32"]
 KERNELS = {"forward_grid", "backward_grid"}
 # (T, B, I, H): one of each; units that leave a block half empty; several blocks of forward; two
 # clusters of backward, rows of another size than 16 bytes; two tiles and a row that is left over.
@@ -24,13 +23,11 @@ def simulated(machine):
     return machine.backend
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("cell, feature, arithmetic", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_cells(machine, simulated, cell, shape, feature, arithmetic):
-    dtype = simulated.choose(arithmetic)
-    check_case(Case(cell, *shape, dtype=dtype, **feature), simulated, tf32=simulated.tf32)
+    case = Case(CELLS[cell], *shape, dtype=simulated.choose(arithmetic), **FEATURES[feature])
+    check_case(case, simulated, tf32=simulated.tf32)
     assert machine.ran() == KERNELS
 
 
