@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.backends import Names, Request, Sequence, Weights, check_names, select
+from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cells import CELLS, GRU, LSTM, Cell
 from fusedrnn.layer import Stack, run_layers, run_step
 from fusedrnn.recurrence import cell_update
@@ -157,14 +158,15 @@ def lstm_cell_update(gates: Tensor, c: Tensor, *, backend: Names = None) -> tupl
     Args:
         gates: ``[B,4*H,*]``, what reaches the gates i f g o from x and h together; ``*`` may be
             positions, as in a convolutional LSTM.
-        c: ``[B,H,*]``.
+        c: ``[B,H,*]``, of the dtype of gates or, beside gates of 16 bits, float32, in which it
+            loses nothing from step to step.
         backend: a name or a list of names, tried in order: "triton" or "reference".
 
     Returns:
-        The new ``h`` and ``c``, both ``[B,H,*]``.
+        The new ``h`` in the dtype of gates and ``c`` in its own, both ``[B,H,*]``.
 
     Raises:
-        ValueError, RuntimeError: a wrong shape, or c not of the dtype and device of gates.
+        ValueError, RuntimeError: a wrong shape, dtype or device.
 
     Example:
         >>> import fusedrnn, torch
@@ -180,13 +182,13 @@ def lstm_cell_update(gates: Tensor, c: Tensor, *, backend: Names = None) -> tupl
             f"gates should have shape [B,{planes}*H,*] for c [B,H,*], got {list(gates.shape)} and "
             f"{list(c.shape)}"
         )
-    if (c.dtype, c.device) != (gates.dtype, gates.device):
+    if c.dtype not in (gates.dtype, compute_dtype(gates.dtype)) or c.device != gates.device:
         raise RuntimeError(
             f"c should be {gates.dtype} on {gates.device} as gates are, got {c.dtype} on {c.device}"
         )
     shape, rows, units = c.shape, c.shape[0], c.shape[1:].numel()
     gates, c = gates.reshape(rows, planes, units), c.reshape(rows, units)
-    request = Request(LSTM, c.dtype, c.device, units, 0, cell_update=True)
+    request = Request(LSTM, gates.dtype, c.device, units, 0, cell_update=True)
     h, c = cell_update(select(request, check_names(backend)), LSTM, gates, c)
     return h.view(shape), c.view(shape)
 

@@ -119,6 +119,19 @@ def violations(kernels: Kernels, names: dict[str, str], library: Path) -> list[s
     return errors
 
 
+def differences(baseline: Path, found: str, version: str, write: bool) -> list[str]:
+    """The lines in which a table is another than the baseline, which it may become first."""
+    if write:
+        baseline.write_text(found)
+    expected = baseline.read_text()
+    if not expected.startswith(f"# {version} "):
+        print(f"not compared with the baseline, which is not of {version}")
+        return []
+    was, is_ = expected.splitlines(), found.splitlines()
+    gone = [f"baseline: {line}" for line in was if line not in is_]
+    return gone + [f"found:    {line}" for line in is_ if line not in was]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("library", type=Path)
@@ -132,16 +145,7 @@ def main() -> None:
     names = short_names({name for name, _ in kernels})
     errors = violations(kernels, names, args.library)
     version = "nvcc " + re.search(r"V([\d.]+)", log)[1]
-    found = table(kernels, names, version)
-    if args.write:
-        BASELINE.write_text(found)
-    expected = BASELINE.read_text()
-    if not expected.startswith(f"# {version} "):
-        print(f"not compared with the baseline, which is not of {version}")
-    else:
-        was, is_ = expected.splitlines(), found.splitlines()
-        errors += [f"baseline: {line}" for line in was if line not in is_]
-        errors += [f"found:    {line}" for line in is_ if line not in was]
+    errors += differences(BASELINE, table(kernels, names, version), version, args.write)
     print("\n".join(errors) or f"{len(kernels)} kernels as they were")
     sys.exit(bool(errors))
 

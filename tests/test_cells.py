@@ -100,6 +100,30 @@ def test_cell_states_and_initial_states():
     torch.testing.assert_close((y_2, *final), (y[2:], h_n, c_n))
 
 
+def test_options_of_layers():
+    """Dropout between layers, no biases, resets by rows, a state alone, autocast."""
+    module = fusedrnn.Recurrent(LEAKY, 3, 5, 2, bias=False, batch_first=True, dropout=0.5)
+    assert not any("bias" in name for name, _ in module.named_parameters())
+    x, resets = torch.randn(2, 6, 3), torch.zeros(2, 6, dtype=torch.bool)
+    resets[1, 4] = True
+    torch.manual_seed(0)
+    dropped = module(x)[0]
+    y, _ = module.eval()(x, resets=resets)
+    assert not torch.allclose(dropped, module(x)[0])
+    torch.testing.assert_close(y[0], module(x)[0][0])
+    torch.testing.assert_close(y[1, 4:], module(x[1:, 4:])[0][0])
+
+    module, hx = fusedrnn.Recurrent(MINIMAL, 3, 5), torch.randn(1, 2, 5)
+    y, h_n = module(torch.randn(4, 2, 3), hx)
+    assert torch.equal(h_n, y[-1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        module = fusedrnn.Recurrent(LEAKY, 3, 5)
+        y, (h_n, c_n) = module(torch.randn(4, 2, 3))
+        y.float().sum().backward()
+    assert y.dtype == h_n.dtype == c_n.dtype == torch.bfloat16
+    assert module.leak_l0.grad.dtype == torch.float32 and module.leak_l0.grad.any()
+
+
 def test_a_name_may_come_again():
     """As in a notebook: either keeps its equations, also through autograd."""
     again = fusedrnn.Cell("minimal", gates="fg", states="h", step=lambda gx, gh, state: (
@@ -152,6 +176,8 @@ BAD_CELLS = {
     "no states": (dict(gates="a", states=""), "states should be distinct and not empty, got ''"),
     "params twice": (dict(gates="a", states="h", params=("p", "p")), "params should be distinct"),
     "params of torch.nn": (dict(gates="a", states="h", params=("bias_ih",)), "'bias_ih'"),
+    "triton": (dict(gates="a", states="h", triton=3), "two functions or a module's name, got 3"),
+    "one function": (dict(gates="a", states="h", triton=(step,)), "should be two functions"),
     "saved": (dict(gates="a", states="h", saved=-1), "saved should not be negative, got -1"),
 }
 
@@ -160,6 +186,20 @@ BAD_CELLS = {
 def test_bad_cells(arguments, message):
     with pytest.raises(ValueError, match=message):
         fusedrnn.Cell("bad", step=step, **arguments)
+
+
+BAD_STEPS = {
+    "a gate too many": (lambda gx, gh, state: ((gx + gh).tanh(),), r"got \[\[2, 1, 4\]\]"),
+    "no tuple": (lambda gx, gh, state: (gx + gh).squeeze(-2), r"got \[\[4\], \[4\]\]"),
+    "a state too many": (lambda gx, gh, state: (state[0], state[0]), r"\[2, 4\], \[2, 4\]\]"),
+}
+
+
+@pytest.mark.parametrize("step, message", BAD_STEPS.values(), ids=list(BAD_STEPS))
+def test_bad_steps(step, message):
+    cell = fusedrnn.Cell("bad", gates="a", states="h", step=step)
+    with pytest.raises(ValueError, match=r"should return 1 tensors of shape \[2, 4\].*" + message):
+        fusedrnn.Recurrent(cell, 3, 4)(torch.zeros(5, 2, 3))
 
 
 BAD_LAYERS = {
@@ -233,6 +273,27 @@ def test_cell_update_of_a_convolution():
     at = (slice(None), slice(None), 2, 3)
     expected = fusedrnn.functional.lstm_cell_update(gates[at], c[at])
     torch.testing.assert_close((h[at], c_new[at]), expected)
+
+
+def test_cell_update_in_loops_of_users():
+    """Under autocast, where c stays in float32; compiled; channels last."""
+    update = fusedrnn.functional.lstm_cell_update
+    w, x = torch.randn(20, 5), torch.randn(4, 2, 20)
+
+    def loop(x):
+        h, c = torch.zeros(2, 5), torch.zeros(2, 5)
+        for gx in x:
+            h, c = update(gx + h.to(w.dtype) @ w.t(), c)
+        return h, c
+
+    with torch.autocast("cpu", torch.bfloat16):
+        h, c = update(nn.functional.linear(torch.zeros(2, 5), w), torch.zeros(2, 5))
+    assert (h.dtype, c.dtype) == (torch.bfloat16, torch.float32)
+    compiled = torch.compile(loop, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), loop(x))
+    gates, c = torch.randn(2, 12, 5, 6), torch.randn(2, 3, 5, 6)
+    last = (t.to(memory_format=torch.channels_last) for t in (gates, c))
+    torch.testing.assert_close(update(*last), update(gates, c))
 
 
 BAD_UPDATES = {

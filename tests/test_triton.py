@@ -206,19 +206,23 @@ def test_waiting_in_vain_is_found(machine, monkeypatch):
 
 
 ARRAYS = {
-    "forward": "gx w_t b_hh h0 lengths resets y c h_prev c_prev saved states counters".split(),
-    "backward": "dy dc w_hh lengths resets h_prev c_prev saved dgx dgh dstates counters".split(),
+    "forward": "gx w_t b_hh parameters h0 lengths resets y c h_prev c_prev saved states counters",
+    "backward": "dy dc w_hh parameters lengths resets h_prev c_prev saved dgx dgh dstates "
+    "dparameters counters",
 }
 
 
-@pytest.mark.parametrize("call, name", [(c, name) for c in ARRAYS for name in ARRAYS[c]])
+@pytest.mark.parametrize("call, name", [(c, name) for c in ARRAYS for name in ARRAYS[c].split()])
 def test_bounds_of_arrays(machine, algorithm, call, name):
     """Each array ends one element before the kernels take it to."""
-    if (name in ("counters", "h0")) > (algorithm == "grid"):
+    from user_cells import PEEPHOLE
+
+    if (name == "counters" and algorithm != "grid") or (name == "h0" and algorithm == "sequence"):
         pytest.skip("not of this algorithm")
     machine.interpreter.short = call, name
     cell = GRU if name in ("b_hh", "dgh", "dgx", "h_prev") else LSTM
-    case = Case(cell, 3, 19, 4, 40, lengths=True, cell_states=cell is LSTM)
+    cell = PEEPHOLE if "parameters" in name else cell
+    case = Case(cell, 3, 19, 4, 40, lengths=True, cell_states=cell is not GRU)
     if name == "resets":  # which hides h0
         case = replace(case, resets=True, reverse=True)
     with pytest.raises(AssertionError, match="beyond all arrays"):
@@ -390,12 +394,34 @@ def test_cell_update_ops(machine):
     torch.library.opcheck(ops.triton_update_backward, args, test_utils=tests)
 
 
-@pytest.mark.parametrize("name", ["gates", "c"])
-def test_bounds_of_cell_update(machine, name):
-    machine.interpreter.short = "update", name
+UPDATES = {
+    "update": "gates c h_new c_new",
+    "update_backward": "gates c dh_new dc_new dgates dc",
+}
+
+
+@pytest.mark.parametrize("call, name", [(c, name) for c in UPDATES for name in UPDATES[c].split()])
+def test_bounds_of_cell_update(machine, call, name):
+    machine.interpreter.short = call, name
     gates, c, _ = update_inputs((3, 5), torch.float32)
+    inputs = gates.requires_grad_(), c.requires_grad_()
     with pytest.raises(AssertionError, match="beyond all arrays"):
-        fusedrnn.functional.lstm_cell_update(gates, c, backend="triton")
+        new = fusedrnn.functional.lstm_cell_update(*inputs, backend="triton")
+        torch.autograd.backward(new, (torch.ones_like(c), torch.ones_like(c)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cell_update_with_c_in_float32(machine, dtype):
+    """Which is never rounded."""
+    gates, c, (dh, dc) = update_inputs((3, 5), dtype)
+    found = []
+    for name in ("reference", "triton"):
+        inputs = gates.clone().requires_grad_(), c.float().requires_grad_()
+        h, c_new = fusedrnn.functional.lstm_cell_update(*inputs, backend=name)
+        torch.autograd.backward((h, c_new), (dh, dc.float()))
+        found.append((h, c_new, *(t.grad for t in inputs)))
+    assert [t.dtype for t in found[1]] == [dtype, torch.float32] * 2
+    torch.testing.assert_close(found[1], found[0])
 
 
 # ---- What is told without running anything.
@@ -417,6 +443,7 @@ REASONS = {
     "dtype": (Request(LSTM, torch.complex64, GPU, 8, 0), "float64, got torch.complex64"),
     "hidden": (Request(LSTM, torch.float32, GPU, 0, 0), "hidden size of at least 1"),
     "projection": (Request(LSTM, torch.float32, GPU, 8, 4), "has no projection"),
+    "huge": (Request(LSTM, torch.float32, GPU, 23171, 0), "into the weights, too few for 23171"),
     "cell": (Request(UNKNOWN, torch.float32, GPU, 8, 0), "no kernel for the cell unknown"),
 }
 

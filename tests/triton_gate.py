@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import torch
 import triton
-from cuda_gate import ENTRY
+from cuda_gate import ENTRY, differences
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -65,10 +65,10 @@ TENSOR = {
 UNSPECIALISED = {"T", "B", "first", "last", "N"}
 # Arrays by the type of their elements: that of x, that of states.
 STORED = (
-    "gx w_t w_hh b_hh params h0 resets y c dy dc h_prev saved dgx dgh "
+    "gx w_t w_hh b_hh parameters h0 resets y c dy dc h_prev saved dgx dgh "
     "gates dgates h_new c_new dh_new dc_new"
 ).split()
-COMPUTED = "states dstates c_prev dparams".split()
+COMPUTED = "states dstates c_prev dparameters".split()
 
 
 class Case(NamedTuple):
@@ -109,6 +109,7 @@ class Compiled(NamedTuple):
     spilled: int
     shared: int
     mma: frozenset[str]  # the kinds of tensor core instructions
+    ptx: str
 
     def __str__(self) -> str:
         return f"{self.registers}/{self.spilled}/{self.shared}"
@@ -151,7 +152,7 @@ def source(case: Case) -> ASTSource:
         if cell.additive:
             fixed["b_hh"] = None
         if not cell.params:
-            fixed["params"] = None
+            fixed["parameters"] = None
         if case.plan.algorithm != "grid":
             fixed["counters"] = None
         if case.plan.algorithm != "step" or case.cell != "lstm":
@@ -196,7 +197,27 @@ def compile_case(case: Case) -> Compiled | str:
         int(entry["stores"]) + int(entry["loads"]),
         made.metadata.shared,
         frozenset(re.findall(r"\b\w+MMA[\w.]*", listing)),
+        made.asm["ptx"],
     )
+
+
+def meeting(ptx: str, waits: int) -> str | None:
+    """What is wrong with how programs meet, which no schedule of the interpreter shows: they store,
+    all threads come together, and one releases; one acquires, all come together, and they load."""
+    kinds = {
+        "release": r"(atom|red)\.global\.gpu\.release",
+        "acquire": r"(atom|ld)\.global\.gpu\.acquire",
+        "together": r"bar\.sync|barrier\.sync",
+        "store": r"st\.global|st\.bulk",
+        "load": r"ld\.global(?!\.gpu\.acquire)|cp\.async\.c[ag]",
+    }
+    found = [kind for line in ptx.splitlines() for kind, p in kinds.items() if re.search(p, line)]
+    order = " ".join(found)
+    if order.count("release") != 1 or not re.search("store( load)* together release", order):
+        return "does not come together between its stores and one release"
+    if len(re.findall("acquire together", order)) != waits:
+        return f"does not come together after each of {waits} acquires"
+    return None
 
 
 def violations(case: Case, made: Compiled | str) -> list[str]:
@@ -210,6 +231,9 @@ def violations(case: Case, made: Compiled | str) -> list[str]:
         errors.append(f"{what} spills: {made}")
     if made.shared > case.device.shared_memory:
         errors.append(f"{what} has more shared memory than {case.device.shared_memory}: {made}")
+    if case.plan.algorithm == "grid" and not case.alone:
+        wrong = meeting(made.ptx, 1 if case.kernel == "forward" else 2)
+        errors += [f"{what} {wrong}"] if wrong else []
     wanted = None if case.alone else TENSOR.get(case.arithmetic)
     optional = case.arithmetic == "fp64" and case.device.capability > 90
     wrong = [i for i in made.mma if wanted is None or not re.fullmatch(wanted, i)]
@@ -247,16 +271,7 @@ def main() -> None:
         found = made[case.compiled]
         numbers[str(case), case.gpu] = str(found) if isinstance(found, Compiled) else "-"
     version = f"triton {triton.__version__}"
-    text = table(numbers, version)
-    if args.write:
-        BASELINE.write_text(text)
-    expected = BASELINE.read_text()
-    if not expected.startswith(f"# {version} "):
-        print(f"not compared with the baseline, which is not of {version}")
-    else:
-        was, is_ = expected.splitlines(), text.splitlines()
-        errors += [f"baseline: {line}" for line in was if line not in is_]
-        errors += [f"found:    {line}" for line in is_ if line not in was]
+    errors += differences(BASELINE, table(numbers, version), version, args.write)
     print("\n".join(errors) or f"{len(once)} kernels as they were")
     sys.exit(bool(errors))
 

@@ -48,7 +48,7 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
             keep = ~seq.resets[begins].unsqueeze(-1)
             state = tuple(torch.where(keep, s, 0) for s in state)
         gh = F.linear(state[0], w_hh, b_hh).unflatten(-1, planes)
-        new = cell.step(gx[t], gh, state, *of_units)
+        new = cell.checked_step(gx[t], gh, state, *of_units)
         if w_hr is not None:
             new = (F.linear(new[0], w_hr), *new[1:])
         new = (new[0].to(storage).to(compute), *new[1:])
@@ -68,9 +68,10 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
 
 def cell_update(cell: Cell, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """The elementwise step of a cell with the states h, which it does not read, and c: the new ones
-    from ``gates [B,G,H]``, what reaches the gates from x and h together, and ``c [B,H]``."""
+    from ``gates [B,G,H]``, what reaches the gates from x and h together, and ``c [B,H]``, which
+    keeps its dtype."""
     wide = compute_dtype(gates.dtype)
     none = torch.zeros((), dtype=wide, device=c.device).expand(c.shape)
     x = gates.to(wide)
-    h, c = cell.step(x, torch.zeros_like(x), (none, c.to(wide)))
-    return h.to(gates.dtype), c.to(gates.dtype)
+    h, c_new = cell.step(x, torch.zeros_like(x), (none, c.to(wide)))
+    return h.to(gates.dtype), c_new.to(c.dtype)

@@ -43,7 +43,8 @@ class Cell:
             them; None: the Triton backend does not run the cell.
 
     Raises:
-        ValueError: no gate, no state, a letter or name twice, params named as a layer's weights.
+        ValueError: no gate, no state, a letter or name twice, params named as a layer's weights,
+            something else for triton; in a layer, what step returns is not of the shape [B,H].
 
     Example:
         >>> import fusedrnn, torch
@@ -68,6 +69,7 @@ class Cell:
     key: str = field(init=False, compare=False, repr=False)  # by which ops name the cell
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "params", tuple(self.params))
         for what in ("gates", "states", "params"):
             names = getattr(self, what)
             if len(set(names)) != len(names) or (what != "params" and not names):
@@ -79,12 +81,26 @@ class Cell:
             object.__setattr__(self, "saved", len(self.gates))
         if self.saved < 0:
             raise ValueError(f"saved should not be negative, got {self.saved}")
+        pair = self.triton
+        if not (pair is None or isinstance(pair, str) or (type(pair) is tuple and len(pair) == 2)):
+            raise ValueError(f"triton should be two functions or a module's name, got {pair!r}")
         # A name may come again with other equations, as it does in a notebook.
         key, number = self.name, 1
         while _registered.setdefault(key, self) != self:
             number += 1
             key = f"{self.name}#{number}"
         object.__setattr__(self, "key", key)
+
+    def checked_step(self, gx: Tensor, gh: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        """What ``step`` returns, which may be a user's."""
+        new = self.step(gx, gh, *others)
+        expected = [(gx.shape[0], gx.shape[2])] * len(self.states)
+        if [n.shape for n in new] != expected:
+            raise ValueError(
+                f"step of the cell {self.name} should return {len(expected)} tensors of shape "
+                f"{list(expected[0])}, got {[list(n.shape) for n in new]}"
+            )
+        return new
 
     def __deepcopy__(self, memo: object) -> Cell:
         return self

@@ -49,6 +49,10 @@ class Triton:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
+        if len(request.cell.gates) * request.hidden_size**2 >= 2**31:
+            return (
+                f"has offsets of 32 bits into the weights, too few for {request.hidden_size} units"
+            )
         if request.proj_size:
             return "has no projection"
         return None

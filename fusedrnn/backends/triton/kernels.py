@@ -22,7 +22,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# Whatever T and B are, and wherever h0 begins in the states of a stack, one kernel is compiled.
+# Whatever T and B are, and wherever h0 begins in the states of a stack, one kernel is compiled. An
+# argument must not be called params: what Triton generates to launch a kernel has that name itself.
 specialised = triton.jit(
     do_not_specialize=["T", "B", "first", "last"],
     do_not_specialize_on_alignment=["h0", "lengths", "resets"],
@@ -166,7 +167,7 @@ def forward(
     gx,  # [T,B,G*H]
     w_t,  # [H,G*H] W_hh transposed
     b_hh,  # [G*H], None if gx has it
-    params,  # [K,H] or None
+    parameters,  # [K,H] or None
     h0,  # [B,H]
     lengths,  # [B] or None
     resets,  # [T,B] or None
@@ -194,7 +195,6 @@ def forward(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MEETS: tl.constexpr,
-    ADDITIVE: tl.constexpr,
 ):
     N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     storage: tl.constexpr = y.dtype.element_ty
@@ -203,7 +203,7 @@ def forward(
     step = tl.cast(B, tl.int64) * H
     all_steps = T * step
     state = load_planes(states + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
-    of_units = load_of_units(params, tile, K, H, COMPUTE)
+    of_units = load_of_units(parameters, tile, K, H, COMPUTE)
     if N_H == 1:
         weights = ()
         for g in tl.static_range(G):
@@ -229,16 +229,19 @@ def forward(
         else:
             if MEETS:
                 wait(counters + i_b, N_H * s)
-            p_before = y + p + step if REVERSE else y + p - step
+            # Two loads, not one by chosen pointers, of which Triton knows no alignment.
+            p_y = (y + p + step if REVERSE else y + p - step) + tile.o_b * H
+            p_h0 = h0 + tile.row * H + tile.o_b * H
             steps_before = tile.length - 1 - t if REVERSE else tl.zeros_like(tile.length) + t
-            p_h = tl.where(steps_before > 0, p_before, h0 + tile.row * H) + tile.o_b * H
-            enters = active & (anew == 0)
+            from_y = active & (anew == 0) & (steps_before > 0)
+            from_h0 = active & (anew == 0) & (steps_before == 0)
             for k in range(0, H, BLOCK_K):
                 o_k = k + tl.arange(0, BLOCK_K)
                 in_k = o_k < H
-                mask = enters[:, None] & in_k[None, :]
-                h = tl.load(p_h[:, None] + o_k[None, :], mask=mask, other=0)
-                h = operand(h, PRECISION)
+                k_y, k_h0 = from_y[:, None] & in_k[None, :], from_h0[:, None] & in_k[None, :]
+                h = tl.load(p_y[:, None] + o_k[None, :], mask=k_y, other=0)
+                first_h = tl.load(p_h0[:, None] + o_k[None, :], mask=k_h0, other=0)
+                h = operand(tl.where(from_h0[:, None], first_h, h), PRECISION)
                 sums = ()
                 for g in tl.static_range(G):
                     w = load_weights(w_t + g * H, o_k, in_k, tile, G * H, PRECISION)
@@ -289,7 +292,7 @@ def backward(
     dy,  # [T,B,H] or None
     dc,  # [T,B,H] or None
     w_hh,  # [G*H,H]
-    params,  # [K,H] or None
+    parameters,  # [K,H] or None
     lengths,  # [B] or None
     resets,  # [T,B] or None
     h_prev,  # [T,B,H]
@@ -298,7 +301,7 @@ def backward(
     dgx,  # [T,B,G*H]
     dgh,  # [T,B,G*H], the same array where gx and gh have the same gradients
     dstates,  # [S,B,H] of type COMPUTE: the gradients of what left step first, then of the rest
-    dparams,  # [K,B,H] of type COMPUTE, to which those of each row are added
+    dparameters,  # [K,B,H] of type COMPUTE, to which those of each row are added
     counters,  # [rows of programs] 0, where programs meet
     T,
     B,
@@ -326,8 +329,8 @@ def backward(
     step = tl.cast(B, tl.int64) * H
     all_steps = T * step
     dstate = load_planes(dstates + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
-    of_units = load_of_units(params, tile, K, H, COMPUTE)
-    sums = load_planes(dparams + tile.row * H + tile.plane, step, tile.mask, K, COMPUTE)
+    of_units = load_of_units(parameters, tile, K, H, COMPUTE)
+    sums = load_planes(dparameters + tile.row * H + tile.plane, step, tile.mask, K, COMPUTE)
     if N_H == 1:
         weights = ()
         for g in tl.static_range(G):
@@ -387,4 +390,4 @@ def backward(
             )
             dstate = (dh,) + dstate[1:]
     store_planes(dstates + tile.row * H + tile.plane, step, dstate, tile.rows, tile.mask, S)
-    store_planes(dparams + tile.row * H + tile.plane, step, sums, tile.rows, tile.mask, K)
+    store_planes(dparameters + tile.row * H + tile.plane, step, sums, tile.rows, tile.mask, K)

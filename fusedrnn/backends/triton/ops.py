@@ -58,7 +58,6 @@ def constants(
         "R": cell.saved,
         "K": len(cell.params),
         "H": hidden,
-        "ADDITIVE": cell.additive,
         "REVERSE": reverse,
         "PRECISION": "tf32" if tf32 else "ieee",
         "COMPUTE": _compute_type(dtype),
@@ -66,6 +65,7 @@ def constants(
         "BLOCK_H": how.block_h,
         "BLOCK_K": how.block_k,
         "MEETS": how.algorithm == "grid",
+        **({"ADDITIVE": cell.additive} if backward else {}),
     }
 
 
@@ -145,7 +145,7 @@ def _forward(
         "gx": gx,
         "w_t": w_hh.t().contiguous(),
         "b_hh": None if facts.additive else b_hh,
-        "params": params,
+        "parameters": params,
         "h0": h0,
         "lengths": lengths,
         "resets": _resets(resets, x.dtype),
@@ -200,7 +200,7 @@ def _backward(
         "dy": dy,
         "dc": dc,
         "w_hh": w_hh,
-        "params": params,
+        "parameters": params,
         "lengths": lengths,
         "resets": _resets(resets, x.dtype),
         "h_prev": h_prev,
@@ -209,7 +209,7 @@ def _backward(
         "dgx": dgx,
         "dgh": dgh,
         "dstates": dstates,
-        "dparams": dparams,
+        "dparameters": dparams,
     }
     _launch(h_prev, facts, hidden, reverse, True, arguments)
     dh0, dc0 = (d.to(x.dtype, copy=True) for d in (dstates[0], dstates[1:]))
@@ -243,8 +243,12 @@ def _launch_update(cell: str, gates: Tensor, backward: bool, **arrays: Tensor | 
             )
 
 
+def _fake_update(gates: Tensor, c: Tensor, cell: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(c, dtype=gates.dtype), torch.empty_like(c)
+
+
 def _update(gates: Tensor, c: Tensor, cell: str) -> tuple[Tensor, Tensor]:
-    h_new, c_new = torch.empty_like(c), torch.empty_like(c)
+    h_new, c_new = _fake_update(gates, c, cell)
     _launch_update(cell, gates, False, c=c, h_new=h_new, c_new=c_new)
     return h_new, c_new
 
@@ -323,7 +327,7 @@ _library.define(
 for name, op, fake in (
     ("triton_forward", _forward, _fake_forward),
     ("triton_backward", _backward, _fake_backward),
-    ("triton_update", _update, lambda gates, c, cell: (torch.empty_like(c), torch.empty_like(c))),
+    ("triton_update", _update, _fake_update),
     ("triton_update_backward", _update_backward, lambda gates, c, dh, dc, cell: (
         torch.empty_like(gates), torch.empty_like(c),
     )),
