@@ -1,6 +1,6 @@
 """fusedrnn: recurrent layers for PyTorch, fused over all time steps, forward and backward."""
 
-from fusedrnn import functional, reference
+from fusedrnn import functional, init, reference
 from fusedrnn._version import __version__
 from fusedrnn.backends import backend, list_backends
 from fusedrnn.cell_modules import GRUCell, LSTMCell, RNNCell
@@ -10,6 +10,7 @@ from fusedrnn.explanation import Explanation, explain
 from fusedrnn.modules import GRU, LSTM, RNN
 from fusedrnn.recurrence import RecurrenceFunction
 from fusedrnn.recurrent import Recurrent
+from fusedrnn.sequences import tbptt
 
 __all__ = [
     "GRU",
@@ -27,8 +28,10 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "init",
     "list_backends",
     "patch",
     "reference",
+    "tbptt",
     "to_torch",
 ]

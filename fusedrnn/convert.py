@@ -54,6 +54,10 @@ def to_torch(model: M) -> M:
     Returns:
         The same model.
 
+    Raises:
+        ValueError: a layer with an initial state other than zeros, which torch.nn has not; nothing
+            is changed.
+
     Example:
         >>> import fusedrnn, torch
         >>> model = fusedrnn.to_torch(torch.nn.Sequential(fusedrnn.GRU(3, 4)))
@@ -61,10 +65,16 @@ def to_torch(model: M) -> M:
         <class 'torch.nn.modules.rnn.GRU'>
     """
     theirs = {ours: torch_class for torch_class, ours in PAIRS.items()}
+    for path, module in model.named_modules():
+        initial = getattr(module, "initial_state", "zeros")
+        if type(module) in theirs and initial != "zeros":
+            where = f"{path} ({type(module).__name__})" if path else type(module).__name__
+            raise ValueError(f"{where} has initial_state={initial!r}, which torch.nn has not")
     for module in model.modules():
         torch_class = theirs.get(type(module))
         if torch_class is not None:
-            module.__dict__.pop("backend", None)
+            for name in ("backend", "forget_bias"):
+                module.__dict__.pop(name, None)
             module.__class__ = torch_class
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()

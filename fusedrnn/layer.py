@@ -28,7 +28,7 @@ def request_of(
     empty = not torch.compiler.is_compiling() and x.numel() == 0
     return Request(
         cell, x.dtype, x.device, hidden, proj, seq.lengths is not None, seq.resets is not None,
-        cell_states, empty,
+        seq.resets is not None and seq.initial is not None, cell_states, empty,
     )  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def run_layers(
     Args:
         weights: of each layer and direction, in torch.nn's order.
         hx: S tensors, ``[L*D,B,P]`` and the states beside h ``[L*D,B,H]``.
+        seq: its ``initial`` are S tensors ``[L*D,P]``, ``[L*D,H]``.
         between: what happens to the output of every layer but the last (dropout).
         wish: the backends to try, in order; empty: the context's or the default.
     """
@@ -55,7 +56,7 @@ def run_layers(
     if seq.lengths is not None:
         steps = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
         x = x.masked_fill((steps >= seq.lengths).unsqueeze(-1), 0)  # padding may hold NaN
-    layers = len(weights) // directions
+    layers, own = len(weights) // directions, seq
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
     y = x
@@ -67,7 +68,9 @@ def run_layers(
         for direction in range(directions):
             k = layer * directions + direction
             others = _beside_h(tuple(s[k] for s in hx))
-            call = Call(cell, y, weights[k], hx[0][k], others, seq, direction == 1, ask)
+            if seq.initial is not None:
+                own = seq._replace(initial=tuple(s[k] for s in seq.initial))
+            call = Call(cell, y, weights[k], hx[0][k], others, own, direction == 1, ask)
             out = recurrence(backend, call)
             ys.append(out[0])
             h_n.append(out[1])

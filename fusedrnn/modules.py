@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ State = Tensor | tuple[Tensor, ...]
 
 def cell_of(module: nn.RNNBase) -> Cell:
     return CELLS[module.mode.lower()]
+
+
+def initial_states(module: nn.RNNBase) -> tuple[Tensor, ...] | None:
+    """The module's own initial states ``[L*D,P]`` and ``[L*D,H]``; None: zeros."""
+    if getattr(module, "initial_state", "zeros") == "zeros":
+        return None
+    return tuple(getattr(module, f"{letter}0") for letter in cell_of(module).states)
 
 
 def weights_of(module: nn.RNNBase) -> list[Weights]:
@@ -106,10 +114,15 @@ def _run_packed(
 def _run(
     module: nn.RNNBase, x: Tensor, hx: Any, seq: Sequence, between: Any, cell_states: bool
 ) -> Stack:
+    hx = (hx,) if isinstance(hx, Tensor) else hx
+    initial = initial_states(module)
+    if initial is not None:
+        seq = seq._replace(initial=initial)
+        hx = tuple(s.unsqueeze(1).expand(-1, x.shape[1], -1) for s in initial) if hx is None else hx
     return functional.run(
         cell_of(module),
         x,
-        (hx,) if isinstance(hx, Tensor) else hx,
+        hx,
         weights_of(module),
         2 if module.bidirectional else 1,
         seq,
@@ -167,17 +180,54 @@ def _check_shapes(module: nn.RNNBase, input: Tensor, hx: Any, batch_sizes: Tenso
         module.check_forward_args(input, hx, batch_sizes)
 
 
+INITIAL_STATES = ("zeros", "learned", "random")
+
+
 class _Layers(nn.RNNBase):
     """What the three layers share. A layer is an nn.RNNBase, with its parameters, initialisation,
     state_dict and checks, but not an nn.LSTM: torch.compile breaks the graph on those."""
 
     backend: Names = None
+    initial_state: str = "zeros"
 
-    def __init__(self, mode: str, *args: Any, backend: Names, **kwargs: Any) -> None:
-        super().__init__(mode, *args, **kwargs)
+    def __init__(
+        self, mode: str, *args: Any, backend: Names, initial_state: str, **kwargs: Any
+    ) -> None:
         check_names(backend)
+        if initial_state not in INITIAL_STATES:
+            raise ValueError(
+                f"initial_state should be one of {INITIAL_STATES}, got {initial_state!r}"
+            )
+        super().__init__(mode, *args, **kwargs)
         if backend is not None:
             self.backend = backend
+        if initial_state != "zeros":  # else the class's: what is as torch.nn's has no more than it
+            self.initial_state = initial_state
+            self._register_initial_states()
+
+    def _register_initial_states(self) -> None:
+        weight: Any = self.weight_ih_l0
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        for letter in cell_of(self).states:
+            size = self.proj_size or self.hidden_size if letter == "h" else self.hidden_size
+            state = weight.new_empty(rows, size)
+            if self.initial_state == "learned":
+                self.register_parameter(f"{letter}0", nn.Parameter(state))
+            else:
+                self.register_buffer(f"{letter}0", state)
+        self._reset_initial_states()
+
+    def _reset_initial_states(self) -> None:
+        bound = 1 / math.sqrt(self.hidden_size)
+        for state in initial_states(self) or ():
+            if self.initial_state == "learned":
+                nn.init.zeros_(state)
+            else:
+                nn.init.uniform_(state, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_initial_states()
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -194,15 +244,26 @@ class _Layers(nn.RNNBase):
         """Does nothing: the weights need not lie in one chunk."""
 
     def extra_repr(self) -> str:
-        suffix = "" if self.backend is None else f", backend={self.backend!r}"
-        return super().extra_repr() + suffix
+        own = {"initial_state": "zeros", "forget_bias": None, "backend": None}
+        given = {name: getattr(self, name, default) for name, default in own.items()}
+        changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]
+        return super().extra_repr() + "".join(changed)
 
 
 class LSTM(_Layers):
     """A stack of LSTM layers, a drop-in for :class:`torch.nn.LSTM`.
 
-    Equations and papers: :mod:`fusedrnn.cells.lstm`. The constructor takes torch.nn's arguments,
-    and ``backend``: the name of a backend or a list of names, tried in order.
+    Equations and papers: :mod:`fusedrnn.cells.lstm`.
+
+    Args:
+        input_size .. dtype: as torch.nn's.
+        forget_bias: what ``reset_parameters`` sets the forget gate's ``bias_ih`` to (Gers et al.
+            2000; Jozefowicz et al. 2015); None: as the other biases.
+        initial_state: what hx is if none is given, and enters at resets: "zeros"; "learned",
+            parameters ``h0 [L*D,P]`` and ``c0 [L*D,H]``, at first zero, whose gradients are summed
+            over the batch; "random", buffers of these names, drawn once from U(-1/sqrt(H),
+            1/sqrt(H)) and fixed through training.
+        backend: the name of a backend or a list of names, tried in order.
 
     Args (forward):
         input: ``[T,B,I]``; ``[B,T,I]`` with batch_first; ``[T,I]`` unbatched; a PackedSequence.
@@ -211,7 +272,8 @@ class LSTM(_Layers):
             computed, y is 0 there, the final state is that of the row's own last step, and the
             reverse direction starts at the row's own end.
         resets: bool ``[T,B]`` (``[B,T]`` with batch_first, ``[T]`` unbatched): true where a new
-            sequence begins; nothing passes between t-1 and t, in either direction.
+            sequence begins; nothing passes between t-1 and t, in either direction. With an
+            initial_state other than zeros only the backend "reference" runs it.
         return_cell_states: also return c of every step of the last layer.
 
     Returns:
@@ -230,6 +292,8 @@ class LSTM(_Layers):
         (torch.Size([5, 3, 16]), torch.Size([2, 3, 16]))
     """
 
+    forget_bias: float | None = None
+
     def __init__(
         self,
         input_size: int,
@@ -243,12 +307,26 @@ class LSTM(_Layers):
         device: Any = None,
         dtype: Any = None,
         *,
+        forget_bias: float | None = None,
+        initial_state: str = "zeros",
         backend: Names = None,
     ) -> None:
+        if forget_bias is not None:
+            if not bias:
+                raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
+            self.forget_bias = float(forget_bias)
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, proj_size, device, dtype, backend=backend,
+            bidirectional, proj_size, device, dtype, backend=backend, initial_state=initial_state,
         )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.forget_bias is not None:
+            gate = cell_of(self).gates.index("f")
+            for name in self._flat_weights_names:
+                if name.startswith("bias_ih"):
+                    nn.init.constant_(getattr(self, name).chunk(4)[gate], self.forget_bias)
 
     # (h, c) in place of h: torch.nn.LSTM's own checks, with their messages.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -299,13 +377,14 @@ class GRU(_Layers):
         device: Any = None,
         dtype: Any = None,
         *,
+        initial_state: str = "zeros",
         backend: Names = None,
         **unknown: Any,
     ) -> None:
         _reject("GRU", unknown)
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, device=device, dtype=dtype, backend=backend,
+            bidirectional, device=device, dtype=dtype, backend=backend, initial_state=initial_state,
         )  # fmt: skip
 
     def forward(
@@ -345,6 +424,7 @@ class RNN(_Layers):
         device: Any = None,
         dtype: Any = None,
         *,
+        initial_state: str = "zeros",
         backend: Names = None,
         **unknown: Any,
     ) -> None:
@@ -357,6 +437,7 @@ class RNN(_Layers):
         super().__init__(
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
             dropout, bidirectional, device=device, dtype=dtype, backend=backend,
+            initial_state=initial_state,
         )  # fmt: skip
 
     def forward(

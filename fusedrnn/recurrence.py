@@ -33,7 +33,14 @@ def recurrence(backend: Backend | Reference, call: Call) -> tuple[Tensor, ...]:
     if isinstance(backend, Reference) or _transformed(tensors):
         return reference.recurrence(call)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        args = (*tensors, *call.seq, call.cell.key, backend.name, call.reverse, call.cell_states)
+        args = (
+            *tensors,
+            *call.seq.masks,
+            call.cell.key,
+            backend.name,
+            call.reverse,
+            call.cell_states,
+        )
         outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
         return outputs
     return _outputs(call, backend.forward(call, False))
@@ -90,7 +97,7 @@ class RecurrenceFunction(torch.autograd.Function):
         run = backend.forward(call, True)
         ctx.constants = cell_key, backend_name, reverse, cell_states
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*call.tensors, *seq, *run.reserve)
+        ctx.save_for_backward(*call.tensors, *seq.masks, *run.reserve)
         return _outputs(call, run)
 
     @staticmethod

@@ -81,7 +81,7 @@ class Inputs:
             Weights(*(None if w is None else f(w) for w in self.weights)),  # type: ignore[arg-type]
             f(self.h0),
             None if self.c0 is None else f(self.c0),
-            Sequence(*(None if t is None else of_seq(t) for t in self.seq)),
+            Sequence(*(None if t is None else of_seq(t) for t in self.seq.masks)),  # type: ignore[arg-type]
             {name: f(g) for name, g in self.grads.items()},
         )
 

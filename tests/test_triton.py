@@ -308,7 +308,7 @@ def test_ops(machine, cell):
     inputs = make_inputs(case)
     w_ih, w_hh, b_ih, b_hh, _, params = inputs.weights
     args = (
-        inputs.x, w_ih, w_hh, b_ih, b_hh, params, inputs.h0, inputs.c0, *inputs.seq, cell.key,
+        inputs.x, w_ih, w_hh, b_ih, b_hh, params, inputs.h0, inputs.c0, *inputs.seq.masks, cell.key,
         True, True, cell is LSTM,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor")
@@ -317,7 +317,7 @@ def test_ops(machine, cell):
     y, h_n, c_n, c, *reserve = forward(*args)
     others = (c_n, c) if cell is LSTM else (None, None)
     args = (
-        y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, params, *reserve, *inputs.seq,
+        y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, params, *reserve, *inputs.seq.masks,
         cell.key, True, True, True, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedrnn.triton_backward, args, test_utils=tests)

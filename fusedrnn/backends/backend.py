@@ -21,6 +21,7 @@ class Request(NamedTuple):
     proj_size: int  # 0: none
     lengths: bool = False
     resets: bool = False
+    initial: bool = False  # other states than zeros enter at resets
     cell_states: bool = False
     empty: bool = False  # x has no elements
     cell_update: bool = False  # the cell alone is asked for, see reference.cell_update
@@ -42,6 +43,11 @@ class Sequence(NamedTuple):
 
     lengths: Tensor | None = None  # [B] int64: steps t >= lengths[b] are not computed
     resets: Tensor | None = None  # [T, B] bool: a new sequence begins at t, where t < lengths[b]
+    initial: tuple[Tensor, ...] | None = None  # the states [P], [H] that enter it; None: zeros
+
+    @property
+    def masks(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.lengths, self.resets
 
 
 class Call(NamedTuple):

@@ -127,6 +127,8 @@ class Ops:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
+        if request.initial:
+            return "enters zeros at resets"
         if request.cell_update:
             return "has no cell update"
         return None
@@ -137,7 +139,7 @@ class Ops:
     def _forward(self, call: Call, training: bool, bfloat16: bool) -> Run:
         """``bfloat16``: float32 tensors hold bfloat16 values, and h may be rounded to them."""
         cell, x, weights, h0, c0, seq, reverse, cell_states = call
-        tensors = (x, *weights[:5], h0, c0, *seq)
+        tensors = (x, *weights[:5], h0, c0, *seq.masks)
         y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
@@ -154,7 +156,7 @@ class Ops:
         cell, x, weights, _, c0, seq, reverse, _ = call
         dy, dh_n, dc_n, dc = upstream
         w_ih, w_hh, _, _, w_hr, _ = weights
-        tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, *reserve, *seq)
+        tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, *reserve, *seq.masks)
         found = torch.ops.fusedrnn.recurrence_backward(
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],

@@ -39,14 +39,17 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     steps, planes = x.shape[0], (len(cell.gates), w_hh.shape[0] // len(cell.gates))
     gx = F.linear(x.to(compute), w_ih, b_ih).unflatten(-1, planes)
     state = (h0.to(compute), *(() if c0 is None else c0.to(compute).unbind(0)))
+    initial = (x.new_zeros((), dtype=compute),) * len(state)
+    if seq.initial is not None:
+        initial = tuple(s.to(storage).to(compute) for s in seq.initial)
     of_units = () if params is None else (params.unbind(0),)
     y: list[Tensor] = [x] * steps
     c: list[Tensor] = [x] * steps
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
         begins = t + 1 if reverse else t  # a reset there cuts what enters this step
         if seq.resets is not None and begins < steps:
-            keep = ~seq.resets[begins].unsqueeze(-1)
-            state = tuple(torch.where(keep, s, 0) for s in state)
+            anew = seq.resets[begins].unsqueeze(-1)
+            state = tuple(torch.where(anew, i, s) for i, s in zip(initial, state, strict=True))
         gh = F.linear(state[0], w_hh, b_hh).unflatten(-1, planes)
         new = cell.checked_step(gx[t], gh, state, *of_units)
         if w_hr is not None:

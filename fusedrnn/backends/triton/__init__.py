@@ -53,6 +53,8 @@ class Triton:
             return (
                 f"has offsets of 32 bits into the weights, too few for {request.hidden_size} units"
             )
+        if request.initial:
+            return "enters zeros at resets"
         if request.proj_size:
             return "has no projection"
         return None
@@ -72,7 +74,7 @@ class Triton:
     def forward(self, call: Call, training: bool) -> Run:
         cell, x, weights, h0, c0, seq, reverse, cell_states = call
         w_ih, w_hh, b_ih, b_hh, _, params = weights
-        tensors = _contiguous(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq)
+        tensors = _contiguous(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq.masks)
         y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.triton_forward(
             *tensors, cell.key, reverse, training, cell_states
         )
@@ -85,7 +87,7 @@ class Triton:
         dy, dh_n, dc_n, dc = upstream
         tensors = (dy, dc, dh_n, dc_n, x, weights.w_ih, weights.w_hh, weights.params)
         found = torch.ops.fusedrnn.triton_backward(
-            *_contiguous(*tensors, *reserve, *seq), cell.key, reverse, *wanted[:5]
+            *_contiguous(*tensors, *reserve, *seq.masks), cell.key, reverse, *wanted[:5]
         )
         given = (*wanted[:5], wanted.params, True, c0 is not None)
         asked = [d if g else None for d, g in zip(found, given, strict=True)]
