@@ -41,7 +41,8 @@ class Recurrent(nn.Module):
 
     Raises:
         TypeError: ``cell`` is no Cell, or hx not of the form that its states ask for.
-        ValueError, RuntimeError: a wrong size, shape, dtype, device or backend.
+        ValueError, RuntimeError: a wrong size, shape, dtype, device or backend, or a step that does
+            not return the cell's states.
 
     Example:
         >>> import fusedrnn, torch
@@ -77,6 +78,7 @@ class Recurrent(nn.Module):
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout should be a probability in [0, 1], got {dropout}")
         check_names(backend)
+        _try_step(cell, hidden_size)
         self.cell, self.backend = cell, backend
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
@@ -148,3 +150,16 @@ class Recurrent(nn.Module):
         others = {name: getattr(self, name) for name in defaults}
         changed = [f", {n}={v!r}" for n, v in others.items() if v != defaults[n]]
         return shown + "".join(changed)
+
+
+def _try_step(cell: Cell, hidden_size: int) -> None:
+    """The step of a user's cell returns as many states as there are, each ``[B,H]``."""
+    rows, gates = torch.zeros(2, hidden_size), torch.zeros(2, len(cell.gates), hidden_size)
+    params = [torch.zeros(hidden_size)] * len(cell.params)
+    states = (rows,) * len(cell.states)
+    new = cell.step(gates, gates, states, *((params,) if params else ()))
+    if [n.shape for n in new] != [s.shape for s in states]:
+        raise ValueError(
+            f"step of the cell {cell.name} should return {len(states)} tensors of shape "
+            f"{list(rows.shape)} here, got {[list(n.shape) for n in new]}"
+        )

@@ -51,7 +51,7 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
             anew = seq.resets[begins].unsqueeze(-1)
             state = tuple(torch.where(anew, i, s) for i, s in zip(initial, state, strict=True))
         gh = F.linear(state[0], w_hh, b_hh).unflatten(-1, planes)
-        new = cell.checked_step(gx[t], gh, state, *of_units)
+        new = cell.step(gx[t], gh, state, *of_units)
         if w_hr is not None:
             new = (F.linear(new[0], w_hr), *new[1:])
         new = (new[0].to(storage).to(compute), *new[1:])

@@ -44,7 +44,7 @@ class Cell:
 
     Raises:
         ValueError: no gate, no state, a letter or name twice, params named as a layer's weights,
-            something else for triton; in a layer, what step returns is not of the shape [B,H].
+            something else for triton.
 
     Example:
         >>> import fusedrnn, torch
@@ -90,17 +90,6 @@ class Cell:
             number += 1
             key = f"{self.name}#{number}"
         object.__setattr__(self, "key", key)
-
-    def checked_step(self, gx: Tensor, gh: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        """What ``step`` returns, which may be a user's."""
-        new = self.step(gx, gh, *others)
-        expected = [(gx.shape[0], gx.shape[2])] * len(self.states)
-        if [n.shape for n in new] != expected:
-            raise ValueError(
-                f"step of the cell {self.name} should return {len(expected)} tensors of shape "
-                f"{list(expected[0])}, got {[list(n.shape) for n in new]}"
-            )
-        return new
 
     def __deepcopy__(self, memo: object) -> Cell:
         return self
