@@ -1,6 +1,6 @@
 """fusedrnn: recurrent layers for PyTorch, fused over all time steps, forward and backward."""
 
-from fusedrnn import functional, init, reference
+from fusedrnn import diagnostics, functional, init, reference
 from fusedrnn._version import __version__
 from fusedrnn.backends import backend, list_backends
 from fusedrnn.cell_modules import GRUCell, LSTMCell, RNNCell
@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "backend",
     "convert",
+    "diagnostics",
     "explain",
     "functional",
     "init",

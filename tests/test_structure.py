@@ -21,8 +21,9 @@ PACKAGE = Path(fusedrnn.__file__).parent
 ROOT = PACKAGE.parent
 
 # Each may import the ones after it, and none before it.
-ORDER = ["explanation", "convert", "modules", "init", "recurrent", "cell_modules", "reference",
-         "functional", "testing", "layer", "recurrence", "backends", "cells"]  # fmt: skip
+ORDER = ["explanation", "convert", "diagnostics", "modules", "init", "recurrent", "cell_modules",
+         "reference", "functional", "testing", "layer", "recurrence", "backends",
+         "cells"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -7,12 +7,35 @@ what a layer stores (x, weights, h), and computes everything else, c included, i
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn.backends.backend import Call, Request
 from fusedrnn.cells import Cell
+
+States = list[tuple[Tensor, ...]]  # after each step, by time
+
+
+class _Watched(threading.local):
+    runs: list[tuple[Call, States]] | None = None
+
+
+_watched = _Watched()
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[Call, States]]]:
+    """Each recurrence that this thread runs meanwhile, and its states as autograd knows them."""
+    before, _watched.runs = _watched.runs, []
+    try:
+        yield _watched.runs
+    finally:
+        _watched.runs = before
 
 
 class Reference:
@@ -43,6 +66,7 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     if seq.initial is not None:
         initial = tuple(s.to(storage).to(compute) for s in seq.initial)
     of_units = () if params is None else (params.unbind(0),)
+    states = [state] * steps
     y: list[Tensor] = [x] * steps
     c: list[Tensor] = [x] * steps
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
@@ -60,7 +84,9 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
             active = (t < seq.lengths).unsqueeze(-1)
             y[t], c[t] = torch.where(active, y[t], 0), torch.where(active, c[t], 0)
             new = tuple(torch.where(active, n, s) for n, s in zip(new, state, strict=True))
-        state = new
+        states[t] = state = new
+    if _watched.runs is not None:
+        _watched.runs.append((call, states))
     out = [torch.stack(y), state[0].clone()]  # backward may need what the caller is free to edit
     if c0 is not None:
         out.append(torch.stack(state[1:]))
