@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ def cell_of(module: RNNCellBase) -> Cell:
     return CELLS[f"rnn_{nonlinearity}"]
 
 
+def wish_of(module: RNNCellBase) -> tuple[str, ...]:
+    """The backends that the module asks for; torch.nn's own asks for none."""
+    return check_names(module.backend) if isinstance(module, _CellModule) else ()
+
+
 def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
     """``module.forward`` for any RNNCellBase, with torch.nn's checks: the new states."""
     cell = cell_of(module)
@@ -36,7 +42,7 @@ def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ..
         hx = None if hx is None else tuple(s.unsqueeze(0) for s in hx)
     _check_sizes(module, cell, input, hx)
     weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
-    new = functional.step(cell, input, hx, weights, check_names(getattr(module, "backend", None)))
+    new = functional.step(cell, input, hx, weights, wish_of(module))
     return new if batched else tuple(s.squeeze(0) for s in new)
 
 
@@ -82,6 +88,20 @@ def _check_sizes(
             )
 
 
+def finite(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} should be a finite number, got {value!r}")
+    return float(value)
+
+
+def fill_forget_gate(bias: Tensor, value: float | None) -> None:
+    """The forget gate's block of an LSTM's ``bias [4*H]``; None: it stays."""
+    if value is not None:
+        nn.init.constant_(bias.chunk(len(LSTM.gates))[LSTM.gates.index("f")], value)
+
+
 class _CellModule(RNNCellBase):
     backend: Names = None
 
@@ -92,12 +112,15 @@ class _CellModule(RNNCellBase):
             self.backend = backend
 
     def extra_repr(self) -> str:
-        suffix = "" if self.backend is None else f", backend={self.backend!r}"
-        return super().extra_repr() + suffix
+        given = {name: getattr(self, name, None) for name in ("forget_bias", "backend")}
+        changed = [f", {n}={value!r}" for n, value in given.items() if value is not None]
+        return super().extra_repr() + "".join(changed)
 
 
 class LSTMCell(_CellModule):
     """One LSTM step, a drop-in for :class:`torch.nn.LSTMCell`; see :mod:`fusedrnn.cells.lstm`.
+
+    ``forget_bias`` is that of :class:`fusedrnn.LSTM`.
 
     Args (forward):
         input: ``[B,I]`` or ``[I]``.
@@ -116,6 +139,8 @@ class LSTMCell(_CellModule):
         torch.Size([2, 4])
     """
 
+    _forget_bias: float | None = None
+
     def __init__(
         self,
         input_size: int,
@@ -124,12 +149,27 @@ class LSTMCell(_CellModule):
         device: Any = None,
         dtype: Any = None,
         *,
+        forget_bias: float | None = None,
         backend: Names = None,
     ) -> None:
+        if forget_bias is not None and not bias:
+            raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
+        self._forget_bias = finite("forget_bias", forget_bias)
         super().__init__(
             input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype,
             backend=backend,
         )  # fmt: skip
+
+    @property
+    def forget_bias(self) -> float | None:
+        """What ``reset_parameters`` sets the forget gate's ``bias_ih`` to."""
+        return self._forget_bias
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name, bias in self.named_parameters():
+            if name == "bias_ih":
+                fill_forget_gate(bias, self.forget_bias)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None

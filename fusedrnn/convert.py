@@ -23,6 +23,11 @@ PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNNCell: RNNCell,
 }
 M = TypeVar("M", bound=nn.Module)
+OWN = ("backend", "initial_state", "forget_bias")  # attributes of ours
+
+
+def _where(path: str, module: nn.Module) -> str:
+    return f"{path} ({type(module).__name__})" if path else type(module).__name__
 
 
 def convert(model: M) -> M:
@@ -34,12 +39,19 @@ def convert(model: M) -> M:
     Returns:
         The same model.
 
+    Raises:
+        ValueError: a layer with an attribute that means something to ours; nothing is changed.
+
     Example:
         >>> import fusedrnn, torch
         >>> model = fusedrnn.convert(torch.nn.Sequential(torch.nn.LSTM(3, 4)))
         >>> type(model[0])
         <class 'fusedrnn.modules.LSTM'>
     """
+    for path, module in model.named_modules():
+        for name in OWN if type(module) in PAIRS else ():
+            if hasattr(module, name):
+                raise ValueError(f"{_where(path, module)} has an attribute {name}, as ours have")
     for module in model.modules():
         ours = PAIRS.get(type(module))
         if ours is not None:
@@ -66,14 +78,14 @@ def to_torch(model: M) -> M:
     """
     theirs = {ours: torch_class for torch_class, ours in PAIRS.items()}
     for path, module in model.named_modules():
-        initial = getattr(module, "initial_state", "zeros")
-        if type(module) in theirs and initial != "zeros":
-            where = f"{path} ({type(module).__name__})" if path else type(module).__name__
+        initial = getattr(module, "initial_state", "zeros") if type(module) in theirs else "zeros"
+        if initial != "zeros":
+            where = _where(path, module)
             raise ValueError(f"{where} has initial_state={initial!r}, which torch.nn has not")
     for module in model.modules():
         torch_class = theirs.get(type(module))
         if torch_class is not None:
-            for name in ("backend", "forget_bias"):
+            for name in ("backend", "_forget_bias"):
                 module.__dict__.pop(name, None)
             module.__class__ = torch_class
             if isinstance(module, nn.RNNBase):

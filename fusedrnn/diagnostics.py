@@ -5,8 +5,8 @@ Both run a layer on the backend "reference", whatever its own is, and cost accor
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fusedrnn.backends import Call, Sequence, reference
 from fusedrnn.backends.reference import States
-from fusedrnn.modules import run_module
+from fusedrnn.convert import patch
 from fusedrnn.recurrent import Recurrent
 
 
@@ -51,7 +51,7 @@ def gradient_flow(
 
     Args:
         module: a layer of fusedrnn or torch.nn, or a :class:`fusedrnn.Recurrent`.
-        x: ``[T,B,I]``; ``[B,T,I]`` with batch_first.
+        x: ``[T,B,I]``; ``[B,T,I]`` with batch_first; a PackedSequence.
         loss: makes a scalar of what ``module(x, hx)`` returns.
         hx: as for the module.
 
@@ -60,7 +60,7 @@ def gradient_flow(
 
     Raises:
         TypeError: ``module`` is no recurrent layer.
-        ValueError: the loss is no scalar.
+        ValueError: the loss is no scalar, or does not depend on the layer.
 
     Example:
         >>> import fusedrnn, torch
@@ -90,7 +90,7 @@ def omega(module: nn.Module, x: Tensor, loss: Callable[[Any], Tensor], hx: Any =
     batch; steps that no gradient reaches do not count. As in the paper it is differentiable by way
     of ``ds_{k+1}/ds_k`` alone: states and their gradients are constants.
 
-    Args and errors: as :func:`gradient_flow`.
+    Args and errors: as :func:`gradient_flow`, but x is a tensor.
 
     Returns:
         A scalar with a graph to the module's parameters.
@@ -101,6 +101,8 @@ def omega(module: nn.Module, x: Tensor, loss: Callable[[Any], Tensor], hx: Any =
         >>> last = lambda out: out[0][-1].square().sum()
         >>> (last(layer(x)) + 0.1 * fusedrnn.diagnostics.omega(layer, x, last)).backward()
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"omega takes a padded tensor, got {type(x).__name__}")
     total = x.new_zeros(())
     for call, states, grads in _gradients(module, x, loss, hx):
         steps, rows = len(states), call.h0.shape[0]
@@ -120,33 +122,39 @@ def omega(module: nn.Module, x: Tensor, loss: Callable[[Any], Tensor], hx: Any =
             x=call.x.detach()[after].flatten(0, 1).unsqueeze(0), h0=h0, c0=c0, seq=Sequence(),
             reverse=False, cell_states=False,
         )  # fmt: skip
-        _, h_n, *c_n = reference.recurrence(step)
-        new = [h_n, *(s for c in c_n for s in c.unbind(0))]
         upstream = [g.to(x.dtype) for g in flat(grads, after)]
-        found = torch.autograd.grad(new, [h0, *others], upstream, create_graph=True)
+        with torch.enable_grad():
+            _, h_n, *c_n = reference.recurrence(step)
+            new = [h_n, *(s for c in c_n for s in c.unbind(0))]
+            found = torch.autograd.grad(new, [h0, *others], upstream, create_graph=True)
         passed, given = (
             sum((g.square().flatten(1).sum(1) for g in parts), x.new_zeros(()))
             for parts in (found, upstream)
         )
-        counts = (given > 0) & (passed > 0)
+        reached = given != 0
+        counts = reached & (passed != 0)  # where not, the ratio is 0, and its gradient not there
         ratio = (passed[counts] / given[counts]).sqrt()
-        total = total + ((ratio - 1).square().sum() + (given > 0).sum() - counts.sum()) / rows
+        missed = reached.sum() - counts.sum()
+        total = total + ((ratio - 1).square().sum() + missed) / max(rows, 1)
     return total
 
 
 def _gradients(
-    module: nn.Module, x: Tensor, loss: Callable[[Any], Tensor], hx: Any
+    module: nn.Module, x: Any, loss: Callable[[Any], Tensor], hx: Any
 ) -> list[tuple[Call, States, States]]:
     """Each layer and direction: its call, its states, and the gradients of the loss to them."""
     if not isinstance(module, nn.RNNBase | Recurrent):
         raise TypeError(f"expected a recurrent layer, got {type(module).__name__}")
-    twin = copy.copy(module)  # of the same parameters
-    twin.backend = "reference"
-    with torch.enable_grad(), reference.watched() as runs:
-        out = twin(x, hx) if isinstance(twin, Recurrent) else run_module(twin, x, hx)
+    theirs = isinstance(module, nn.LSTM | nn.GRU | nn.RNN)
+    with torch.enable_grad():
+        if isinstance(x, Tensor):  # a graph for all states, even if no parameter has one
+            x = x.detach().requires_grad_()
+        with reference.watched() as runs, patch() if theirs else nullcontext():
+            out = module(x, hx)
         value = loss(out)
-    if value.dim():
-        raise ValueError(f"the loss should be a scalar, got shape {list(value.shape)}")
+    if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+        what = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss should be a scalar with a graph, got {what}")
     every = [s for _, states in runs for state in states for s in state]
     found = torch.autograd.grad(value, every, allow_unused=True)
     pairs = zip(every, found, strict=True)

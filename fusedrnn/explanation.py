@@ -51,11 +51,12 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
     """
     proj_size = 0
     if isinstance(module, Recurrent):
-        cell = module.cell
+        cell, wish = module.cell, check_names(module.backend)
     elif isinstance(module, nn.RNNBase):
-        cell, proj_size = modules.cell_of(module), module.proj_size
+        cell, wish = modules.cell_of(module), modules.wish_of(module)
+        proj_size = module.proj_size
     elif isinstance(module, RNNCellBase):
-        cell = cell_modules.cell_of(module)
+        cell, wish = cell_modules.cell_of(module), cell_modules.wish_of(module)
     else:
         raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
     data = x.data if isinstance(x, PackedSequence) else x
@@ -68,7 +69,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
         lengths=isinstance(x, PackedSequence), empty=data.numel() == 0,
     )  # fmt: skip
     reasons: dict[str, str] = {}
-    for name, reason in weigh(request, check_names(getattr(module, "backend", None))).items():
+    for name, reason in weigh(request, wish).items():
         if reason is None:
             algorithm = by_name(name).algorithm(request, _rows(module, x))
             return Explanation(name, algorithm, reasons)

@@ -182,9 +182,13 @@ def lstm_cell_update(gates: Tensor, c: Tensor, *, backend: Names = None) -> tupl
             f"gates should have shape [B,{planes}*H,*] for c [B,H,*], got {list(gates.shape)} and "
             f"{list(c.shape)}"
         )
-    if c.dtype not in (gates.dtype, compute_dtype(gates.dtype)) or c.device != gates.device:
+    if not (gates.is_floating_point() or gates.is_complex()):
+        raise RuntimeError(f"gates should be floating-point, got {gates.dtype}")
+    dtypes = dict.fromkeys((gates.dtype, compute_dtype(gates.dtype)))
+    if c.dtype not in dtypes or c.device != gates.device:
         raise RuntimeError(
-            f"c should be {gates.dtype} on {gates.device} as gates are, got {c.dtype} on {c.device}"
+            f"c should be {' or '.join(map(str, dtypes))} on {gates.device} as gates are, got "
+            f"{c.dtype} on {c.device}"
         )
     shape, rows, units = c.shape, c.shape[0], c.shape[1:].numel()
     gates, c = gates.reshape(rows, planes, units), c.reshape(rows, units)

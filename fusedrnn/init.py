@@ -25,7 +25,7 @@ def xavier_uniform_(module: nn.Module, gain: float = 1.0) -> None:
         module: a layer or cell of fusedrnn or torch.nn, or a model that holds some.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a weight is made of others (weight norm, parametrizations).
 
     Example:
         >>> import fusedrnn
@@ -57,10 +57,20 @@ def _fill(module: nn.Module, fill: Callable[[Tensor], object]) -> None:
 
 
 def _blocks(module: nn.Module) -> Iterator[Tensor]:
-    for layer in module.modules():
-        if isinstance(layer, nn.RNNBase | RNNCellBase | Recurrent):
-            for name, weight in layer.named_parameters(recurse=False):
-                if name.startswith("weight_hr"):
-                    yield weight
-                elif name.startswith(("weight_ih", "weight_hh")):
-                    yield from weight.split(int(layer.hidden_size))
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.RNNBase):
+            names = layer._flat_weights_names
+        elif isinstance(layer, Recurrent):
+            names = [f"weight_{kind}{end}" for _, end in layer.places() for kind in ("ih", "hh")]
+        elif isinstance(layer, RNNCellBase):
+            names = ["weight_ih", "weight_hh"]
+        else:
+            continue
+        for name in names:
+            if name.startswith("weight_"):
+                weight = layer._parameters.get(name)
+                if weight is None:
+                    where = f"{path}.{name}" if path else name
+                    raise ValueError(f"{where} should be a parameter, it is made of others")
+                size = len(weight) if name.startswith("weight_hr") else int(layer.hidden_size)
+                yield from weight.split(size)

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import functional
 from fusedrnn.backends import Names, Sequence, Weights, check_names
+from fusedrnn.cell_modules import fill_forget_gate, finite
 from fusedrnn.cells import CELLS, Cell
 from fusedrnn.functional import Lengths
 from fusedrnn.layer import Stack
@@ -25,9 +26,14 @@ def cell_of(module: nn.RNNBase) -> Cell:
 
 def initial_states(module: nn.RNNBase) -> tuple[Tensor, ...] | None:
     """The module's own initial states ``[L*D,P]`` and ``[L*D,H]``; None: zeros."""
-    if getattr(module, "initial_state", "zeros") == "zeros":
+    if not isinstance(module, _Layers) or module.initial_state == "zeros":
         return None
     return tuple(getattr(module, f"{letter}0") for letter in cell_of(module).states)
+
+
+def wish_of(module: nn.RNNBase) -> tuple[str, ...]:
+    """The backends that the module asks for; torch.nn's own asks for none."""
+    return check_names(module.backend) if isinstance(module, _Layers) else ()
 
 
 def weights_of(module: nn.RNNBase) -> list[Weights]:
@@ -128,7 +134,7 @@ def _run(
         seq,
         between,
         cell_states,
-        check_names(getattr(module, "backend", None)),
+        wish_of(module),
     )
 
 
@@ -188,7 +194,7 @@ class _Layers(nn.RNNBase):
     state_dict and checks, but not an nn.LSTM: torch.compile breaks the graph on those."""
 
     backend: Names = None
-    initial_state: str = "zeros"
+    _initial_state: str = "zeros"
 
     def __init__(
         self, mode: str, *args: Any, backend: Names, initial_state: str, **kwargs: Any
@@ -202,8 +208,13 @@ class _Layers(nn.RNNBase):
         if backend is not None:
             self.backend = backend
         if initial_state != "zeros":  # else the class's: what is as torch.nn's has no more than it
-            self.initial_state = initial_state
+            self._initial_state = initial_state
             self._register_initial_states()
+
+    @property
+    def initial_state(self) -> str:
+        """Of the states that enter where no hx is given."""
+        return self._initial_state
 
     def _register_initial_states(self) -> None:
         weight: Any = self.weight_ih_l0
@@ -226,7 +237,10 @@ class _Layers(nn.RNNBase):
                 nn.init.uniform_(state, -bound, bound)
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        bound = 1 / math.sqrt(self.hidden_size)
+        for name, parameter in self.named_parameters():
+            if name not in ("h0", "c0"):  # as torch.nn, by the same random numbers
+                nn.init.uniform_(parameter, -bound, bound)
         self._reset_initial_states()
 
     @property
@@ -292,7 +306,7 @@ class LSTM(_Layers):
         (torch.Size([5, 3, 16]), torch.Size([2, 3, 16]))
     """
 
-    forget_bias: float | None = None
+    _forget_bias: float | None = None
 
     def __init__(
         self,
@@ -314,19 +328,22 @@ class LSTM(_Layers):
         if forget_bias is not None:
             if not bias:
                 raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
-            self.forget_bias = float(forget_bias)
+        self._forget_bias = finite("forget_bias", forget_bias)
         super().__init__(
             "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, proj_size, device, dtype, backend=backend, initial_state=initial_state,
         )  # fmt: skip
 
+    @property
+    def forget_bias(self) -> float | None:
+        """What ``reset_parameters`` sets the forget gate's ``bias_ih`` to."""
+        return self._forget_bias
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.forget_bias is not None:
-            gate = cell_of(self).gates.index("f")
-            for name in self._flat_weights_names:
-                if name.startswith("bias_ih"):
-                    nn.init.constant_(getattr(self, name).chunk(4)[gate], self.forget_bias)
+        for name, bias in self.named_parameters():
+            if name.startswith("bias_ih"):
+                fill_forget_gate(bias, self.forget_bias)
 
     # (h, c) in place of h: torch.nn.LSTM's own checks, with their messages.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

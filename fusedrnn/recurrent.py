@@ -40,7 +40,8 @@ class Recurrent(nn.Module):
         return_cell_states the last state of every step ``[T,B,D*H]``.
 
     Raises:
-        TypeError: ``cell`` is no Cell, or hx not of the form that its states ask for.
+        TypeError: ``cell`` is no Cell, input no tensor (lengths do what a PackedSequence does), or
+            hx not of the form that the states ask for.
         ValueError, RuntimeError: a wrong size, shape, dtype, device or backend, or a step that does
             not return the cell's states.
 
@@ -73,18 +74,21 @@ class Recurrent(nn.Module):
             raise TypeError(f"cell should be a fusedrnn.Cell, got {type(cell).__name__}")
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
         for name, size in sizes.items():
+            if not isinstance(size, int):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name} must be greater than zero, got {size}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout should be a probability in [0, 1], got {dropout}")
+        is_number = isinstance(dropout, int | float) and not isinstance(dropout, bool)
+        if not is_number or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout should be a probability in [0, 1], got {dropout!r}")
         check_names(backend)
-        _try_step(cell, hidden_size)
+        _try_step(cell, hidden_size, device, dtype)
         self.cell, self.backend = cell, backend
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
         self.bidirectional = bidirectional
         rows = len(cell.gates) * hidden_size
-        for layer, suffix in self._places():
+        for layer, suffix in self.places():
             inputs = hidden_size * (2 if bidirectional else 1) if layer else input_size
             shapes: dict[str, tuple[int, ...]] = {
                 "weight_ih": (rows, inputs),
@@ -102,7 +106,7 @@ class Recurrent(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def _places(self) -> list[tuple[int, str]]:
+    def places(self) -> list[tuple[int, str]]:
         """Each layer and direction, and what the names of its parameters end with."""
         directions = ("", "_reverse") if self.bidirectional else ("",)
         return [(k, f"_l{k}{end}") for k in range(self.num_layers) for end in directions]
@@ -127,13 +131,23 @@ class Recurrent(nn.Module):
         return_cell_states: bool = False,
     ) -> Any:
         states = len(self.cell.states)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input should be a tensor, got {type(input).__name__}")
+        if input.dim() == 3 and input.shape[2] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, "
+                f"got {input.shape[2]}"
+            )
         if hx is not None:
-            hx = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-            if len(hx) != states:
+            got = (hx,) if isinstance(hx, Tensor) else hx
+            tensors = isinstance(got, tuple | list) and all(isinstance(s, Tensor) for s in got)
+            if not tensors or len(got) != states:
                 wanted = "a tensor" if states == 1 else f"a tuple of {states} tensors"
-                raise TypeError(f"hx should be {wanted}, got {len(hx)}")
+                found = f"{len(got)} tensors" if tensors else type(hx).__name__
+                raise TypeError(f"hx should be {wanted}, got {found}")
+            hx = tuple(got)
         stack = functional.checked_run(
-            self.cell, input, hx, [self._weights(suffix) for _, suffix in self._places()],
+            self.cell, input, hx, [self._weights(suffix) for _, suffix in self.places()],
             dropout=self.dropout, training=self.training, bidirectional=self.bidirectional,
             batch_first=self.batch_first, lengths=lengths, resets=resets, backend=self.backend,
             cell_states=return_cell_states,
@@ -152,14 +166,19 @@ class Recurrent(nn.Module):
         return shown + "".join(changed)
 
 
-def _try_step(cell: Cell, hidden_size: int) -> None:
+def _try_step(cell: Cell, hidden_size: int, device: Any, dtype: Any) -> None:
     """The step of a user's cell returns as many states as there are, each ``[B,H]``."""
-    rows, gates = torch.zeros(2, hidden_size), torch.zeros(2, len(cell.gates), hidden_size)
-    params = [torch.zeros(hidden_size)] * len(cell.params)
-    states = (rows,) * len(cell.states)
-    new = cell.step(gates, gates, states, *((params,) if params else ()))
-    if [n.shape for n in new] != [s.shape for s in states]:
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, hidden_size, device=device, dtype=dtype)
+
+    gates, states = zeros(2, len(cell.gates)), (zeros(2),) * len(cell.states)
+    params = (tuple(zeros() for _ in cell.params),) if cell.params else ()
+    new = cell.step(gates, gates, states, *params)
+    tensors = isinstance(new, tuple) and all(isinstance(n, Tensor) for n in new)
+    if not tensors or [n.shape for n in new] != [s.shape for s in states]:
+        found = [list(n.shape) for n in new] if tensors else type(new).__name__
         raise ValueError(
-            f"step of the cell {cell.name} should return {len(states)} tensors of shape "
-            f"{list(rows.shape)} here, got {[list(n.shape) for n in new]}"
+            f"step of the cell {cell.name} should return a tuple of {len(states)} tensors, of "
+            f"shape {list(states[0].shape)} here, got {found}"
         )

@@ -13,11 +13,13 @@ def tbptt(module: nn.Module, x: Tensor, chunk: int, hx: Any = None) -> Iterator[
     the state carried from one to the next, but no gradient.
 
     Take the loss of a chunk, call ``backward`` and, if you like, an optimizer's step, before the
-    next is asked for; memory is that of a chunk.
+    next is asked for; memory is that of a chunk. An ``x`` that is itself computed from parameters
+    has one graph for all chunks, which the first ``backward`` frees: compute it in the module,
+    chunk by chunk.
 
     Args:
         module: a layer of one direction, of fusedrnn or torch.nn: ``module(x, hx)`` returns its
-            outputs and its state.
+            outputs and its state. One without an attribute ``batch_first`` has time first.
         x: ``[T,B,I]``; ``[B,T,I]`` with batch_first; ``[T,I]`` unbatched.
         chunk: steps of a chunk; the last may have fewer.
         hx: the state before the first; None: the module's initial state.
@@ -26,6 +28,7 @@ def tbptt(module: nn.Module, x: Tensor, chunk: int, hx: Any = None) -> Iterator[
         ``y`` of the chunk in the layout of x, and the state after it, detached.
 
     Raises:
+        TypeError: x is no tensor, or chunk no integer.
         ValueError: chunk < 1, or a module of two directions, which has no state to carry back.
 
     Example:
@@ -36,6 +39,10 @@ def tbptt(module: nn.Module, x: Tensor, chunk: int, hx: Any = None) -> Iterator[
         >>> y.shape, state.shape
         (torch.Size([2, 2, 4]), torch.Size([1, 2, 4]))
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x should be a tensor, got {type(x).__name__}")
+    if not isinstance(chunk, int) or isinstance(chunk, bool):
+        raise TypeError(f"chunk should be an integer, got {chunk!r}")
     if chunk < 1:
         raise ValueError(f"chunk should be at least 1, got {chunk}")
     if getattr(module, "bidirectional", False):

@@ -173,13 +173,33 @@ def step(*_):
 BAD_CELLS = {
     "no gates": (dict(gates="", states="h"), "gates should be distinct and not empty, got ''"),
     "gates twice": (dict(gates="aa", states="h"), "gates should be distinct .* got 'aa'"),
+    "h not first": (dict(gates="a", states="ch"), "states should begin with h, got 'ch'"),
     "no states": (dict(gates="a", states=""), "states should be distinct and not empty, got ''"),
     "params twice": (dict(gates="a", states="h", params=("p", "p")), "params should be distinct"),
     "params of torch.nn": (dict(gates="a", states="h", params=("bias_ih",)), "'bias_ih'"),
     "triton": (dict(gates="a", states="h", triton=3), "two functions or a module's name, got 3"),
     "one function": (dict(gates="a", states="h", triton=(step,)), "should be two functions"),
-    "saved": (dict(gates="a", states="h", saved=-1), "saved should not be negative, got -1"),
+    "saved": (
+        dict(gates="a", states="h", saved=-1),
+        "saved should be an integer, not negative, got -1",
+    ),
 }
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(gates=["a"]), "gates should be a string, got"),
+        (dict(name=5), "name should be a string, got 5"),
+        (dict(step=None), "step should be a function, got None"),
+        (dict(params="leak"), "params should be a tuple of names, got 'leak'"),
+        (dict(params=("a.b",)), "params should be a tuple of names"),
+    ],
+    ids=str,
+)
+def test_cells_of_wrong_kinds(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        fusedrnn.Cell(**(dict(name="bad", gates="a", states="h", step=step) | arguments))
 
 
 @pytest.mark.parametrize("arguments, message", BAD_CELLS.values(), ids=list(BAD_CELLS))
@@ -190,7 +210,8 @@ def test_bad_cells(arguments, message):
 
 BAD_STEPS = {
     "a gate too many": (lambda gx, gh, state: ((gx + gh).tanh(),), r"got \[\[2, 1, 4\]\]"),
-    "no tuple": (lambda gx, gh, state: (gx + gh).squeeze(-2), r"got \[\[4\], \[4\]\]"),
+    "no tuple": (lambda gx, gh, state: (gx + gh).squeeze(-2), "got Tensor"),
+    "nothing": (lambda gx, gh, state: None, "got NoneType"),
     "a state too many": (lambda gx, gh, state: (state[0], state[0]), r"\[2, 4\], \[2, 4\]\]"),
 }
 
@@ -198,12 +219,14 @@ BAD_STEPS = {
 @pytest.mark.parametrize("step, message", BAD_STEPS.values(), ids=list(BAD_STEPS))
 def test_bad_steps(step, message):
     cell = fusedrnn.Cell("bad", gates="a", states="h", step=step)
-    with pytest.raises(ValueError, match=r"should return 1 tensors of shape \[2, 4\].*" + message):
+    with pytest.raises(ValueError, match=r"a tuple of 1 tensors, of shape \[2, 4\].*" + message):
         fusedrnn.Recurrent(cell, 3, 4)
 
 
 BAD_LAYERS = {
     "cell": (dict(cell="lstm"), TypeError, "cell should be a fusedrnn.Cell, got str"),
+    "float": (dict(hidden_size=4.0), TypeError, "hidden_size should be of type int, got: float"),
+    "bool dropout": (dict(dropout=True), ValueError, r"probability in \[0, 1\], got True"),
     "hidden_size": (dict(hidden_size=0), ValueError, "hidden_size must be greater than zero"),
     "num_layers": (dict(num_layers=0), ValueError, "num_layers must be greater than zero, got 0"),
     "dropout": (dict(dropout=2.0), ValueError, r"probability in \[0, 1\], got 2.0"),
@@ -219,12 +242,14 @@ def test_bad_layers(change, error, message):
 
 BAD_INPUTS = {
     "2-D": (torch.zeros(5, 3), {}, ValueError, "x should be 3-D, got 2-D"),
-    "size": (torch.zeros(5, 2, 7), {}, ValueError, r"w_ih of layer 0 should have shape \[4, 7\]"),
+    "size": (torch.zeros(5, 2, 7), {}, RuntimeError, r"input_size\. Expected 3, got 7"),
+    "no tensor": (None, {}, TypeError, "input should be a tensor, got NoneType"),
+    "no state": (torch.zeros(5, 2, 3), {"hx": 5}, TypeError, "a tuple of 2 tensors, got int"),
     "one state": (
         torch.zeros(5, 2, 3),
         {"hx": torch.zeros(1, 2, 4)},
         TypeError,
-        "hx should be a tuple of 2 tensors, got 1",
+        "hx should be a tuple of 2 tensors, got 1 tensors",
     ),
     "state": (
         torch.zeros(5, 2, 3),
@@ -302,6 +327,7 @@ BAD_UPDATES = {
     "positions": ((2, 20, 3), (2, 5, 4), ValueError, r"got \[2, 20, 3\] and \[2, 5, 4\]"),
     "1-D": ((20,), (5,), ValueError, r"got \[20\] and \[5\]"),
     "dtype": ((2, 20), (2, 5), RuntimeError, "c should be torch.float64 on cpu as gates are"),
+    "integers": ((2, 20), (2, 5), RuntimeError, "gates should be floating-point, got torch.int64"),
     "backend": ((2, 20), (2, 5), RuntimeError, "backend 'cpu' has no cell update"),
 }
 
@@ -311,6 +337,7 @@ def test_bad_cell_updates(name):
     of_gates, of_c, error, message = BAD_UPDATES[name]
     gates, c = torch.zeros(of_gates), torch.zeros(of_c)
     gates = gates.double() if name == "dtype" else gates
+    gates = gates.long() if name == "integers" else gates
     if name == "backend" and not native.isas():
         pytest.skip("no native library")
     wish = "cpu" if name == "backend" else None

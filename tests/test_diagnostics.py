@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import fusedrnn
 from fusedrnn.cells import LSTM
@@ -139,5 +140,68 @@ def test_errors(function):
     x = torch.zeros(4, 2, 3)
     with pytest.raises(TypeError, match="expected a recurrent layer, got Linear"):
         function(nn.Linear(3, 4), x, lambda out: out[0].sum())
-    with pytest.raises(ValueError, match=r"the loss should be a scalar, got shape \[2, 4\]"):
-        function(fusedrnn.GRU(3, 4), x, lambda out: out[0][-1])
+    for loss, got in (
+        (lambda out: out[0][-1], r"shape \[2, 4\]"),
+        (lambda out: out[0].sum().item(), "float"),
+        (lambda out: out[0].sum().detach(), r"shape \[\]"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"the loss should be a scalar with a graph, got {got}"
+        ):
+            function(fusedrnn.GRU(3, 4), x, loss)
+    if function is omega:
+        with pytest.raises(TypeError, match="takes a padded tensor, got PackedSequence"):
+            omega(fusedrnn.GRU(3, 4), pack_sequence([x[:, 0]]), lambda out: out[0].data.sum())
+
+
+@pytest.mark.parametrize("kind", [fusedrnn.LSTM, nn.LSTM], ids=str)
+def test_packed(kind):
+    """Rows of equal length, as the padded ones; of other lengths, none beyond the end."""
+    layer, x = kind(3, 5, 2, bidirectional=True), torch.randn(6, 2, 3)
+    whole = gradient_flow(layer, x, lambda out: out[0].square().sum() + out[1][1].sum())
+    packed = pack_sequence([x[:, 0], x[:, 1]])
+    flow = gradient_flow(layer, packed, lambda out: out[0].data.square().sum() + out[1][1].sum())
+    torch.testing.assert_close(flow.h, whole.h)
+    torch.testing.assert_close(flow.c, whole.c)
+    alone = gradient_flow(layer, x[:4, :1], lambda out: out[0].sum())
+    packed = pack_sequence([x[:, 1], x[:4, 0]])
+
+    def of_second_row(out):
+        return nn.utils.rnn.pad_packed_sequence(out[0])[0][:, 1].sum()
+
+    flow = gradient_flow(layer, packed, of_second_row)
+    torch.testing.assert_close(flow.h[:, :, :4], alone.h)
+    assert not flow.h[:, :, 4:].any()
+
+
+def test_only_the_module_is_looked_at():
+    """And by its own call, with hooks, weight norm and all; not what the loss runs."""
+    layer, x = fusedrnn.LSTM(3, 5), torch.randn(4, 2, 3)
+    after = fusedrnn.Recurrent(LSTM, 5, 2, backend="reference")
+    flow = gradient_flow(layer, x, lambda out: after(out[0])[0].sum())
+    assert flow.h.shape == (1, 1, 4)
+    plain = gradient_flow(layer, x, lambda out: out[0].sum())
+    layer.register_forward_hook(lambda _, __, out: (2 * out[0], out[1]))
+    torch.testing.assert_close(gradient_flow(layer, x, lambda out: out[0].sum()).h, 2 * plain.h)
+    layer = nn.utils.parametrizations.weight_norm(fusedrnn.LSTM(3, 5), "weight_hh_l0")
+    omega(layer, x, lambda out: out[0].sum()).backward()
+    assert layer.parametrizations.weight_hh_l0.original0.grad.any()
+
+
+def test_without_gradients():
+    """Frozen, and under no_grad, which omega's result does not heed."""
+    layer, x = fusedrnn.GRU(3, 5, 2), torch.randn(4, 2, 3)
+    expected = gradient_flow(layer, x, lambda out: out[0].sum())
+    value = omega(layer, x, lambda out: out[0].sum())
+    with torch.no_grad():
+        torch.testing.assert_close(omega(layer, x, lambda out: out[0].sum()), value)
+        layer.requires_grad_(False)
+        flow = gradient_flow(layer, x, lambda out: out[0].sum())
+    torch.testing.assert_close(flow.h, expected.h)
+    assert not x.requires_grad
+
+
+def test_nan_stays():
+    layer, x = fusedrnn.GRU(3, 5), torch.randn(4, 2, 3)
+    assert omega(layer, x, lambda out: out[0].sum() * torch.nan).isnan()
+    assert omega(layer, x[:, :0], lambda out: out[0].sum()) == 0

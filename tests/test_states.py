@@ -162,7 +162,54 @@ def test_what_torch_nn_has_not():
     assert type(model) is nn.LSTM and repr(model) == "LSTM(3, 4)"
 
 
+class Own(nn.LSTM):
+    """With attributes that mean something else to ours."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.initial_state = nn.Parameter(torch.randn(1, 4))
+        self.backend = "gloo"
+
+    def forward(self, x):
+        h = self.initial_state.unsqueeze(1).expand(-1, x.shape[1], -1).contiguous()
+        return super().forward(x, (h, h))
+
+
+def test_attributes_of_torch_nn_s_own():
+    module, x = Own(3, 4), torch.randn(5, 2, 3)
+    expected, _ = module(x)
+    with fusedrnn.patch():
+        torch.testing.assert_close(module(x)[0], expected)
+        assert fusedrnn.explain(module, x).backend is not None
+    model = nn.Sequential(nn.GRU(3, 4), nn.LSTM(4, 4))
+    model[1].initial_state = "mine"
+    with pytest.raises(ValueError, match=r"1 \(LSTM\) has an attribute initial_state, as ours"):
+        fusedrnn.convert(model)
+    assert type(model[0]) is nn.GRU
+    del model[1].initial_state
+    fusedrnn.convert(model)
+    assert model[1].initial_state == "zeros" and model[1].forget_bias is None
+    with pytest.raises(AttributeError, match="initial_state"):
+        model[1].initial_state = "learned"
+
+
+@kinds
+def test_reset_parameters_takes_torch_nn_s_random_numbers(kind):
+    drawn = []
+    for options in ({}, {"initial_state": "learned"}):
+        module = kind(3, 4, **options)
+        torch.manual_seed(1)
+        module.reset_parameters()
+        drawn.append([torch.rand(3), *(p for n, p in module.named_parameters() if n[1] != "0")])
+    torch.testing.assert_close(drawn[0], drawn[1])
+
+
 def test_errors_and_repr():
+    for value in ("1", True, float("nan")):
+        with pytest.raises(ValueError, match="forget_bias should be a finite number, got"):
+            fusedrnn.LSTM(3, 4, forget_bias=value)
+    with pytest.raises(ValueError, match=r"forget_bias=1\.0 needs bias=True"):
+        fusedrnn.LSTMCell(3, 4, bias=False, forget_bias=1.0)
     with pytest.raises(ValueError, match=r"one of \('zeros', 'learned', 'random'\), got 'ones'"):
         fusedrnn.RNN(3, 4, initial_state="ones")
     with pytest.raises(ValueError, match=r"forget_bias=1\.0 needs bias=True, got bias=False"):
@@ -183,6 +230,13 @@ def test_forget_bias():
             assert i.abs().max() <= 5**-0.5 and i.any()
         nn.init.zeros_(module.bias_ih_l0)
         module.reset_parameters()
+
+
+def test_forget_bias_of_a_cell():
+    cell = fusedrnn.LSTMCell(3, 5, forget_bias=-2)
+    i, f, *_ = cell.bias_ih.chunk(4)
+    assert (f == -2).all() and i.abs().max() <= 5**-0.5
+    assert repr(cell) == "LSTMCell(3, 5, forget_bias=-2.0)"
 
 
 LAYERS = {
@@ -218,6 +272,9 @@ def test_blocks_of_gates(make, gain):
 
 
 def test_nothing_to_initialise():
+    layer = nn.utils.parametrizations.weight_norm(fusedrnn.GRU(3, 4), "weight_hh_l0")
+    with pytest.raises(ValueError, match=r"0\.weight_hh_l0 should be a parameter, it is made of"):
+        fusedrnn.init.orthogonal_(nn.Sequential(layer))
     with pytest.raises(ValueError, match="Linear has no recurrent layer or cell"):
         fusedrnn.init.xavier_uniform_(nn.Linear(2, 2))
 
@@ -260,6 +317,10 @@ def test_tbptt_begins_where_it_is_told():
 
 def test_bad_chunks():
     x = torch.zeros(4, 2, 3)
+    with pytest.raises(TypeError, match="x should be a tensor, got PackedSequence"):
+        fusedrnn.tbptt(fusedrnn.GRU(3, 4), pack_sequence([x[:, 0]]), 2)
+    with pytest.raises(TypeError, match=r"chunk should be an integer, got 2\.5"):
+        fusedrnn.tbptt(fusedrnn.GRU(3, 4), x, 2.5)
     with pytest.raises(ValueError, match="chunk should be at least 1, got 0"):
         fusedrnn.tbptt(fusedrnn.GRU(3, 4), x, 0)
     with pytest.raises(ValueError, match="one direction, got bidirectional=True"):

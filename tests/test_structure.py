@@ -21,7 +21,7 @@ PACKAGE = Path(fusedrnn.__file__).parent
 ROOT = PACKAGE.parent
 
 # Each may import the ones after it, and none before it.
-ORDER = ["explanation", "convert", "diagnostics", "modules", "init", "recurrent", "cell_modules",
+ORDER = ["explanation", "diagnostics", "convert", "modules", "init", "recurrent", "cell_modules",
          "reference", "functional", "testing", "layer", "recurrence", "backends",
          "cells"]  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fusedrnn.backends.backend import Call, Request
 from fusedrnn.cells import Cell
 
-States = list[tuple[Tensor, ...]]  # after each step, by time
+States = list[tuple[Tensor, ...]]  # made by each step, by time
 
 
 class _Watched(threading.local):
@@ -30,12 +30,17 @@ _watched = _Watched()
 
 @contextmanager
 def watched() -> Iterator[list[tuple[Call, States]]]:
-    """Each recurrence that this thread runs meanwhile, and its states as autograd knows them."""
+    """Each recurrence of this thread meanwhile, all by the reference, and the states that autograd
+    knows."""
     before, _watched.runs = _watched.runs, []
     try:
         yield _watched.runs
     finally:
         _watched.runs = before
+
+
+def is_watched() -> bool:
+    return _watched.runs is not None
 
 
 class Reference:
@@ -79,12 +84,12 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
         if w_hr is not None:
             new = (F.linear(new[0], w_hr), *new[1:])
         new = (new[0].to(storage).to(compute), *new[1:])
-        y[t], c[t] = new[0], new[-1]
+        y[t], c[t], states[t] = new[0], new[-1], new
         if seq.lengths is not None:
             active = (t < seq.lengths).unsqueeze(-1)
             y[t], c[t] = torch.where(active, y[t], 0), torch.where(active, c[t], 0)
             new = tuple(torch.where(active, n, s) for n, s in zip(new, state, strict=True))
-        states[t] = state = new
+        state = new
     if _watched.runs is not None:
         _watched.runs.append((call, states))
     out = [torch.stack(y), state[0].clone()]  # backward may need what the caller is free to edit

@@ -20,6 +20,10 @@ def keep(*saved: Tensor) -> tuple[Tensor, ...]:
     return saved
 
 
+def _is_identifier(name: object) -> bool:
+    return isinstance(name, str) and name.isidentifier()
+
+
 @dataclass(frozen=True)
 class Cell:
     """One recurrent cell: everything that backends must know to run it over a sequence.
@@ -43,8 +47,9 @@ class Cell:
             them; None: the Triton backend does not run the cell.
 
     Raises:
-        ValueError: no gate, no state, a letter or name twice, params named as a layer's weights,
-            something else for triton.
+        TypeError: a name, step or params of another kind.
+        ValueError: no gate, no state, h not first, a letter or name twice, params named as the
+            weights of a layer, something else for triton.
 
     Example:
         >>> import fusedrnn, torch
@@ -69,18 +74,29 @@ class Cell:
     key: str = field(init=False, compare=False, repr=False)  # by which ops name the cell
 
     def __post_init__(self) -> None:
+        for what in ("name", "gates", "states"):
+            if not isinstance(getattr(self, what), str):
+                raise TypeError(f"{what} should be a string, got {getattr(self, what)!r}")
+        if isinstance(self.params, str) or not all(map(_is_identifier, self.params)):
+            raise TypeError(f"params should be a tuple of names, got {self.params!r}")
+        if not callable(self.step):
+            raise TypeError(f"step should be a function, got {self.step!r}")
         object.__setattr__(self, "params", tuple(self.params))
         for what in ("gates", "states", "params"):
             names = getattr(self, what)
             if len(set(names)) != len(names) or (what != "params" and not names):
                 raise ValueError(f"{what} should be distinct and not empty, got {names!r}")
-        taken = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"}.intersection(self.params)
+        if self.states[0] != "h":
+            raise ValueError(f"states should begin with h, got {self.states!r}")
+        taken = {"weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"}.intersection(
+            self.params
+        )
         if taken:
             raise ValueError(f"params should not be named as weights are, got {min(taken)!r}")
         if self.saved is None:
             object.__setattr__(self, "saved", len(self.gates))
-        if self.saved < 0:
-            raise ValueError(f"saved should not be negative, got {self.saved}")
+        if not isinstance(self.saved, int) or self.saved < 0:
+            raise ValueError(f"saved should be an integer, not negative, got {self.saved}")
         pair = self.triton
         if not (pair is None or isinstance(pair, str) or (type(pair) is tuple and len(pair) == 2)):
             raise ValueError(f"triton should be two functions or a module's name, got {pair!r}")
