@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 
+from fusedrnn.base import run_module
 from fusedrnn.cell_modules import GRUCell, LSTMCell, RNNCell, step_module
-from fusedrnn.modules import GRU, LSTM, RNN, run_module
+from fusedrnn.modules import GRU, LSTM, RNN
 
 PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: LSTM,

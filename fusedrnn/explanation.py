@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import cell_modules, modules
+from fusedrnn import base, cell_modules
 from fusedrnn.backends import Request, by_name, check_names, weigh
 from fusedrnn.recurrent import Recurrent
 
@@ -53,7 +53,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
     if isinstance(module, Recurrent):
         cell, wish = module.cell, check_names(module.backend)
     elif isinstance(module, nn.RNNBase):
-        cell, wish = modules.cell_of(module), modules.wish_of(module)
+        cell, wish = base.cell_of(module), base.wish_of(module)
         proj_size = module.proj_size
     elif isinstance(module, RNNCellBase):
         cell, wish = cell_modules.cell_of(module), cell_modules.wish_of(module)

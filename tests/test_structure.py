@@ -21,8 +21,8 @@ PACKAGE = Path(fusedrnn.__file__).parent
 ROOT = PACKAGE.parent
 
 # Each may import the ones after it, and none before it.
-ORDER = ["explanation", "diagnostics", "convert", "modules", "init", "recurrent", "cell_modules",
-         "reference", "functional", "testing", "layer", "recurrence", "backends",
+ORDER = ["explanation", "diagnostics", "convert", "modules", "base", "init", "recurrent",
+         "cell_modules", "reference", "functional", "testing", "layer", "recurrence", "backends",
          "cells"]  # fmt: skip
 
 
