@@ -80,7 +80,7 @@ def test_reasons(present, request_, reason):
     assert reason in by_name("cuda").supports(request_)
 
 
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_supports(present, cell, dtype):
     assert by_name("cuda").supports(Request(cell, dtype, CUDA, 8, 0)) is None
@@ -93,7 +93,7 @@ def test_reason_on_a_pytorch_without_cuda():
 
 
 @pytest.mark.parametrize("value", ["ieee", "tf32", "none"])
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 def test_tf32_only_where_it_is_asked_for(dtype, value):
     assert cuda.uses_tf32(dtype, value) == (dtype == torch.float32 and value == "tf32")
 
@@ -171,7 +171,7 @@ def both_directions(dtype, cell, hidden, proj):
     return call.tensors, run, backend.backward(call, upstream, run.reserve, wanted)
 
 
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_fake_tensors(cell, dtype):
     """Results have the dtype of the inputs; only the c that backward reads is not rounded to it."""

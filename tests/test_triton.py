@@ -15,7 +15,7 @@ import fusedrnn
 from fusedrnn import backends
 from fusedrnn.backends import Reference, Request, cuda
 from fusedrnn.backends import triton as backend
-from fusedrnn.backends.native import Device
+from fusedrnn.backends.native import DTYPES, Device
 from fusedrnn.backends.triton import plans
 from fusedrnn.backends.triton.plans import TILES, plan
 from fusedrnn.cells import CELLS, GRU, LSTM
@@ -351,7 +351,7 @@ def update_inputs(shape, dtype, seed=0):
 
 
 @pytest.mark.parametrize("which", ["both", "h", "c"])
-@pytest.mark.parametrize("dtype", backend.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 70), (2, 3, 5, 4), (0, 3)], ids=str)
 def test_cell_update(machine, shape, dtype, which):
     """As accurate as the reference in the same dtype, and rounded where it is."""
@@ -527,7 +527,7 @@ def test_plans_of_the_sizes_that_matter():
     assert algorithm("mig", "lstm", torch.bfloat16, 2048) == "step"
 
 
-@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_supports(present, cell, dtype):
     assert backend.Triton().supports(Request(cell, dtype, GPU, 8, 0)) is None

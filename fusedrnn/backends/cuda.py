@@ -14,7 +14,14 @@ from torch import Tensor
 
 from fusedrnn.backends import products
 from fusedrnn.backends.backend import Request, Wanted, Weights
-from fusedrnn.backends.native import DTYPES, Device, Ops, cuda_plan, facts_of, native_cells
+from fusedrnn.backends.native import (
+    Device,
+    Ops,
+    cuda_plan,
+    facts_of,
+    native_cells,
+    unfit_dtype,
+)
 
 LIBRARY = Path(__file__).parent.parent / "_C_cuda.so"
 
@@ -64,24 +71,24 @@ def uses_tf32(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "tf32"
 
 
+def unfit(request: Request) -> str | None:
+    """Why no kernels of ours can run a request on a GPU, whatever the cell."""
+    if request.device.type != "cuda":
+        return f"runs on CUDA tensors, got {request.device.type}"
+    index = request.device.index or 0
+    found = capability(index)
+    if found is None:
+        return "finds no GPU"
+    if found < (8, 0):
+        return f"needs compute capability 8.0, CUDA device {index} has {found[0]}.{found[1]}"
+    return None
+
+
 class Cuda(Ops):
     name = "cuda"
 
     def supports(self, request: Request) -> str | None:
-        if _missing is not None:
-            return _missing
-        if request.device.type != "cuda":
-            return f"runs on CUDA tensors, got {request.device.type}"
-        index = request.device.index or 0
-        found = capability(index)
-        if found is None:
-            return "finds no GPU"
-        if found < (8, 0):
-            return f"needs compute capability 8.0, CUDA device {index} has {found[0]}.{found[1]}"
-        if request.dtype not in DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            return f"computes in {names}, got {request.dtype}"
-        return self._lacks(request)
+        return _missing or unfit(request) or unfit_dtype(request) or self._lacks(request)
 
     def algorithm(self, request: Request, rows: int) -> str:
         tf32 = uses_tf32(request.dtype, precision())

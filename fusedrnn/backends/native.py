@@ -115,6 +115,13 @@ def cuda_plan(
     return CudaPlan(("standard", "cluster", "grid")[algorithm], *plan)
 
 
+def unfit_dtype(request: Request) -> str | None:
+    if request.dtype in DTYPES:
+        return None
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+    return f"computes in {names}, got {request.dtype}"
+
+
 class Ops:
     """What the backends of the CPU and of CUDA share: their tensors go through the same ops."""
 
@@ -179,10 +186,7 @@ class Native(Ops):
             return _missing
         if request.device.type != "cpu":
             return f"runs on CPU tensors, got {request.device.type}"
-        if request.dtype not in DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            return f"computes in {names}, got {request.dtype}"
-        return self._lacks(request)
+        return unfit_dtype(request) or self._lacks(request)
 
     def algorithm(self, request: Request, rows: int) -> str:
         stored = str(compute_dtype(request.dtype)).removeprefix("torch.")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedrnn.backends import cuda
 from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted
-from fusedrnn.backends.native import DTYPES
+from fusedrnn.backends.native import unfit_dtype
 from fusedrnn.backends.triton import ops as ops  # registers them
 from fusedrnn.backends.triton.plans import describe, plan
 from fusedrnn.cells import Cell
@@ -28,23 +28,13 @@ class Triton:
     name = "triton"
 
     def supports(self, request: Request) -> str | None:
-        if _missing is not None:
-            return _missing
-        if request.device.type != "cuda":
-            return f"runs on CUDA tensors, got {request.device.type}"
-        index = request.device.index or 0
-        found = cuda.capability(index)
-        if found is None:
-            return "finds no GPU"
-        if found < (8, 0):
-            return f"needs compute capability 8.0, CUDA device {index} has {found[0]}.{found[1]}"
-        return self._lacks(request)
+        return _missing or cuda.unfit(request) or self._lacks(request)
 
     def _lacks(self, request: Request) -> str | None:
         """What no device has a kernel for."""
-        if request.dtype not in DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            return f"computes in {names}, got {request.dtype}"
+        reason = unfit_dtype(request)
+        if reason is not None:
+            return reason
         if request.cell.triton is None:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
