@@ -125,7 +125,7 @@ def test_options_of_layers():
 
 
 def test_a_name_may_come_again():
-    """As in a notebook: either keeps its equations, also through autograd."""
+    """As in a notebook: either keeps its equations, and the key by which ops find them."""
     again = fusedrnn.Cell("minimal", gates="fg", states="h", step=lambda gx, gh, state: (
         -minimal_step(gx, gh, state)[0],
     ))  # fmt: skip
@@ -134,6 +134,7 @@ def test_a_name_may_come_again():
     second.load_state_dict(first.state_dict())
     x = torch.randn(1, 2, 3)
     torch.testing.assert_close(first(x)[0], -second(x)[0])
+    assert by_key(MINIMAL.key) is MINIMAL and by_key(again.key) is again
 
 
 def test_a_cell_with_the_name_of_ours_is_not_ours():

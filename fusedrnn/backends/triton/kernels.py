@@ -22,8 +22,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# Whatever T and B are, and wherever h0 begins in the states of a stack, one kernel is compiled. An
-# argument must not be called params: what Triton generates to launch a kernel has that name itself.
+# For one plan one kernel is compiled, whatever T and B are, and wherever h0 begins in a stack's
+# states. An argument must not be called params: what Triton generates to launch a kernel has that name itself.
 specialised = triton.jit(
     do_not_specialize=["T", "B", "first", "last"],
     do_not_specialize_on_alignment=["h0", "lengths", "resets"],

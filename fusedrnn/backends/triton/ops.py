@@ -122,22 +122,7 @@ def _forward(
     cell_states: bool,
 ) -> tuple[Tensor, ...]:
     facts, hidden = by_key(cell), w_hh.shape[1]
-    run = _fake_forward(
-        x,
-        w_ih,
-        w_hh,
-        b_ih,
-        b_hh,
-        params,
-        h0,
-        c0,
-        lengths,
-        resets,
-        cell,
-        reverse,
-        training,
-        cell_states,
-    )
+    run = empty_run(x, w_hh, None, c0, len(facts.gates), facts.saved, training, cell_states)
     y, h_n, c_n, c, h_prev, c_prev, saved, _ = run
     gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh), facts.additive, products.product)
     states = torch.cat([h0.unsqueeze(0), *([] if c0 is None else [c0])]).to(compute_dtype(x.dtype))

@@ -45,7 +45,7 @@ def plan(
     "sequence": a program has all units of 16 rows, where their weights fit into the shared memory
     of a multiprocessor; it is the same for any number of rows. "grid": several share the rows, with
     the smallest tiles that let all of them be on the device at once. "step": as these, a launch for
-    each step.
+    each step. So T never asks for another kernel, and B only where other tiles are taken.
     """
     width, power = dtype.itemsize, max(16, 1 << (hidden - 1).bit_length())
     for stages in (2, 1) if width < 8 or power <= 32 else ():  # else float64 runs out of registers
