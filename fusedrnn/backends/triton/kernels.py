@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 # For one plan one kernel is compiled, whatever T and B are, and wherever h0 begins in a stack's
-# states. An argument must not be called params: what Triton generates to launch a kernel has that name itself.
+# states. An argument must not be called params: what Triton generates to launch a kernel has that
+# name itself.
 specialised = triton.jit(
     do_not_specialize=["T", "B", "first", "last"],
     do_not_specialize_on_alignment=["h0", "lengths", "resets"],
