@@ -10,7 +10,7 @@ from pathlib import Path
 # Each process trains ours on its half of the batch; every process checks the whole result against
 # torch.nn trained on all of it. argv: rank, file to meet at.
 PROGRAM = """
-import copy, sys
+import copy, os, sys
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -78,8 +78,11 @@ for how in ("ddp", "fsdp-load", "fsdp-assign"):
     ours, full = wrapped(how)
     train(ours, half)
     torch.testing.assert_close(full(), dict(theirs.state_dict()))
-    print(how, "equal")
+    print(how, "equal", flush=True)
 dist.destroy_process_group()
+# Python's own end would race with gloo's threads, which free tensors at their leisure and abort
+# where there is no interpreter left to free them in (pytorch/pytorch#190489).
+os._exit(0)
 """
 
 
