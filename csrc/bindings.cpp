@@ -35,15 +35,16 @@ void prefer_huge_pages(const std::tuple<Tensors...>& results) {
 }
 
 ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
-                                 OptionalTensor b_hh, OptionalTensor w_hr, Tensor h0,
-                                 OptionalTensor c0, OptionalTensor lengths, OptionalTensor resets,
-                                 int64_t cell_index, bool reverse, bool training, bool cell_states,
-                                 bool bfloat16) {
+                                 OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor params,
+                                 Tensor h0, OptionalTensor c0, OptionalTensor lengths,
+                                 OptionalTensor resets, int64_t cell_index, bool reverse,
+                                 bool training, bool cell_states, bool bfloat16) {
   return dispatch("x", x, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::ForwardArgs<T> args{};
-    ForwardResult result = prepare_forward(args, cell, x.scalar_type(), "x", x, w_hh, b_hh, w_hr,
-                                           h0, c0, lengths, resets, reverse, training, cell_states);
+    ForwardResult result =
+        prepare_forward(args, cell, x.scalar_type(), "x", x, w_hh, b_hh, w_hr, params, h0, c0,
+                        lengths, resets, reverse, training, cell_states);
     prefer_huge_pages<T>(result);
     args.bfloat16 = bfloat16;
     args.i = x.size(2);
@@ -60,20 +61,23 @@ ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTen
   });
 }
 
-// dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dh0, dc0
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dparams of each row, dh0, dc0
+using BackwardResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n,
                                    OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh,
-                                   OptionalTensor w_hr, Tensor h_prev, Tensor c_prev, Tensor saved,
-                                   Tensor m, OptionalTensor lengths, OptionalTensor resets,
-                                   int64_t cell_index, bool reverse, bool want_x, bool want_w_ih,
-                                   bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) {
+                                   OptionalTensor w_hr, OptionalTensor params, Tensor h_prev,
+                                   Tensor c_prev, Tensor saved, Tensor m, OptionalTensor lengths,
+                                   OptionalTensor resets, int64_t cell_index, bool reverse,
+                                   bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih,
+                                   bool want_b_hh, bool want_w_hr) {
   return dispatch("h_prev", h_prev, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::cpu::BackwardArgs<T> args{};
-    auto [dh0, dc0] = prepare_backward(args, cell, h_prev.scalar_type(), dy, dc, dh_n, dc_n, w_hh,
-                                       w_hr, h_prev, c_prev, saved, lengths, resets, reverse);
+    auto [dparams, dh0, dc0] =
+        prepare_backward(args, cell, h_prev.scalar_type(), dy, dc, dh_n, dc_n, w_hh, w_hr, params,
+                         h_prev, c_prev, saved, lengths, resets, reverse);
     const Check check(h_prev);
     STD_TORCH_CHECK(x.dim() == 3, "x has ", x.dim(), " dimensions, expected 3");
     args.i = x.size(2);
@@ -90,6 +94,7 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
                                 make(want_b_ih, {gates}),
                                 make(want_b_hh, {gates}),
                                 make(want_w_hr, {args.p, args.h}),
+                                dparams,
                                 dh0,
                                 dc0};
     prefer_huge_pages<T>(result);
@@ -112,16 +117,18 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
 STABLE_TORCH_LIBRARY(fusedrnn, library) {
   library.def(
       "recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-      "Tensor? w_hr, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, int cell, "
-      "bool reverse, bool training, bool cell_states, bool bfloat16) -> (Tensor y, Tensor h_n, "
+      "Tensor? w_hr, Tensor? params, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
+      "int cell, bool reverse, bool training, bool cell_states, bool bfloat16) -> (Tensor y, "
+      "Tensor h_n, "
       "Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m)");
   library.def(
       "recurrence_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor x, "
-      "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor h_prev, Tensor c_prev, Tensor saved, "
-      "Tensor m, Tensor? lengths, Tensor? resets, int cell, bool reverse, bool want_x, "
+      "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? params, Tensor h_prev, Tensor c_prev, "
+      "Tensor saved, Tensor m, Tensor? lengths, Tensor? resets, int cell, bool reverse, "
+      "bool want_x, "
       "bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) -> "
       "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
-      "Tensor dh0, Tensor dc0)");
+      "Tensor dparams, Tensor dh0, Tensor dc0)");
   // What the first two are made of on CUDA tensors; the implementations are in _C_cuda.so.
   library.def(
       "cuda_forward(Tensor gx, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
@@ -152,7 +159,8 @@ FRNN_EXPORT const char* frnn_cells() {
     for (int i = 0; i < frnn::cell_count(); ++i) {
       const frnn::CellFacts& cell = frnn::cell_facts(i);
       all += cell.name;
-      for (const int fact : {cell.gates, cell.states, cell.saved, int{cell.additive}}) {
+      for (const int fact : {cell.gates, cell.states, cell.saved, cell.params, int{cell.additive},
+                             int{i < frnn::plain_cell_count()}}) {
         all += ' ';
         all += std::to_string(fact);
       }

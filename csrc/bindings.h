@@ -128,8 +128,8 @@ inline const CellFacts& facts_of(int64_t cell) {
 // share.
 template <class Args>
 void set_sequence(Args& args, const CellFacts& cell, const char* what, const Tensor& first,
-                  const Tensor& w_hh, const OptionalTensor& w_hr, const OptionalTensor& lengths,
-                  const OptionalTensor& resets, bool reverse) {
+                  const Tensor& w_hh, const OptionalTensor& w_hr, const OptionalTensor& params,
+                  const OptionalTensor& lengths, const OptionalTensor& resets, bool reverse) {
   STD_TORCH_CHECK(first.dim() == 3 && w_hh.dim() == 2, what, " has ", first.dim(),
                   " dimensions and w_hh ", w_hh.dim(), ", expected 3 and 2");
   args.t = first.size(0);
@@ -139,6 +139,7 @@ void set_sequence(Args& args, const CellFacts& cell, const char* what, const Ten
   const Check check(first);
   check("w_hh", w_hh, {cell.gates * args.h, args.p});
   check("w_hr", w_hr, {args.p, args.h});
+  check("params", params, {cell.params, args.h});
   check("lengths", lengths, {args.b}, ScalarType::Long);
   check("resets", resets, {args.t, args.b}, ScalarType::Bool);
   STD_TORCH_CHECK(args.h >= 1 && args.p >= 1, "hidden size is ", args.h, ", output size is ",
@@ -146,9 +147,12 @@ void set_sequence(Args& args, const CellFacts& cell, const char* what, const Ten
   STD_TORCH_CHECK(w_hr || args.p == args.h, "output size is ", args.p,
                   " without w_hr, expected the hidden size ", args.h);
   STD_TORCH_CHECK(!w_hr || !cell.reads_h, "w_hr is given, but ", cell.name, " has no projection");
+  STD_TORCH_CHECK(params.has_value() == (cell.params > 0), "params are ",
+                  params ? "given" : "missing", ", but ", cell.name, " has ", cell.params);
   args.reverse = reverse;
   read(args.w_hh, w_hh);
   read(args.w_hr, w_hr);
+  read(args.params, params);
   read(args.lengths, lengths);
   read(args.resets, resets);
 }
@@ -161,11 +165,11 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 template <class Args>
 ForwardResult prepare_forward(Args& args, const CellFacts& cell, ScalarType wide, const char* what,
                               const Tensor& first, const Tensor& w_hh, const OptionalTensor& b_hh,
-                              const OptionalTensor& w_hr, const Tensor& h0,
-                              const OptionalTensor& c0, const OptionalTensor& lengths,
-                              const OptionalTensor& resets, bool reverse, bool training,
-                              bool cell_states) {
-  set_sequence(args, cell, what, first, w_hh, w_hr, lengths, resets, reverse);
+                              const OptionalTensor& w_hr, const OptionalTensor& params,
+                              const Tensor& h0, const OptionalTensor& c0,
+                              const OptionalTensor& lengths, const OptionalTensor& resets,
+                              bool reverse, bool training, bool cell_states) {
+  set_sequence(args, cell, what, first, w_hh, w_hr, params, lengths, resets, reverse);
   const int64_t s = cell.states, t = args.t, b = args.b, h = args.h, p = args.p;
   const Check check(first);
   check("b_hh", b_hh, {cell.gates * h});
@@ -201,16 +205,15 @@ ForwardResult prepare_forward(Args& args, const CellFacts& cell, ScalarType wide
   return result;
 }
 
-// What backward reads, the same for all devices, and [dh0, dc0].
+// What backward reads, the same for all devices, and [dparams, dh0, dc0].
 template <class Args>
-std::tuple<Tensor, Tensor> prepare_backward(Args& args, const CellFacts& cell, ScalarType wide,
-                                            const OptionalTensor& dy, const OptionalTensor& dc,
-                                            const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                            const Tensor& w_hh, const OptionalTensor& w_hr,
-                                            const Tensor& h_prev, const Tensor& c_prev,
-                                            const Tensor& saved, const OptionalTensor& lengths,
-                                            const OptionalTensor& resets, bool reverse) {
-  set_sequence(args, cell, "h_prev", h_prev, w_hh, w_hr, lengths, resets, reverse);
+std::tuple<Tensor, Tensor, Tensor> prepare_backward(
+    Args& args, const CellFacts& cell, ScalarType wide, const OptionalTensor& dy,
+    const OptionalTensor& dc, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+    const Tensor& w_hh, const OptionalTensor& w_hr, const OptionalTensor& params,
+    const Tensor& h_prev, const Tensor& c_prev, const Tensor& saved, const OptionalTensor& lengths,
+    const OptionalTensor& resets, bool reverse) {
+  set_sequence(args, cell, "h_prev", h_prev, w_hh, w_hr, params, lengths, resets, reverse);
   const int64_t s = cell.states, t = args.t, b = args.b, h = args.h, p = args.p;
   const Check check(h_prev);
   check("dy", dy, {t, b, p});
@@ -224,8 +227,9 @@ std::tuple<Tensor, Tensor> prepare_backward(Args& args, const CellFacts& cell, S
                   " has only one state");
 
   const Allocator make{h_prev};
-  std::tuple result{make(true, {b, p}, wide), make(s > 1, {s - 1, b, h}, wide)};
-  const auto& [dh0, dc0] = result;
+  std::tuple result{make(cell.params > 0, {cell.params, b, h}, wide), make(true, {b, p}, wide),
+                    make(s > 1, {s - 1, b, h}, wide)};
+  const auto& [dparams, dh0, dc0] = result;
   read(args.dy, dy);
   read(args.dc, dc);
   read(args.dh_n, dh_n);
@@ -233,6 +237,7 @@ std::tuple<Tensor, Tensor> prepare_backward(Args& args, const CellFacts& cell, S
   read(args.h_prev, h_prev);
   read(args.c_prev, c_prev);
   read(args.saved, saved);
+  write(args.dparams, cell.params > 0, dparams);
   write(args.dh0, true, dh0);
   write(args.dc0, s > 1, dc0);
   return result;

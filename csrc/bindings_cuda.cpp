@@ -62,17 +62,23 @@ ScalarType wide_type(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+const frnn::CellFacts& plain_facts_of(int64_t cell) {
+  const frnn::CellFacts& facts = facts_of(cell);
+  STD_TORCH_CHECK(cell < frnn::plain_cell_count(), facts.name, " has no CUDA kernels");
+  return facts;
+}
+
 ForwardResult cuda_forward(Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor w_hr,
                            Tensor h0, OptionalTensor c0, OptionalTensor lengths,
                            OptionalTensor resets, int64_t cell_index, bool reverse, bool training,
                            bool cell_states, bool tf32) {
   const Arithmetic arithmetic = arithmetic_of("gx", gx, tf32);
   const ScalarType wide = wide_type(gx);
-  const frnn::CellFacts& cell = facts_of(cell_index);
+  const frnn::CellFacts& cell = plain_facts_of(cell_index);
   const OnDevice device(gx);
   frnn::cuda::Forward<void, void> args{};
-  ForwardResult result = prepare_forward(args, cell, wide, "gx", gx, w_hh, b_hh, w_hr, h0, c0,
-                                         lengths, resets, reverse, training, cell_states);
+  ForwardResult result = prepare_forward(args, cell, wide, "gx", gx, w_hh, b_hh, w_hr, std::nullopt,
+                                         h0, c0, lengths, resets, reverse, training, cell_states);
   const int64_t others = cell.states - 1, b = args.b, h = args.h, p = args.p;
   Check{gx}("gx", gx, {args.t, b, cell.gates * h});
   read(args.gx, gx);
@@ -102,11 +108,12 @@ BackwardResult cuda_backward(OptionalTensor dy, OptionalTensor dc, OptionalTenso
                              OptionalTensor lengths, OptionalTensor resets, int64_t cell_index,
                              bool reverse, bool tf32) {
   const Arithmetic arithmetic = arithmetic_of("h_prev", h_prev, tf32);
-  const frnn::CellFacts& cell = facts_of(cell_index);
+  const frnn::CellFacts& cell = plain_facts_of(cell_index);
   const OnDevice device(h_prev);
   frnn::cuda::Backward<void, void> args{};
-  auto [dh0, dc0] = prepare_backward(args, cell, wide_type(h_prev), dy, dc, dh_n, dc_n, w_hh, w_hr,
-                                     h_prev, c_prev, saved, lengths, resets, reverse);
+  auto [_, dh0, dc0] =
+      prepare_backward(args, cell, wide_type(h_prev), dy, dc, dh_n, dc_n, w_hh, w_hr, std::nullopt,
+                       h_prev, c_prev, saved, lengths, resets, reverse);
   const Check check(h_prev);
   const int64_t gates = cell.gates * args.h;
   check("w_hh_t", w_hh_t, {args.p, gates});

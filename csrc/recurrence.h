@@ -2,9 +2,10 @@
 // The C++ interface of the engines: one layer, one direction.
 //
 // Letters: T time, B batch, H hidden, P output size (= H without projection), G gates, S states,
-// R saved planes. All arrays are dense, row-major, in the order of their bracketed shape; all
-// belong to the caller, are only used during the call, and do not overlap. "or null" marks what
-// may be absent. Step t of row b is *computed* when t < lengths[b]; a row of length 0 has no step.
+// R saved planes, K parameters of a unit beside the weights. All arrays are dense, row-major, in
+// the order of their bracketed shape; all belong to the caller, are only used during the call, and
+// do not overlap. "or null" marks what may be absent. Step t of row b is *computed* when t <
+// lengths[b]; a row of length 0 has no step.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +14,13 @@ namespace frnn {
 
 struct CellFacts {
   const char* name;
-  int gates, states, saved;
+  int gates, states, saved, params;
   bool additive;  // gx and gh only meet as their sum, so that dgx == dgh
   bool reads_h;   // h_prev reaches h around W_hh too; excludes a projection
 };
 
 int cell_count();
+int plain_cell_count();  // of which the first ones are torch.nn's, those with CUDA kernels
 const CellFacts& cell_facts(int cell);  // 0 <= cell < cell_count()
 
 // What forward and backward have in common. As types, S is that of storage and A that of cell
@@ -29,6 +31,7 @@ struct SequenceArgs {
   bool reverse;            // run from each row's end to its beginning
   const S* w_hh;           // [G*H, P] in
   const S* w_hr;           // [P, H] in, or null (then P == H)
+  const S* params;         // [K, H] in, or null if K == 0
   const int64_t* lengths;  // [B] in, or null = T; values beyond [0, T] are clamped
   const bool* resets;      // [T, B] in, or null; true: nothing passes between t-1 and t
 };
@@ -68,8 +71,9 @@ struct BackwardArgs : SequenceArgs<S> {
   const A* c_prev;
   const S* saved;
 
-  A* dh0;  // [B, P] out; also holds the running gradient during the call
-  A* dc0;  // [S-1, B, H] out, or null if S == 1; likewise
+  A* dh0;      // [B, P] out; also holds the running gradient during the call
+  A* dc0;      // [S-1, B, H] out, or null if S == 1; likewise
+  A* dparams;  // [K, B, H] out, or null if K == 0: of each row, summed over its steps
 };
 
 // Where a step leaves the gradients that products take up.

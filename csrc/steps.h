@@ -35,6 +35,20 @@ FRNN_FN V load_or_zero(const S* p, int64_t offset, int n) {
   return p ? load<V>(p + offset, n) : V{};
 }
 
+// The parameters of the units at p, beside the weights; those of a cell that has none hold nothing.
+template <class Cell, class V>
+struct Params {
+  V value[Cell::kParams > 0 ? Cell::kParams : 1];
+};
+template <class Cell, class V, class S>
+FRNN_FN Params<Cell, V> read_params(const S* params, int64_t hidden, const Place& p) {
+  Params<Cell, V> of_units{};
+  for (int k = 0; k < Cell::kParams; ++k) {
+    of_units.value[k] = load<V>(params + k * hidden + p.unit, p.n);
+  }
+  return of_units;
+}
+
 template <class Cell, class V, class S, class A>
 class ForwardSteps {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
@@ -77,15 +91,18 @@ class ForwardSteps {
   struct Inputs {
     V state[kStates];  // h only if the cell reads it
     V b_hh[kGates];    // that of a cell that is not additive
+    Params<Cell, V> params;
   };
   FRNN_FN Inputs read_cell(int64_t s, const Place& p) const {
     Inputs in{};
     if (Cell::kReadsH) in.state[0] = load<V>(h_in(s) + p.offset, p.n);
     for (int j = 1; j < kStates; ++j) in.state[j] = load<V>(state_in(s, j) + p.offset, p.n);
-    read_bias(p, in);
+    read_of_units(p, in);
     return in;
   }
-  FRNN_FN void read_bias(const Place& p, Inputs& in) const {
+  // What is the same at every step.
+  FRNN_FN void read_of_units(const Place& p, Inputs& in) const {
+    in.params = read_params<Cell, V>(a_.params, a_.h, p);
     for (int g = 0; g < kGates; ++g) {
       if (!Cell::kAdditive && a_.b_hh) in.b_hh[g] = load<V>(a_.b_hh + g * a_.h + p.unit, p.n);
     }
@@ -111,7 +128,7 @@ class ForwardSteps {
       gh[g] = product[g];
       if (!Cell::kAdditive) gh[g] += in.b_hh[g];
     }
-    Cell::forward(gx, gh, in.state, result.out, result.saved);
+    Cell::forward(gx, gh, in.state, in.params.value, result.out, result.saved);
     return result;
   }
   template <bool kPlain>
@@ -222,6 +239,7 @@ class BackwardSteps {
       const int64_t offset = (j - 1) * a_.b * a_.h + p.offset;
       store(a_.dc0 + offset, load_or_zero<V>(d, offset, p.n), p.n);
     }
+    for (int k = 0; k < Cell::kParams; ++k) store(dparams(k, p), V{}, p.n);
   }
 
   // Whether dgh @ W_hh of step s + 1 reaches step s (or h0) in this row.
@@ -269,12 +287,14 @@ class BackwardSteps {
     V saved[Cell::kSaved], state[kStates];
     V dout[kStates];     // from outside, of the other states
     V carried[kStates];  // from the step after, of the other states; 0 at a row's last step
+    Params<Cell, V> params;
   };
   template <bool kPlain>
   FRNN_FN OfCell read_cell(int64_t s, const Place& p) const {
     OfCell in{};
     if (!kPlain && !timeline_.computed(s, p.row)) return in;
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
+    in.params = read_params<Cell, V>(a_.params, a_.h, p);
     for (int r = 0; r < Cell::kSaved; ++r) {
       in.saved[r] = load<V>(a_.saved + (r * a_.t + t) * plane + p.offset, p.n);
     }
@@ -316,6 +336,7 @@ class BackwardSteps {
     return {carried[0], static_cast<V>(in.dh_n), static_cast<V>(in.dy)};
   }
   FRNN_FN OfCell of_cell(const Ahead& in, const V* carried) const {
+    static_assert(Cell::kParams == 0);  // no such driver sums their gradients
     OfCell cell{};
     for (int r = 0; r < Cell::kSaved; ++r) cell.saved[r] = static_cast<V>(in.saved[r]);
     cell.state[0] = static_cast<V>(in.h);
@@ -367,6 +388,10 @@ class BackwardSteps {
     if (!kPlain) cut(timeline_.entry(s, p.row), result);
     keep_gates(p, result, to);
     keep_carried<kPlain>(s, p, result);
+    for (int k = 0; k < Cell::kParams; ++k) {
+      A* sum = dparams(k, p);
+      store(sum, load<V>(sum, p.n) + result.dparams.value[k], p.n);
+    }
   }
 
   // What the cell makes of it; what remains of that at a step with such an entry; and its way to
@@ -374,13 +399,15 @@ class BackwardSteps {
   struct Outcome {
     V dgx[kGates], dgh[kGates];
     V carried[kStates];  // to the step before; that of h only if the cell reads it
+    Params<Cell, V> dparams;
   };
   FRNN_FN Outcome compute(V dh, const OfCell& in) const {
     Outcome result{};
     V dout[kStates];
     dout[0] = dh;
     for (int j = 1; j < kStates; ++j) dout[j] = in.dout[j] + in.carried[j];
-    Cell::backward(in.state, in.saved, dout, result.dgx, result.dgh, result.carried);
+    Cell::backward(in.state, in.saved, in.params.value, dout, result.dgx, result.dgh,
+                   result.carried, result.dparams.value);
     return result;
   }
   FRNN_FN void cut(Entry entry, Outcome& result) const {
@@ -415,6 +442,10 @@ class BackwardSteps {
   }
 
  private:
+  FRNN_FN A* dparams(int k, const Place& p) const {
+    return a_.dparams + k * a_.b * a_.h + p.offset;
+  }
+
   const BackwardArgs<S, A>& a_;
   const Timeline<S> timeline_;
 };

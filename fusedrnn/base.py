@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import functional
 from fusedrnn.backends import Names, Sequence, Weights, check_names
-from fusedrnn.cells import CELLS, Cell
+from fusedrnn.cells import PLAIN, Cell
 from fusedrnn.functional import Lengths
 from fusedrnn.layer import Stack
 
@@ -20,7 +20,7 @@ State = Tensor | tuple[Tensor, ...]
 
 
 def cell_of(module: nn.RNNBase) -> Cell:
-    return CELLS[module.mode.lower()]
+    return module._cell if isinstance(module, Layers) else PLAIN[module.mode.lower()]
 
 
 def initial_states(module: nn.RNNBase) -> tuple[Tensor, ...] | None:
@@ -37,8 +37,11 @@ def wish_of(module: nn.RNNBase) -> tuple[str, ...]:
 
 def weights_of(module: nn.RNNBase) -> list[Weights]:
     """The parameters as they are now: read by name at each call, never cached."""
-    params = [getattr(module, name) for name in module._flat_weights_names]
-    return functional.group(params, module.bias, module.proj_size > 0)
+    names = module._flat_weights_names
+    if isinstance(module, Layers):
+        names = names + module._params_names()
+    params = [getattr(module, name) for name in names]
+    return functional.group(cell_of(module), params, module.bias, module.proj_size > 0)
 
 
 def run_module(
@@ -206,6 +209,7 @@ class Layers(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         if backend is not None:
             self.backend = backend
+        self._register_params()
         if initial_state != "zeros":  # else the class's: what is as torch.nn's has no more than it
             self._initial_state = initial_state
             self._register_initial_states()
@@ -214,6 +218,25 @@ class Layers(nn.RNNBase):
     def initial_state(self) -> str:
         """Of the states that enter where no hx is given."""
         return self._initial_state
+
+    @property
+    def _cell(self) -> Cell:
+        """The cell of every layer."""
+        return PLAIN[self.mode.lower()]
+
+    def _params_names(self) -> list[str]:
+        """Of the cell's params ``[K*H]``, by layer and direction."""
+        if not self._cell.params:
+            return []
+        names = [names[0] for names in self._all_weights]
+        return [name.replace("weight_ih", "weight_peephole") for name in names]
+
+    def _register_params(self) -> None:
+        weight: Any = self.weight_ih_l0
+        bound = 1 / math.sqrt(self.hidden_size)
+        for name in self._params_names():
+            params = weight.new_empty(len(self._cell.params) * self.hidden_size)
+            self.register_parameter(name, nn.Parameter(params.uniform_(-bound, bound)))
 
     def _register_initial_states(self) -> None:
         weight: Any = self.weight_ih_l0
@@ -257,7 +280,10 @@ class Layers(nn.RNNBase):
         """Does nothing: the weights need not lie in one chunk."""
 
     def extra_repr(self) -> str:
-        own = {"initial_state": "zeros", "forget_bias": None, "backend": None}
+        own = {
+            "peephole": False, "coupled_gates": False, "forget_bias": None,
+            "initial_state": "zeros", "backend": None,
+        }  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in own.items()}
         changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]
         return super().extra_repr() + "".join(changed)

@@ -10,19 +10,21 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from fusedrnn import functional
 from fusedrnn.backends import Names, Weights, check_names
-from fusedrnn.cells import CELLS, GRU, LSTM, Cell
+from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, lstm
 
 
 def cell_of(module: RNNCellBase) -> Cell:
     """The cell of one of these modules or of torch.nn's."""
-    if isinstance(module, LSTMCell | nn.LSTMCell):
+    if isinstance(module, LSTMCell):
+        return lstm(peephole=module.peephole, coupled_gates=module.coupled_gates)
+    if isinstance(module, nn.LSTMCell):
         return LSTM
     if isinstance(module, GRUCell | nn.GRUCell):
         return GRU
     nonlinearity: Any = module.nonlinearity
     if nonlinearity not in ("tanh", "relu"):
         raise RuntimeError(f"Unknown nonlinearity: {nonlinearity}")
-    return CELLS[f"rnn_{nonlinearity}"]
+    return PLAIN[f"rnn_{nonlinearity}"]
 
 
 def wish_of(module: RNNCellBase) -> tuple[str, ...]:
@@ -42,6 +44,10 @@ def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ..
         hx = None if hx is None else tuple(s.unsqueeze(0) for s in hx)
     _check_sizes(module, cell, input, hx)
     weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+    if cell.params:
+        params: Any = module.weight_peephole
+        of_units = functional.by_unit(cell, params, module.weight_hh)
+        weights = weights._replace(params=of_units)
     new = functional.step(cell, input, hx, weights, wish_of(module))
     return new if batched else tuple(s.squeeze(0) for s in new)
 
@@ -96,10 +102,16 @@ def finite(name: str, value: float | None) -> float | None:
     return float(value)
 
 
-def fill_forget_gate(bias: Tensor, value: float | None) -> None:
-    """The forget gate's block of an LSTM's ``bias [4*H]``; None: it stays."""
+def truth(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    return value
+
+
+def fill_forget_gate(cell: Cell, bias: Tensor, value: float | None) -> None:
+    """The forget gate's block of ``bias [G*H]``; None: it stays."""
     if value is not None:
-        nn.init.constant_(bias.chunk(len(LSTM.gates))[LSTM.gates.index("f")], value)
+        nn.init.constant_(bias.chunk(len(cell.gates))[cell.gates.index("f")], value)
 
 
 class _CellModule(RNNCellBase):
@@ -112,15 +124,16 @@ class _CellModule(RNNCellBase):
             self.backend = backend
 
     def extra_repr(self) -> str:
-        given = {name: getattr(self, name, None) for name in ("forget_bias", "backend")}
-        changed = [f", {n}={value!r}" for n, value in given.items() if value is not None]
+        own = {"peephole": False, "coupled_gates": False, "forget_bias": None, "backend": None}
+        given = {name: getattr(self, name, default) for name, default in own.items()}
+        changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]
         return super().extra_repr() + "".join(changed)
 
 
 class LSTMCell(_CellModule):
     """One LSTM step, a drop-in for :class:`torch.nn.LSTMCell`; see :mod:`fusedrnn.cells.lstm`.
 
-    ``forget_bias`` is that of :class:`fusedrnn.LSTM`.
+    ``peephole``, ``coupled_gates`` and ``forget_bias`` are those of :class:`fusedrnn.LSTM`.
 
     Args (forward):
         input: ``[B,I]`` or ``[I]``.
@@ -139,6 +152,8 @@ class LSTMCell(_CellModule):
         torch.Size([2, 4])
     """
 
+    peephole = False
+    coupled_gates = False
     _forget_bias: float | None = None
 
     def __init__(
@@ -149,16 +164,27 @@ class LSTMCell(_CellModule):
         device: Any = None,
         dtype: Any = None,
         *,
+        peephole: bool = False,
+        coupled_gates: bool = False,
         forget_bias: float | None = None,
         backend: Names = None,
     ) -> None:
         if forget_bias is not None and not bias:
             raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
         self._forget_bias = finite("forget_bias", forget_bias)
+        if truth("peephole", peephole):  # else the class's
+            self.peephole = True
+        if truth("coupled_gates", coupled_gates):
+            self.coupled_gates = True
+        cell = lstm(peephole=peephole, coupled_gates=coupled_gates)
         super().__init__(
-            input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype,
+            input_size, hidden_size, bias, num_chunks=len(cell.gates), device=device, dtype=dtype,
             backend=backend,
         )  # fmt: skip
+        if cell.params:
+            params = self.weight_ih.new_empty(len(cell.params) * hidden_size)
+            bound = 1 / math.sqrt(hidden_size)
+            self.weight_peephole = nn.Parameter(params.uniform_(-bound, bound))
 
     @property
     def forget_bias(self) -> float | None:
@@ -169,7 +195,7 @@ class LSTMCell(_CellModule):
         super().reset_parameters()
         for name, bias in self.named_parameters():
             if name == "bias_ih":
-                fill_forget_gate(bias, self.forget_bias)
+                fill_forget_gate(cell_of(self), bias, self.forget_bias)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None

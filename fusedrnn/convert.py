@@ -24,7 +24,9 @@ PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNNCell: RNNCell,
 }
 M = TypeVar("M", bound=nn.Module)
-OWN = ("backend", "initial_state", "forget_bias")  # attributes of ours
+# Attributes of ours; a layer that has other values of the first ones is none of torch.nn's.
+VARIANTS = {"initial_state": "zeros", "peephole": False, "coupled_gates": False}
+OWN = (*VARIANTS, "backend", "forget_bias")
 
 
 def _where(path: str, module: nn.Module) -> str:
@@ -68,8 +70,7 @@ def to_torch(model: M) -> M:
         The same model.
 
     Raises:
-        ValueError: a layer with an initial state other than zeros, which torch.nn has not; nothing
-            is changed.
+        ValueError: a layer of a kind that torch.nn has not; nothing is changed.
 
     Example:
         >>> import fusedrnn, torch
@@ -79,10 +80,11 @@ def to_torch(model: M) -> M:
     """
     theirs = {ours: torch_class for torch_class, ours in PAIRS.items()}
     for path, module in model.named_modules():
-        initial = getattr(module, "initial_state", "zeros") if type(module) in theirs else "zeros"
-        if initial != "zeros":
-            where = _where(path, module)
-            raise ValueError(f"{where} has initial_state={initial!r}, which torch.nn has not")
+        for name, plain in VARIANTS.items() if type(module) in theirs else ():
+            value = getattr(module, name, plain)
+            if value != plain:
+                where = _where(path, module)
+                raise ValueError(f"{where} has {name}={value!r}, which torch.nn has not")
     for module in model.modules():
         torch_class = theirs.get(type(module))
         if torch_class is not None:

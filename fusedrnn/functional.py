@@ -6,7 +6,7 @@ directions, L layers, G gates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fusedrnn.backends import Names, Request, Sequence, Weights, check_names, select
 from fusedrnn.backends.reference import compute_dtype
-from fusedrnn.cells import CELLS, GRU, LSTM, Cell
+from fusedrnn.cells import GRU, LSTM, PLAIN, Cell
+from fusedrnn.cells import lstm as lstm_cell
 from fusedrnn.layer import Stack, run_layers, run_step
 from fusedrnn.recurrence import cell_update
 
@@ -36,6 +37,8 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     proj_size: int = 0,
+    peephole: bool = False,
+    coupled_gates: bool = False,
     lengths: Lengths = None,
     resets: Tensor | None = None,
     return_cell_states: bool = False,
@@ -47,6 +50,7 @@ def lstm(
         x: ``[T,B,I]``, or ``[B,T,I]`` with batch_first.
         hx: ``(h_0 [L*D,B,P], c_0 [L*D,B,H])``; None: zeros.
         params: flat, in the order of the module's state_dict.
+        peephole, coupled_gates: as of :class:`fusedrnn.LSTM`.
         lengths: ``[B]`` int64 or a list; steps ``t >= lengths[b]`` are not computed.
         resets: ``[T,B]`` bool (``[B,T]`` with batch_first); true where a new sequence begins.
         return_cell_states: also return c of every step of the last layer.
@@ -69,8 +73,9 @@ def lstm(
     """
     if hx is not None and (isinstance(hx, Tensor) or len(hx) != 2):
         raise TypeError(f"hx should be a tuple of two tensors (h_0, c_0), got {type(hx).__name__}")
+    cell = lstm_cell(peephole=peephole, coupled_gates=coupled_gates)
     stack = _run_flat(
-        LSTM, x, hx, params, has_biases=has_biases, num_layers=num_layers, dropout=dropout,
+        cell, x, hx, params, has_biases=has_biases, num_layers=num_layers, dropout=dropout,
         training=training, bidirectional=bidirectional, batch_first=batch_first,
         proj_size=proj_size, lengths=lengths, resets=resets,
         cell_states=return_cell_states, backend=backend,
@@ -143,7 +148,7 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     stack = _run_flat(
-        CELLS[f"rnn_{nonlinearity}"], x, _only(hx), params,
+        PLAIN[f"rnn_{nonlinearity}"], x, _only(hx), params,
         has_biases=has_biases, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,
         backend=backend,
@@ -219,13 +224,13 @@ def _run_flat(
     if num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
     directions = 2 if bidirectional else 1
-    each = 2 + 2 * has_biases + (proj_size > 0)
+    each = _tensors(cell, has_biases, proj_size > 0)
     if len(params) != each * directions * num_layers:
         raise ValueError(
             f"params should hold {each} tensors for each of {num_layers} layers and {directions} "
             f"directions, got {len(params)} in all"
         )
-    weights = group(params, has_biases, proj_size > 0)
+    weights = group(cell, params, has_biases, proj_size > 0)
     return checked_run(
         cell, x, hx, weights, bidirectional=bidirectional, proj_size=proj_size, **options
     )
@@ -297,17 +302,37 @@ def to_batch_first(stack: Stack) -> Stack:
     return stack._replace(y=stack.y.transpose(0, 1), c=c)
 
 
-def group(params: Seq[Tensor], has_biases: bool, has_projection: bool) -> list[Weights]:
-    """The flat parameters of torch.nn's order, by layer and direction."""
+def _tensors(cell: Cell, has_biases: bool, has_projection: bool) -> int:
+    """The number of parameters of a layer and direction."""
+    return 2 + 2 * has_biases + has_projection + bool(cell.params)
 
-    def layers() -> Iterator[Weights]:
-        flat = iter(params)
-        for w_ih in flat:
-            w_hh = next(flat)
-            b_ih, b_hh = (next(flat), next(flat)) if has_biases else (None, None)
-            yield Weights(w_ih, w_hh, b_ih, b_hh, next(flat) if has_projection else None)
 
-    return list(layers())
+def group(cell: Cell, params: Seq[Tensor], has_biases: bool, has_projection: bool) -> list[Weights]:
+    """The flat parameters by layer and direction: those of torch.nn in its order, then, if the cell
+    has params, one tensor ``[K*H]`` for each layer and direction."""
+    layers = len(params) // _tensors(cell, has_biases, has_projection)
+    flat = iter(params)
+    of_cell = iter(params[-layers:])
+
+    def weights() -> Weights:
+        w_ih, w_hh = next(flat), next(flat)
+        b_ih, b_hh = (next(flat), next(flat)) if has_biases else (None, None)
+        w_hr = next(flat) if has_projection else None
+        of_units = by_unit(cell, next(of_cell), w_hh) if cell.params else None
+        return Weights(w_ih, w_hh, b_ih, b_hh, w_hr, of_units)
+
+    return [weights() for _ in range(layers)]
+
+
+def by_unit(cell: Cell, params: Tensor, w_hh: Tensor) -> Tensor:
+    """``[K*H]`` as ``[K,H]``."""
+    count, hidden = len(cell.params), w_hh.shape[0] // len(cell.gates)
+    if params.shape != (count * hidden,):
+        raise ValueError(
+            f"{', '.join(cell.params)} of the cell {cell.name} should be one tensor of shape "
+            f"{[count * hidden]}, got {list(params.shape)}"
+        )
+    return params.view(count, hidden)
 
 
 def sequence(x: Tensor, lengths: Lengths, resets: Tensor | None, batch_first: bool) -> Sequence:

@@ -9,7 +9,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn.backends import Names
 from fusedrnn.base import Layers, run_module
-from fusedrnn.cell_modules import fill_forget_gate, finite
+from fusedrnn.cell_modules import fill_forget_gate, finite, truth
+from fusedrnn.cells import Cell, lstm
 from fusedrnn.functional import Lengths
 
 
@@ -20,6 +21,10 @@ class LSTM(Layers):
 
     Args:
         input_size .. dtype: as torch.nn's.
+        peephole: the gates see the cell state, by a weight a unit: parameters
+            ``weight_peephole_l0 [3*H]``, those of i, f and o (Gers & Schmidhuber 2000).
+        coupled_gates: there is no input gate, and ``1 - s(f)`` stands for it (Greff et al. 2017):
+            weights and biases have 3*H rows, gates f g o, peepholes 2*H, those of f and o.
         forget_bias: what ``reset_parameters`` sets the forget gate's ``bias_ih`` to (Gers et al.
             2000; Jozefowicz et al. 2015); None: as the other biases.
         initial_state: what hx is if none is given, and enters at resets: "zeros"; "learned",
@@ -55,6 +60,8 @@ class LSTM(Layers):
         (torch.Size([5, 3, 16]), torch.Size([2, 3, 16]))
     """
 
+    peephole = False
+    coupled_gates = False
     _forget_bias: float | None = None
 
     def __init__(
@@ -70,6 +77,8 @@ class LSTM(Layers):
         device: Any = None,
         dtype: Any = None,
         *,
+        peephole: bool = False,
+        coupled_gates: bool = False,
         forget_bias: float | None = None,
         initial_state: str = "zeros",
         backend: Names = None,
@@ -78,10 +87,20 @@ class LSTM(Layers):
             if not bias:
                 raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
         self._forget_bias = finite("forget_bias", forget_bias)
+        if truth("peephole", peephole):  # else the class's
+            self.peephole = True
+        if truth("coupled_gates", coupled_gates):
+            self.coupled_gates = True
         super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout,
-            bidirectional, proj_size, device, dtype, backend=backend, initial_state=initial_state,
+            "GRU" if coupled_gates else "LSTM",  # whose weights have rows for as many gates
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+            proj_size, device, dtype, backend=backend, initial_state=initial_state,
         )  # fmt: skip
+        self.mode = "LSTM"
+
+    @property
+    def _cell(self) -> Cell:
+        return lstm(peephole=self.peephole, coupled_gates=self.coupled_gates)
 
     @property
     def forget_bias(self) -> float | None:
@@ -92,7 +111,7 @@ class LSTM(Layers):
         super().reset_parameters()
         for name, bias in self.named_parameters():
             if name.startswith("bias_ih"):
-                fill_forget_gate(bias, self.forget_bias)
+                fill_forget_gate(self._cell, bias, self.forget_bias)
 
     # (h, c) in place of h: torch.nn.LSTM's own checks, with their messages.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

@@ -25,7 +25,7 @@ from fusedrnn.backends import (
     cuda,
     native,
 )
-from fusedrnn.cells import CELLS, LSTM, Cell
+from fusedrnn.cells import LSTM, PLAIN, Cell
 
 pytestmark = pytest.mark.skipif(not native.isas(), reason="no native library")
 CUDA = torch.device("cuda", 0)
@@ -81,7 +81,7 @@ def test_reasons(present, request_, reason):
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_supports(present, cell, dtype):
     assert by_name("cuda").supports(Request(cell, dtype, CUDA, 8, 0)) is None
 
@@ -172,7 +172,7 @@ def both_directions(dtype, cell, hidden, proj):
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_fake_tensors(cell, dtype):
     """Results have the dtype of the inputs; only the c that backward reads is not rounded to it."""
     with FakeTensorMode():

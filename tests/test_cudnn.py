@@ -15,7 +15,7 @@ import torch
 import fusedrnn
 from fusedrnn import layer
 from fusedrnn.backends import Reference, Request, Weights, by_name, cuda, cudnn, weigh
-from fusedrnn.cells import CELLS, LSTM, Cell
+from fusedrnn.cells import LSTM, PLAIN, Cell
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, check_case, make_inputs
 
@@ -118,7 +118,7 @@ def stand_in():
         yield by_name("cudnn")
 
 
-CASES = [(cell, 0) for cell in CELLS.values()] + [(LSTM, 1), (LSTM, 3)]
+CASES = [(cell, 0) for cell in PLAIN.values()] + [(LSTM, 1), (LSTM, 3)]
 cases = pytest.mark.parametrize(("cell", "proj"), CASES, ids=lambda v: getattr(v, "name", f"P{v}"))
 both_ways = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
@@ -261,7 +261,7 @@ def test_reason_on_a_pytorch_without_cudnn():
         fusedrnn.LSTM(3, 4, backend="cudnn")(torch.randn(5, 2, 3))
 
 
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_supports(present, cell, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
     for dtype in cudnn.DTYPES:

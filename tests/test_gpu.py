@@ -10,7 +10,7 @@ from against_torch import LAYERS, assert_equals_torch, make_hx, twins
 import fusedrnn
 from fusedrnn.backends import by_name, cuda
 from fusedrnn.backends.native import Device
-from fusedrnn.cells import CELLS, GRU, LSTM
+from fusedrnn.cells import CELLS, GRU, LSTM, PLAIN
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, check_case, make_inputs, run_case
 
@@ -63,7 +63,7 @@ def check(cell, *shape, arithmetic, device=DEVICE, backend="cuda", **options):
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_cells(cell, shape, feature, arithmetic):
     check(cell, *shape, arithmetic=arithmetic, **feature)
 
@@ -77,18 +77,18 @@ def test_triton(cell, shape, arithmetic):
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_triton_with_a_launch_a_step(monkeypatch, cell, arithmetic):
     monkeypatch.setattr(cuda, "device", lambda index: Device(0, 90, 0))
     check(cell, 4, 70, 8, 72, arithmetic=arithmetic, backend="triton", reverse=True)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("name", ["PEEPHOLE", "SLOW"])
-def test_triton_with_cells_of_users(name, arithmetic):
-    import user_cells
+@pytest.mark.parametrize("name", [*(name for name in CELLS if name not in PLAIN), "slow"])
+def test_triton_with_other_cells(name, arithmetic):
+    from user_cells import SLOW
 
-    cell = getattr(user_cells, name)
+    cell = CELLS.get(name, SLOW)
     check(cell, 4, 19, 8, 40, arithmetic=arithmetic, backend="triton", cell_states=True)
 
 
@@ -114,7 +114,7 @@ def test_projection(proj, feature, arithmetic):
 @pytest.mark.parametrize("shape", [(65_600, 1, 1, 2), (2, 70_000, 1, 3)], ids=str)
 def test_more_than_16_bits_count(backend, shape):
     """Steps, or rows; the last ones as the reference makes them."""
-    case = Case(CELLS["gru"], *shape)
+    case = Case(PLAIN["gru"], *shape)
     inputs = make_inputs(case).on(DEVICE)
     out = run_case(case, inputs, by_name(backend))
     rows, steps = slice(-8, None), slice(-600, None)
@@ -318,7 +318,7 @@ def test_a_tensor_on_the_cpu(what):
 
 
 def test_a_tensor_on_the_cpu_within_an_op():
-    case = Case(CELLS["gru"], 3, 2, 3, 4)
+    case = Case(PLAIN["gru"], 3, 2, 3, 4)
     call = make_inputs(case).on(DEVICE).call(case)
     weights = call.weights._replace(w_hh=call.weights.w_hh.cpu())
     with pytest.raises(RuntimeError, match="w_hh is on the CPU, expected CUDA device 0"):

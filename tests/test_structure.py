@@ -13,7 +13,7 @@ import torch
 
 import fusedrnn
 from fusedrnn.backends import Request, by_name, cuda, cudnn, native, triton
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import CELLS, PLAIN
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -64,7 +64,10 @@ def test_cell_names_stay_in_their_rooms():
 def test_native_library_agrees_about_the_cells():
     if not native.native_cells():
         pytest.skip("no native library")
-    facts = {c.name: (len(c.gates), len(c.states), c.saved, c.additive) for c in CELLS.values()}
+    facts = {
+        c.name: (len(c.gates), len(c.states), c.saved, len(c.params), c.additive, c.name in PLAIN)
+        for c in CELLS.values()
+    }
     assert native.native_cells() == facts
     assert list(native.native_cells()) == list(facts)
 
@@ -78,7 +81,8 @@ def test_cells_keep_what_they_save(cell):
         return saved
 
     gx = torch.zeros(2, len(cell.gates), 3)
-    cell.step(gx, gx, (torch.zeros(2, 3),) * len(cell.states), keep)
+    params = (tuple(torch.zeros(3) for _ in cell.params),) if cell.params else ()
+    cell.step(gx, gx, (torch.zeros(2, 3),) * len(cell.states), *params, keep)
     assert [t.shape for t in kept] == [(2, 3)] * cell.saved
 
 

@@ -16,7 +16,7 @@ from fusedrnn.backends import triton as backend
 from fusedrnn.backends.native import DTYPES, Device
 from fusedrnn.backends.triton import plans
 from fusedrnn.backends.triton.plans import TILES
-from fusedrnn.cells import CELLS, GRU, LSTM
+from fusedrnn.cells import CELLS, GRU, LSTM, LSTM_PEEPHOLE, PLAIN
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, check_case, make_inputs, run_case
 
@@ -89,7 +89,7 @@ SHAPES = [(1, 1, 1, 1), (3, 19, 4, 20), (2, 17, 3, 16)]
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_cells(machine, algorithm, cell, shape, feature, arithmetic):
     dtype = machine.choose(arithmetic)
     machine.check(Case(cell, *shape, dtype=dtype, cell_states=cell is LSTM, **feature))
@@ -114,14 +114,16 @@ def test_more_than_one_round_of_k(machine, algorithm, shape, arithmetic):
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
-@pytest.mark.parametrize("name", ["PEEPHOLE", "SLOW"])
-def test_cells_of_users(machine, algorithm, name, feature, arithmetic):
-    """With params, and with more states than two."""
-    import user_cells
+@pytest.mark.parametrize("name", [*(name for name in CELLS if name not in PLAIN), "slow"])
+def test_other_cells(machine, algorithm, name, feature, arithmetic):
+    """With params, and a user's with more states than two."""
+    from user_cells import SLOW
 
-    dtype = machine.choose(arithmetic)
-    cell = getattr(user_cells, name)
-    machine.check(Case(cell, 3, 19, 4, 20, dtype=dtype, cell_states=True, **feature))
+    case = Case(
+        CELLS.get(name, SLOW), 3, 19, 4, 20, dtype=machine.choose(arithmetic), cell_states=True,
+        **feature,
+    )  # fmt: skip
+    machine.check(case)
 
 
 def test_readme_s_cell(machine, tmp_path, monkeypatch):
@@ -213,13 +215,11 @@ ARRAYS = {
 @pytest.mark.parametrize("call, name", [(c, name) for c in ARRAYS for name in ARRAYS[c].split()])
 def test_bounds_of_arrays(machine, algorithm, call, name):
     """Each array ends one element before the kernels take it to."""
-    from user_cells import PEEPHOLE
-
     if (name == "counters" and algorithm != "grid") or (name == "h0" and algorithm == "sequence"):
         pytest.skip("not of this algorithm")
     machine.interpreter.short = call, name
     cell = GRU if name in ("b_hh", "dgh", "dgx", "h_prev") else LSTM
-    cell = PEEPHOLE if "parameters" in name else cell
+    cell = LSTM_PEEPHOLE if "parameters" in name else cell
     case = Case(cell, 3, 19, 4, 40, lengths=True, cell_states=cell is not GRU)
     if name == "resets":  # which hides h0
         case = replace(case, resets=True, reverse=True)

@@ -127,7 +127,7 @@ def main() -> None:
     driver = Driver()
     triton.runtime.driver.set_active(driver)
     backends._ALL["triton"] = OnNothing()
-    cells = (*CELLS.values(), user_cells.PEEPHOLE, user_cells.SLOW)
+    cells = (*CELLS.values(), user_cells.SLOW)
     for algorithm, device in DEVICES.items():
         cuda.device = lambda index, device=device: device
         for cell in cells:

@@ -4,12 +4,14 @@
 // A cell is a struct of static functions over a value type V (numeric.h), acting on one hidden
 // unit (or one vector of units) of one batch row. States are h first, then the others.
 //
-//   forward(gx[G], gh[G], s[S], out[S], saved[R])
-//       gx = W_ih x + b_ih, gh = W_hh h_prev (+ b_hh); s: the states that enter the step;
-//       out: the new states; saved: all that backward needs beside s.
-//   backward(s[S], saved[R], dout[S], dgx[G], dgh[G], ds[S])
+//   forward(gx[G], gh[G], s[S], p[K], out[S], saved[R])
+//       gx = W_ih x + b_ih, gh = W_hh h_prev (+ b_hh); s: the states that enter the step; p: the
+//       unit's parameters beside the weights; out: the new states; saved: all that backward needs
+//       beside s and p.
+//   backward(s[S], saved[R], p[K], dout[S], dgx[G], dgh[G], ds[S], dp[K])
 //       ds[0] is only the path from h_prev to out that does not pass through W_hh; a cell with
-//       kReadsH = false has none and leaves ds[0] alone.
+//       kReadsH = false has none and leaves ds[0] alone. dp: what this step adds to the gradients
+//       of p.
 #pragma once
 
 #include <concepts>
@@ -26,15 +28,18 @@ concept CellPolicy = requires(const double* in, double* out) {
   { C::kGates } -> std::convertible_to<int>;      // G
   { C::kStates } -> std::convertible_to<int>;     // S
   { C::kSaved } -> std::convertible_to<int>;      // R
+  { C::kParams } -> std::convertible_to<int>;     // K, may be 0
   { C::kAdditive } -> std::convertible_to<bool>;  // gx and gh only meet as gx + gh: dgx == dgh
   { C::kReadsH } -> std::convertible_to<bool>;    // forward reads s[0]; excludes a projection
-  C::template forward<double>(in, in, in, out, out);
-  C::template backward<double>(in, in, in, out, out, out);
+  C::template forward<double>(in, in, in, in, out, out);
+  C::template backward<double>(in, in, in, in, out, out, out, out);
 } && C::kGates >= 1 && C::kStates >= 1 && C::kSaved >= 1;
 
 template <CellPolicy... C>
 struct CellList {
   static constexpr int kCount = sizeof...(C);
+  template <CellPolicy... More>
+  using With = CellList<C..., More...>;
 
   // Calls f.template operator()<Cell>() for the cell with this index; false if there is none.
   template <class F>
@@ -44,7 +49,9 @@ struct CellList {
   }
 };
 
-// The order is the public cell index.
-using Cells = CellList<RnnTanh, RnnRelu, Lstm, Gru>;
+// The order is the public cell index. Those of torch.nn come first: the CUDA kernels are made for
+// them alone.
+using PlainCells = CellList<RnnTanh, RnnRelu, Lstm, Gru>;
+using Cells = PlainCells::With<LstmPeephole, LstmCoupled, LstmCoupledPeephole>;
 
 }  // namespace frnn

@@ -10,13 +10,14 @@ namespace {
 
 template <CellPolicy... C>
 constexpr auto facts_of(CellList<C...>) {
-  return std::array{
-      CellFacts{C::kName, C::kGates, C::kStates, C::kSaved, C::kAdditive, C::kReadsH}...};
+  return std::array{CellFacts{C::kName, C::kGates, C::kStates, C::kSaved, C::kParams, C::kAdditive,
+                              C::kReadsH}...};
 }
 constexpr auto kFacts = facts_of(Cells{});
 
 }  // namespace
 
+int plain_cell_count() { return PlainCells::kCount; }
 int cell_count() { return static_cast<int>(kFacts.size()); }
 const CellFacts& cell_facts(int cell) { return kFacts[cell]; }
 

@@ -9,11 +9,11 @@ namespace frnn {
 // Saved: r, z, n and gh_n.
 struct Gru {
   static constexpr const char* kName = "gru";
-  static constexpr int kGates = 3, kStates = 1, kSaved = 4;
+  static constexpr int kGates = 3, kStates = 1, kSaved = 4, kParams = 0;
   static constexpr bool kAdditive = false, kReadsH = true;
 
   template <class V>
-  FRNN_FN static void forward(const V* gx, const V* gh, const V* s, V* out, V* saved) {
+  FRNN_FN static void forward(const V* gx, const V* gh, const V* s, const V*, V* out, V* saved) {
     const V r = sigmoid(V(gx[0] + gh[0]));
     const V z = sigmoid(V(gx[1] + gh[1]));
     const V n = tanh(V(gx[2] + r * gh[2]));
@@ -25,7 +25,8 @@ struct Gru {
   }
 
   template <class V>
-  FRNN_FN static void backward(const V* s, const V* saved, const V* dout, V* dgx, V* dgh, V* ds) {
+  FRNN_FN static void backward(const V* s, const V* saved, const V*, const V* dout, V* dgx, V* dgh,
+                               V* ds, V*) {
     const V r = saved[0], z = saved[1], n = saved[2];
     const V dn = dout[0] * (1.0f - z) * (1.0f - n * n);
     dgx[0] = dgh[0] = dn * saved[3] * (r * (1.0f - r));

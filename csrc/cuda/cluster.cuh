@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
       for (int j = 0; j < kStates; ++j) {
         state[tile][i][j] = steps.entering(timeline.entry(span.begin, p.row), p, j, V(0));
       }
-      steps.read_bias(p, bias[i / 2]);
+      steps.read_of_units(p, bias[i / 2]);
       for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
     });
     entries(span.begin, tile, next[tile]);

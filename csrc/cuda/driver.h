@@ -49,7 +49,7 @@ extern const Clusters kClustersTf32;
 template <class M, template <class, class> class Args, class F>
 void with_types(int cell, const Args<void, void>& args, const F& f) {
   const auto typed = __builtin_bit_cast(Args<typename M::S, typename M::V>, args);
-  Cells::dispatch(cell, [&]<class Cell>() { f.template operator()<Cell>(typed); });
+  PlainCells::dispatch(cell, [&]<class Cell>() { f.template operator()<Cell>(typed); });
 }
 
 // The most bytes, 16, 8 or 4, that divide all these sizes and addresses; else 0.

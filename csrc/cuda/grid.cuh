@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     steps.start_others(p);
     next = timeline.entry(span.begin, p.row);
     for (int j = 0; j < kStates; ++j) in.state[j] = steps.entering(next, p, j, V(0));
-    steps.read_bias(p, in);
+    steps.read_of_units(p, in);
     for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
   }
   if (span.begin < span.end) {

@@ -87,6 +87,9 @@ def unfit(request: Request) -> str | None:
 class Cuda(Ops):
     name = "cuda"
 
+    def __init__(self) -> None:
+        super().__init__(name for name, facts in native_cells().items() if facts.cuda)
+
     def supports(self, request: Request) -> str | None:
         return _missing or unfit(request) or unfit_dtype(request) or self._lacks(request)
 
@@ -119,6 +122,7 @@ def _forward(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
+    params: None,
     h0: Tensor,
     c0: Tensor | None,
     lengths: Tensor | None,
@@ -129,7 +133,7 @@ def _forward(
     cell_states: bool,
     bfloat16: bool,
 ) -> tuple[Tensor, ...]:
-    *_, additive = facts_of(cell)
+    additive = facts_of(cell).additive
     gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), additive, _product)
     out: tuple[Tensor, ...] = torch.ops.fusedrnn.cuda_forward(
         gx, w_hh, b_hh, w_hr, h0, c0, lengths, resets, cell, reverse, training, cell_states,
@@ -147,6 +151,7 @@ def _backward(
     w_ih: Tensor,
     w_hh: Tensor,
     w_hr: Tensor | None,
+    params: None,
     h_prev: Tensor,
     c_prev: Tensor,
     saved: Tensor,
@@ -162,7 +167,7 @@ def _backward(
     want_b_hh: bool,
     want_w_hr: bool,
 ) -> tuple[Tensor, ...]:
-    *_, additive = facts_of(cell)
+    additive = facts_of(cell).additive
     w_hh_t = w_hh.t().contiguous()
     w_hr_t = None if w_hr is None else w_hr.t().contiguous()
     dgx, dgh, dh, dh0, dc0 = torch.ops.fusedrnn.cuda_backward(
@@ -176,7 +181,7 @@ def _backward(
         want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, False, True, True
     )
     found = products.gradients(x, weights, run, wanted, _product)
-    return tuple(x.new_empty(0) if d is None else d for d in (*found[:6], *found[7:]))
+    return tuple(x.new_empty(0) if d is None else d for d in found)
 
 
 if _missing is None:

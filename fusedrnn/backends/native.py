@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,17 +44,32 @@ def _text(function: str) -> str:
     return bytes(call()).decode()
 
 
-def native_cells() -> dict[str, tuple[int, int, int, bool]]:
-    """The cells of the native library in its order: gates, states, saved planes, additive."""
+class Facts(NamedTuple):
+    """What the native library knows of a cell: numbers, and whether it is additive."""
+
+    gates: int
+    states: int
+    saved: int  # planes
+    params: int
+    additive: bool
+    cuda: bool  # there are CUDA kernels for it
+
+
+def native_cells() -> dict[str, Facts]:
+    """The cells of the native library in its order."""
     if _library is None:
         return {}
-    rows = (line.split() for line in _text("frnn_cells").splitlines())
-    return {name: (int(g), int(s), int(r), a == "1") for name, g, s, r, a in rows}
+    cells = {}
+    for line in _text("frnn_cells").splitlines():
+        name, *numbers = line.split()
+        gates, states, saved, params, additive, cuda = map(int, numbers)
+        cells[name] = Facts(gates, states, saved, params, bool(additive), bool(cuda))
+    return cells
 
 
 @functools.cache
-def facts_of(cell: int) -> tuple[int, int, int, bool]:
-    """The same of the cell with an index."""
+def facts_of(cell: int) -> Facts:
+    """Those of the cell with an index."""
     return list(native_cells().values())[cell]
 
 
@@ -125,8 +141,9 @@ def unfit_dtype(request: Request) -> str | None:
 class Ops:
     """What the backends of the CPU and of CUDA share: their tensors go through the same ops."""
 
-    def __init__(self) -> None:
-        self._index = {name: i for i, name in enumerate(native_cells())}
+    def __init__(self, cells: Iterable[str]) -> None:
+        """``cells``: the first ones of the native library, in its order."""
+        self._index = {name: i for i, name in enumerate(cells)}
 
     def _lacks(self, request: Request) -> str | None:
         """What no device has a kernel for."""
@@ -146,7 +163,7 @@ class Ops:
     def _forward(self, call: Call, training: bool, bfloat16: bool) -> Run:
         """``bfloat16``: float32 tensors hold bfloat16 values, and h may be rounded to them."""
         cell, x, weights, h0, c0, seq, reverse, cell_states = call
-        tensors = (x, *weights[:5], h0, c0, *seq.masks)
+        tensors = (x, *weights, h0, c0, *seq.masks)
         y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
@@ -162,17 +179,17 @@ class Ops:
     ) -> Gradients:
         cell, x, weights, _, c0, seq, reverse, _ = call
         dy, dh_n, dc_n, dc = upstream
-        w_ih, w_hh, _, _, w_hr, _ = weights
-        tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, *reserve, *seq.masks)
+        w_ih, w_hh, _, _, w_hr, params = weights
+        tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, params, *reserve, *seq.masks)
         found = torch.ops.fusedrnn.recurrence_backward(
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
             reverse,
             *wanted[:6],
         )
-        given = (*wanted[:6], True, c0 is not None)
-        asked = [d if g else None for d, g in zip(found, given, strict=True)]
-        return Gradients._make((*asked[:6], None, *asked[6:]))
+        given = (*wanted[:7], True, c0 is not None)
+        asked = Gradients(*(d if g else None for d, g in zip(found, given, strict=True)))
+        return asked if asked.params is None else asked._replace(params=asked.params.sum(1))
 
 
 class Native(Ops):
@@ -180,6 +197,9 @@ class Native(Ops):
     forward are of bfloat16 values, with sums in float32, where there are AMX tiles for them."""
 
     name = "cpu"
+
+    def __init__(self) -> None:
+        super().__init__(native_cells())
 
     def supports(self, request: Request) -> str | None:
         if _missing is not None:
@@ -252,7 +272,7 @@ def empty_gradients(
     states: int,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    """The results of a backward op, unset, in the order of Gradients but for those of params;
+    """The results of a backward op but for those of params, unset, in the order of Gradients;
     ``[0]`` if not wanted."""
     batch, hidden = saved.shape[2:]
     want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr = wanted
@@ -279,6 +299,7 @@ def _fake_forward(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     w_hr: Tensor | None,
+    params: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     lengths: Tensor | None,
@@ -289,8 +310,8 @@ def _fake_forward(
     cell_states: bool,
     bfloat16: bool,
 ) -> tuple[Tensor, ...]:
-    gates, _, planes, _ = facts_of(cell)
-    return empty_run(x, w_hh, w_hr, c0, gates, planes, training, cell_states)
+    facts = facts_of(cell)
+    return empty_run(x, w_hh, w_hr, c0, facts.gates, facts.saved, training, cell_states)
 
 
 def _fake_backward(
@@ -302,6 +323,7 @@ def _fake_backward(
     w_ih: Tensor,
     w_hh: Tensor,
     w_hr: Tensor | None,
+    params: Tensor | None,
     h_prev: Tensor,
     c_prev: Tensor,
     saved: Tensor,
@@ -317,9 +339,11 @@ def _fake_backward(
     want_b_hh: bool,
     want_w_hr: bool,
 ) -> tuple[Tensor, ...]:
-    _, states, _, _ = facts_of(cell)
+    facts = facts_of(cell)
     wanted = want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr
-    return empty_gradients(x, w_ih, w_hh, w_hr, saved, states, wanted)
+    found = empty_gradients(x, w_ih, w_hh, w_hr, saved, facts.states, wanted)
+    some = (facts.params, *saved.shape[2:]) if facts.params else (0,)
+    return *found[:6], x.new_empty(some), *found[6:]
 
 
 if _library is not None:

@@ -1,10 +1,27 @@
-"""The cells, one file each; the native library lists the same ones in the same order."""
+"""The cells, one file for each family; the native library lists the same ones in the same order."""
 
 from fusedrnn.cells.cell import Cell, by_key
 from fusedrnn.cells.gru import GRU
-from fusedrnn.cells.lstm import LSTM
+from fusedrnn.cells.lstm import LSTM, LSTM_COUPLED, LSTM_COUPLED_PEEPHOLE, LSTM_PEEPHOLE, lstm
 from fusedrnn.cells.rnn import RNN_RELU, RNN_TANH
 
-CELLS: dict[str, Cell] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, LSTM, GRU)}
+# Those of torch.nn, which every backend runs, come first.
+PLAIN: dict[str, Cell] = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, LSTM, GRU)}
+CELLS: dict[str, Cell] = PLAIN | {
+    cell.name: cell for cell in (LSTM_PEEPHOLE, LSTM_COUPLED, LSTM_COUPLED_PEEPHOLE)
+}
 
-__all__ = ["CELLS", "GRU", "LSTM", "RNN_RELU", "RNN_TANH", "Cell", "by_key"]
+__all__ = [
+    "CELLS",
+    "GRU",
+    "LSTM",
+    "LSTM_COUPLED",
+    "LSTM_COUPLED_PEEPHOLE",
+    "LSTM_PEEPHOLE",
+    "PLAIN",
+    "RNN_RELU",
+    "RNN_TANH",
+    "Cell",
+    "by_key",
+    "lstm",
+]

@@ -33,13 +33,15 @@ class CellCheck {
       fill(gh_);
       fill(s_);
       fill(dout_);
+      fill(p_);
       double out[Cell::kStates], saved[Cell::kSaved];
-      double dgx[Cell::kGates], dgh[Cell::kGates], ds[Cell::kStates] = {};
-      Cell::forward(gx_, gh_, s_, out, saved);
-      Cell::backward(s_, saved, dout_, dgx, dgh, ds);
+      double dgx[Cell::kGates], dgh[Cell::kGates], ds[Cell::kStates] = {}, dp[Cell::kParams + 1];
+      Cell::forward(gx_, gh_, s_, p_, out, saved);
+      Cell::backward(s_, saved, p_, dout_, dgx, dgh, ds, dp);
       compare("dgx", gx_, dgx, Cell::kGates);
       compare("dgh", gh_, dgh, Cell::kGates);
       compare("ds", s_, ds, Cell::kStates);
+      compare("dp", p_, dp, Cell::kParams);
       for (int g = 0; g < Cell::kGates && Cell::kAdditive; ++g) {
         expect(dgx[g] == dgh[g], Cell::kName, dgx[g], dgh[g]);
       }
@@ -54,7 +56,7 @@ class CellCheck {
 
   double loss() const {
     double out[Cell::kStates], saved[Cell::kSaved], sum = 0;
-    Cell::forward(gx_, gh_, s_, out, saved);
+    Cell::forward(gx_, gh_, s_, p_, out, saved);
     for (int j = 0; j < Cell::kStates; ++j) sum += dout_[j] * out[j];
     return sum;
   }
@@ -79,6 +81,7 @@ class CellCheck {
   std::mt19937 random_{1};
   std::normal_distribution<double> normal_;
   double gx_[Cell::kGates], gh_[Cell::kGates], s_[Cell::kStates], dout_[Cell::kStates];
+  double p_[Cell::kParams + 1];
 };
 
 template <frnn::CellPolicy... Cell>

@@ -72,7 +72,7 @@ class Simulated(cuda.Cuda):
         tf32,
     ):  # fmt: skip
         steps, batch = gx.shape[:2]
-        gates, states, planes, _ = facts_of(cell)
+        gates, states, planes, *_ = facts_of(cell)
         hidden, out = w_hh.shape[0] // gates, w_hh.shape[1]
         others, inference, wide = states - 1, not training, _wide(gx.dtype)
 
@@ -107,7 +107,8 @@ class Simulated(cuda.Cuda):
         resets, cell, reverse, tf32,
     ):  # fmt: skip
         steps, batch, out = h_prev.shape
-        gates, states, _, additive = facts_of(cell)
+        facts = facts_of(cell)
+        gates, states, additive = facts.gates, facts.states, facts.additive
         hidden, dtype, wide = saved.shape[-1], h_prev.dtype, _wide(h_prev.dtype)
         dgx = torch.empty(steps, batch, gates * hidden, dtype=dtype)
         dgh = dgx if additive else torch.empty_like(dgx)

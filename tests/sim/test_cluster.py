@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from test_standard import FEATURES, WAYS
 
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import PLAIN
 from fusedrnn.testing import Case, check_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
@@ -39,14 +39,14 @@ def simulated(machine):
 @pytest.mark.parametrize("cell, feature, arithmetic", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
 def test_cells(machine, simulated, cell, shape, feature, arithmetic):
-    case = Case(CELLS[cell], *shape, dtype=simulated.choose(arithmetic), **FEATURES[feature])
+    case = Case(PLAIN[cell], *shape, dtype=simulated.choose(arithmetic), **FEATURES[feature])
     check_case(case, simulated, tf32=simulated.tf32)
     assert machine.ran() == KERNELS
 
 
 def test_every_step_s_cell_state_and_its_gradient(machine, simulated):
     case = Case(
-        CELLS["lstm"], 3, 5, 4, 136, dtype=simulated.choose("bfloat16"), cell_states=True,
+        PLAIN["lstm"], 3, 5, 4, 136, dtype=simulated.choose("bfloat16"), cell_states=True,
         lengths=True,
     )  # fmt: skip
     check_case(case, simulated, tf32=False)
@@ -61,7 +61,7 @@ def test_every_step_s_cell_state_and_its_gradient(machine, simulated):
 @pytest.mark.parametrize("batch", [8, 16])
 def test_target_sizes(machine, simulated, cell, hidden, arithmetic, batch):
     dtype = simulated.choose(arithmetic)
-    check_case(Case(CELLS[cell], 2, batch, 4, hidden, dtype=dtype), simulated, tf32=simulated.tf32)
+    check_case(Case(PLAIN[cell], 2, batch, 4, hidden, dtype=dtype), simulated, tf32=simulated.tf32)
     assert machine.ran() == KERNELS
 
 
@@ -69,7 +69,7 @@ def test_target_sizes(machine, simulated, cell, hidden, arithmetic, batch):
 @pytest.mark.parametrize("shape", [(6, 3, 1, 20), (6, 9, 1, 136)], ids=["block", "cluster"])
 def test_many_schedules(machine, simulated, cell, shape):
     """Warps and blocks that starve, stores that land late: a buffer used again too early shows."""
-    case = Case(CELLS[cell], *shape, dtype=simulated.choose("bfloat16"), lengths=True, resets=True)
+    case = Case(PLAIN[cell], *shape, dtype=simulated.choose("bfloat16"), lengths=True, resets=True)
     for seed in range(100):
         machine.module.set_seed(seed)
         check_case(case, simulated, tf32=False)
@@ -80,6 +80,6 @@ def test_the_rest_runs_by_the_standard_algorithm(machine, simulated, beyond):
     case = {"H": 24, "P": 0, "dtype": "bfloat16", **beyond}
     dtype = simulated.choose(case["dtype"])
     check_case(
-        Case(CELLS["lstm"], 2, 3, 4, case["H"], P=case["P"], dtype=dtype), simulated, tf32=False
+        Case(PLAIN["lstm"], 2, 3, 4, case["H"], P=case["P"], dtype=dtype), simulated, tf32=False
     )
     assert not machine.ran() & KERNELS

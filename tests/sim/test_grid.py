@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_standard import FEATURES, WAYS
 
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import PLAIN
 from fusedrnn.testing import Case, check_case, make_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
@@ -26,14 +26,14 @@ def simulated(machine):
 @pytest.mark.parametrize("cell, feature, arithmetic", WAYS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
 def test_cells(machine, simulated, cell, shape, feature, arithmetic):
-    case = Case(CELLS[cell], *shape, dtype=simulated.choose(arithmetic), **FEATURES[feature])
+    case = Case(PLAIN[cell], *shape, dtype=simulated.choose(arithmetic), **FEATURES[feature])
     check_case(case, simulated, tf32=simulated.tf32)
     assert machine.ran() == KERNELS
 
 
 def test_every_step_s_cell_state_and_its_gradient(machine, simulated):
     dtype = simulated.choose("bfloat16")
-    case = Case(CELLS["lstm"], 3, 5, 4, 40, dtype=dtype, cell_states=True, lengths=True)
+    case = Case(PLAIN["lstm"], 3, 5, 4, 40, dtype=dtype, cell_states=True, lengths=True)
     check_case(case, simulated, tf32=False)
     assert machine.ran() == KERNELS
 
@@ -47,14 +47,14 @@ def test_target_sizes(machine, simulated, cell, hidden, arithmetic):
     """As an H200 would run them: weights in shared memory too in some."""
     machine.module.set_device(132, 90, True, True)
     dtype = simulated.choose(arithmetic)
-    check_case(Case(CELLS[cell], 2, 8, 4, hidden, dtype=dtype), simulated, tf32=simulated.tf32)
+    check_case(Case(PLAIN[cell], 2, 8, 4, hidden, dtype=dtype), simulated, tf32=simulated.tf32)
     assert machine.ran() == KERNELS
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_many_schedules(machine, simulated, cell):
     """Warps and blocks that starve, words that come late: a slot emptied too early shows."""
-    case = Case(CELLS[cell], 7, 3, 1, 24, dtype=simulated.choose("bfloat16"), resets=True)
+    case = Case(PLAIN[cell], 7, 3, 1, 24, dtype=simulated.choose("bfloat16"), resets=True)
     for seed in range(100):
         machine.module.set_seed(seed)
         check_case(case, simulated, tf32=False)
@@ -63,7 +63,7 @@ def test_many_schedules(machine, simulated, cell):
 def test_a_wait_in_vain_is_an_error_and_gives_nan(machine, simulated):
     """The last block never comes: the others give up."""
     machine.module.set_device(16, 80, True, False)
-    case = Case(CELLS["lstm"], 3, 3, 4, 40, dtype=simulated.choose("bfloat16"))
+    case = Case(PLAIN["lstm"], 3, 3, 4, 40, dtype=simulated.choose("bfloat16"))
     call = make_inputs(case).call(case)
     machine.module.lose_a_block(True)
     try:

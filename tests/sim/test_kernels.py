@@ -10,7 +10,7 @@ import torch
 
 from fusedrnn.backends import Reference
 from fusedrnn.backends.native import ARITHMETICS
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import PLAIN
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, make_inputs, run_case
 
@@ -51,7 +51,7 @@ def integers(case: Case):
 @pytest.mark.parametrize("arithmetic", ["float16", "bfloat16", "tf32"])
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1), (2, 9, 4, 17), (2, 9, 8, 16), (2, 33, 4, 40)])
 def test_tensor_cores_are_exact_on_integers(simulated, shape, arithmetic):
-    case = Case(CELLS["rnn_relu"], *shape, dtype=simulated.choose(arithmetic))
+    case = Case(PLAIN["rnn_relu"], *shape, dtype=simulated.choose(arithmetic))
     inputs = integers(case)
     expected = run_case(case, inputs, Reference())
     for name, t in run_case(case, inputs, simulated).items():
@@ -60,7 +60,7 @@ def test_tensor_cores_are_exact_on_integers(simulated, shape, arithmetic):
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("proj", [0, 7])
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_inference_gives_the_same(simulated, algorithm, cell, proj, arithmetic):
     """Which keeps its states between steps, and only those of two steps, or none at all."""
     if proj and (cell.name != "lstm" or algorithm != "standard"):
@@ -76,7 +76,7 @@ def test_inference_gives_the_same(simulated, algorithm, cell, proj, arithmetic):
 @pytest.mark.parametrize("options", [{"P": 7}, {"dtype": torch.bfloat16}], ids=str)
 def test_a_second_backward_is_the_same(simulated, options):
     """Backward leaves what forward saved as it was."""
-    case = Case(CELLS["lstm"], 3, 5, 4, 16, **options)
+    case = Case(PLAIN["lstm"], 3, 5, 4, 16, **options)
     inputs = make_inputs(case)
     x = inputs.x.clone().requires_grad_()
     weights = inputs.weights._replace(w_hh=inputs.weights.w_hh.clone().requires_grad_())
@@ -90,7 +90,7 @@ def test_a_second_backward_is_the_same(simulated, options):
 
 @pytest.mark.parametrize("hidden", [16, 136])
 def test_the_schedule_changes_no_bit(machine, simulated, hidden):
-    case = Case(CELLS["lstm"], 3, 5, 4, hidden, dtype=torch.bfloat16)
+    case = Case(PLAIN["lstm"], 3, 5, 4, hidden, dtype=torch.bfloat16)
     inputs = make_inputs(case)
     runs = []
     for seed in (1, 2):
@@ -104,7 +104,7 @@ def test_the_schedule_changes_no_bit(machine, simulated, hidden):
 def test_a_nan_stays_in_its_sequence(simulated, cell, hidden):
     """A reset keeps it from later steps in forward and from earlier ones in backward; units that
     fill a block up must not bring it back."""
-    case = Case(CELLS[cell], 4, 3, 4, hidden, dtype=torch.bfloat16, resets=True)
+    case = Case(PLAIN[cell], 4, 3, 4, hidden, dtype=torch.bfloat16, resets=True)
     inputs = make_inputs(case)
     resets = torch.zeros(4, 3, dtype=torch.bool)
     resets[2] = True
@@ -151,7 +151,7 @@ def test_bounds_of_arrays(machine, simulated, algorithm, monkeypatch, call, name
         options["dtype"] = torch.bfloat16
     if name not in ("h0", "c0"):  # which a reset at the first step hides
         options["resets"] = True
-    case = Case(CELLS["gru" if gru else "lstm"], 3, 9, 4, 17, lengths=True, **options)
+    case = Case(PLAIN["gru" if gru else "lstm"], 3, 9, 4, 17, lengths=True, **options)
     inputs = make_inputs(case)
     with pytest.raises(RuntimeError, match=f"CUDA kernel .* an access beyond the end of {name}$"):
         if call == "between":  # the steps of an inference

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fusedrnn.backends.native import ARITHMETICS
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import PLAIN
 from fusedrnn.testing import Case, check_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
@@ -22,7 +22,7 @@ FEATURES = {
 # alone: of their features the ends.
 WAYS = [
     (cell, feature, arithmetic)
-    for cell in CELLS
+    for cell in PLAIN
     for feature in FEATURES
     for arithmetic in ("float16", "bfloat16", "tf32")
     if feature in ("plain", "lengths-resets-reverse") or arithmetic != "float16"
@@ -42,7 +42,7 @@ def simulated(machine):
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "T{}-B{}-I{}-H{}".format(*s))
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_cells(simulated, cell, shape, feature, arithmetic):
     dtype = simulated.choose(arithmetic)
     check_case(Case(cell, *shape, dtype=dtype, **feature), simulated, tf32=simulated.tf32)
@@ -53,7 +53,7 @@ def test_cells(simulated, cell, shape, feature, arithmetic):
 @pytest.mark.parametrize("proj", [1, 7, 16])
 def test_projection(simulated, proj, feature, arithmetic):
     dtype = simulated.choose(arithmetic)
-    case = Case(CELLS["lstm"], 3, 5, 4, 32, P=proj, dtype=dtype, cell_states=True, **feature)
+    case = Case(PLAIN["lstm"], 3, 5, 4, 32, P=proj, dtype=dtype, cell_states=True, **feature)
     check_case(case, simulated, tf32=simulated.tf32)
 
 
@@ -63,5 +63,5 @@ def test_more_rounds_than_stages(simulated, shape, arithmetic):
     """The rings of shared memory wrap around. A round is 128 of k in 16 bits, 64 in tf32, and there
     are H of them in forward, 4 H in backward; a ring has 16 stages in backward's small blocks, 6 in
     its middle ones, 3 in forward's large ones."""
-    case = Case(CELLS["lstm"], *shape, dtype=simulated.choose(arithmetic))
+    case = Case(PLAIN["lstm"], *shape, dtype=simulated.choose(arithmetic))
     check_case(case, simulated, tf32=simulated.tf32)
