@@ -53,7 +53,7 @@ struct ForwardArgs : SequenceArgs<S> {
   S* c_n;  // [S-1, B, H] out, or null if S == 1
   S* c;    // [T, B, H] out, or null: the second state at every step, 0 where not computed
 
-  // For backward, all or none; 0 at steps not computed.
+  // For backward, all or none; at steps not computed 0, or on the CPU unset.
   S* h_prev;  // [T, B, P] out, or null: the h that entered the step
   A* c_prev;  // [S-1, T, B, H] out, or null: the other states that entered it
   S* saved;   // [R, T, B, H] out, or null: what the cell saves
@@ -97,7 +97,7 @@ struct Pool {
 template <class S>
 struct BackwardArgs : frnn::BackwardArgs<S> {
   int64_t i;      // I
-  const S* x;     // [T, B, I] in, finite everywhere
+  const S* x;     // [T, B, I] in; what it holds at steps not computed reaches no result
   const S* w_ih;  // [G*H, I] in
   const S* m;     // [T, B, H] in, as forward left it, or null without projection
 

@@ -116,6 +116,14 @@ class ForwardSteps {
     keep<kPlain>(s, p, computed ? compute(gx, gh, in) : Outcome{});
   }
 
+  // In place of it at an idle step, for a driver whose products pass by rows that are not computed:
+  // it leaves what backward reads as it is.
+  FRNN_FN void pad(int64_t s, const Place& p) const {
+    const int64_t offset = timeline_.time(s) * a_.b * a_.h + p.offset;
+    if (kStates > 1 && a_.c) store(a_.c + offset, V{}, p.n);
+    if (!a_.w_hr) store(a_.y + offset, V{}, p.n);
+  }
+
   // What the cell makes of it; and the way to arrays, where it is zeros if the step is not
   // computed.
   struct Outcome {

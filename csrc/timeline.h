@@ -33,7 +33,8 @@ class Timeline {
     return n < 0 ? 0 : (n < a_.t ? n : a_.t);
   }
 
-  FRNN_FN bool computed(int64_t s, int64_t row) const { return full_ || time(s) < length(row); }
+  FRNN_FN bool computed(int64_t s, int64_t row) const { return computed_at(time(s), row); }
+  FRNN_FN bool computed_at(int64_t t, int64_t row) const { return full_ || t < length(row); }
 
   // Steps outside [0, T) have no entry.
   FRNN_FN Entry entry(int64_t s, int64_t row) const {
@@ -47,6 +48,16 @@ class Timeline {
     }
     if (reset(t, row)) return Entry::kZero;
     return t == 0 ? Entry::kInitial : Entry::kCarried;
+  }
+
+  // This step is computed, and the next one from it.
+  FRNN_FN bool goes_on(int64_t s, int64_t row) const {
+    return entry(s + 1, row) == Entry::kCarried;
+  }
+
+  // Neither this step nor the next one is computed.
+  FRNN_FN bool idle(int64_t s, int64_t row) const {
+    return !computed(s, row) && entry(s + 1, row) == Entry::kNone;
   }
 
   // The last step of its row, given that it is computed.

@@ -53,9 +53,8 @@ def run_layers(
         wish: the backends to try, in order; empty: the context's or the default.
     """
     backend = select(request_of(cell, x, weights[0], seq, cell_states), wish)
-    if seq.lengths is not None:
-        steps = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
-        x = x.masked_fill((steps >= seq.lengths).unsqueeze(-1), 0)  # padding may hold NaN
+    if backend.reads_padding:
+        x = seq.without_padding(x)
     layers, own = len(weights) // directions, seq
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []

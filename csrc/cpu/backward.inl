@@ -46,6 +46,7 @@ class Backward {
       : a_(args),
         plan_(plan),
         timeline_(args),
+        computed_(args, carver),
         steps_(args),
         chunk_(a_.b < Outer<T>::kDepth ? Outer<T>::kDepth / (a_.b > 0 ? a_.b : 1) : 1) {
     const int64_t lanes = kLanes<T>, gates = kGates * a_.h;
@@ -57,6 +58,7 @@ class Backward {
     gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<T>(rows * gates);
     gradients_.dh = a_.w_hr ? carver.take<T>(rows * a_.p) : nullptr;
     outer_ = carver.take<T>(plan.slices * Outer<T>::kScratch);
+    names_ = carver.take<int>(plan.slices * chunk_ * a_.b);
   }
 
   Slice slice(int i) const { return make_slice(a_, plan_, i); }
@@ -68,17 +70,17 @@ class Backward {
 
   void pack(const Slice& slice) const {
     const int64_t gates = kGates * a_.h;
-    pack_columns(a_.w_hh, a_.p, a_.p, gates, slice.pack_output, w_hh_);
-    if (a_.w_hr) pack_columns(a_.w_hr, a_.h, a_.h, a_.p, slice.pack_hidden, w_hr_);
-    if (a_.dx) {
-      pack_columns(a_.w_ih, a_.i, a_.i, gates, share(slice, blocks_of<T>(a_.i)), w_ih_);
-    }
+    const Rows rows{nullptr, gates};
+    pack_columns(a_.w_hh, a_.p, a_.p, rows, slice.pack_output, w_hh_);
+    if (a_.w_hr) pack_columns(a_.w_hr, a_.h, a_.h, {nullptr, a_.p}, slice.pack_hidden, w_hr_);
+    if (a_.dx) pack_columns(a_.w_ih, a_.i, a_.i, rows, share(slice, blocks_of<T>(a_.i)), w_ih_);
   }
 
   // Weights for products of one gate and a depth of k.
   static Packed<T> packed(const T* w, int64_t k) { return {w, k * kLanes<T>}; }
 
   void start(const Slice& slice) const {
+    computed_.fill(timeline_, part(a_.t, slice.index, plan_.slices));
     for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
       for (int64_t block = slice.output.begin; block < slice.output.end; ++block) {
         steps_.start_h(place<kLanes<T>>(row, block, a_.p));
@@ -123,6 +125,7 @@ class Backward {
   }
 
   void gather(const Slice& slice, int64_t s) const {
+    if (all_of(slice.rows, [&](int64_t row) { return idle(s, row); })) return;
     const auto flows_back = [&](int64_t row) { return steps_.flows_back(s, row); };
     const StepGradients<T> to = gradients(s < 0 ? 0 : s);
     const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum, to); };
@@ -145,36 +148,44 @@ class Backward {
   }
 
   void fetch_step(int64_t s, int64_t row, int64_t block) const {
+    if (!timeline_.computed(s, row)) return;
     const auto fetch = [](const void* address) { __builtin_prefetch(address); };
     const Place p = place<kLanes<T>>(row, block, a_.h);
     if (a_.w_hr == nullptr) steps_.fetch_h(s, p, fetch);
     steps_.fetch_cell(s, p, fetch);
   }
 
-  // After the product; plain tiles as in Forward::finish_cells.
-  void finish_gather(int64_t s, const Tile& tile, const V* sum, const StepGradients<T>& to) const {
-    const bool whole = (tile.block + tile.blocks) * kLanes<T> <= a_.p;
-    if (timeline_.full() && s >= 0 && s + 1 < a_.t && whole && !a_.w_hr) {
-      finish_gather_tile<true>(s, tile, sum, to);
-    } else {
-      finish_gather_tile<false>(s, tile, sum, to);
+  // Nothing was computed at the step, nor flows back to the initial state from the next one.
+  bool idle(int64_t s, int64_t row) const {
+    return (s < 0 || !timeline_.computed(s, row)) && !steps_.flows_back(s, row);
+  }
+
+  // After the product; plain ones, and never inlined, as Forward::finish_cells.
+  __attribute__((noinline)) void finish_gather(int64_t s, const Tile& tile, const V* sum,
+                                               const StepGradients<T>& to) const {
+    const int64_t whole = a_.w_hr ? 0 : a_.p / kLanes<T>;  // blocks
+    for (int i = 0; i < tile.rows; ++i) {
+      const int64_t row = tile.row + i;
+      const bool plain = timeline_.goes_on(s, row) && timeline_.entry(s, row) != frnn::Entry::kZero;
+      const bool idle = !plain && this->idle(s, row);
+      for (int64_t block = tile.block; block < tile.block + tile.blocks; ++block, ++sum) {
+        if (plain && block < whole) {
+          finish_gather<true>(s, row, block, *sum, to);
+        } else if (!idle) {
+          finish_gather<false>(s, row, block, *sum, to);
+        }
+      }
     }
   }
 
-  // Not inlined, like Forward::finish_tile.
   template <bool kPlain>
-  __attribute__((noinline)) void finish_gather_tile(int64_t s, const Tile& tile, const V* sum,
-                                                    const StepGradients<T>& to) const {
-    for (int i = 0; i < tile.rows; ++i) {
-      for (int j = 0; j < tile.blocks; ++j) {
-        const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.p);
-        const auto cell = kPlain || steps_.gathers_cells(s)
-                              ? steps_.template read_cell<kPlain>(s, p)
-                              : typename Steps::OfCell{};
-        steps_.template finish_gather<kPlain>(s, p, *sum++, steps_.template read_h<kPlain>(s, p),
-                                              cell, to);
-      }
-    }
+  void finish_gather(int64_t s, int64_t row, int64_t block, V sum,
+                     const StepGradients<T>& to) const {
+    const Place p = place<kLanes<T>, kPlain>(row, block, a_.p);
+    const auto cell = kPlain || steps_.gathers_cells(s) ? steps_.template read_cell<kPlain>(s, p)
+                                                        : typename Steps::OfCell{};
+    steps_.template finish_gather<kPlain>(s, p, sum, steps_.template read_h<kPlain>(s, p), cell,
+                                          to);
   }
 
   __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* dm,
@@ -182,7 +193,9 @@ class Backward {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
         const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.h);
-        steps_.template finish_cell<false>(s, p, *dm++, steps_.template read_cell<false>(s, p), to);
+        const V dh = *dm++;
+        if (!timeline_.computed(s, p.row)) continue;
+        steps_.template finish_cell<false>(s, p, dh, steps_.template read_cell<false>(s, p), to);
       }
     }
   }
@@ -190,11 +203,13 @@ class Backward {
   // The products of the chunk of steps that begins at step s.
   void multiply(const Slice& slice, int64_t s) const {
     const Chunk c = chunk(s);
-    const int64_t first = c.time * a_.b, rows = c.steps * a_.b, gates = kGates * a_.h;
+    const int64_t first = c.time * a_.b, gates = kGates * a_.h;
+    const Range all{first, first + c.steps * a_.b};
+    const Rows rows = computed_.of(all, names_ + slice.index * chunk_ * a_.b);
     const StepGradients<T>& g = c.gradients;
     const T* x = a_.x + first * a_.i;
     const T* h_prev = a_.h_prev + first * a_.p;
-    if (a_.dx) multiply_dx(slice, g.dgx, rows, a_.dx + first * a_.i);
+    if (a_.dx) multiply_dx(slice, g.dgx, all);
     const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
     const Range units = share(slice, gates);
     const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih}, dw_hh{h_prev, a_.p, a_.dw_hh};
@@ -212,29 +227,32 @@ class Backward {
     }
   }
 
-  void multiply_dx(const Slice& slice, const T* dgx, int64_t rows, T* dx) const {
-    const auto wanted = [](int64_t) { return true; };
+  // For some rows of [T*B]; 0 where nothing was computed.
+  void multiply_dx(const Slice& slice, const T* dgx, Range rows) const {
+    T* dx = a_.dx + rows.begin * a_.i;
+    const auto wanted = [&](int64_t r) { return computed_[rows.begin + r]; };
     const auto fetch = [](int64_t, int64_t) {};
     const auto finish = [&](const Tile& tile, const V* sum) {
       for (int i = 0; i < tile.rows; ++i) {
         for (int j = 0; j < tile.blocks; ++j) {
           const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.i);
-          frnn::store(dx + p.offset, *sum++, p.n);
+          frnn::store(dx + p.offset, wanted(p.row) ? *sum : V{}, p.n);
+          ++sum;
         }
       }
     };
     const int64_t gates = kGates * a_.h;
-    product<1, T>(dgx, gates, {0, rows}, gates, packed(w_ih_, gates),
+    product<1, T>(dgx, gates, {0, rows.size()}, gates, packed(w_ih_, gates),
                   share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
   }
 
-  // sum [columns] += the sum over all rows of a [rows, columns], for some of the columns.
-  static void add_rows(const T* a, int64_t columns, Range some, int64_t rows, T* sum) {
+  // sum [columns] += the sum over rows of a [.., columns], for some of the columns.
+  static void add_rows(const T* a, int64_t columns, Range some, const Rows& rows, T* sum) {
     if (sum == nullptr) return;
     for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
       const int n = static_cast<int>(min(kLanes<T>, some.end - j));
       V total = frnn::load<V>(sum + j, n);
-      for (int64_t row = 0; row < rows; ++row) total += frnn::load<V>(a + row * columns + j, n);
+      for (int64_t i = 0; i < rows.count; ++i) total += frnn::load<V>(a + rows[i] * columns + j, n);
       frnn::store(sum + j, total, n);
     }
   }
@@ -242,6 +260,7 @@ class Backward {
   const frnn::cpu::BackwardArgs<T>& a_;
   const frnn::cpu::Plan plan_;
   const frnn::Timeline<T> timeline_;
+  const Computed computed_;
   const Steps steps_;
   const int64_t chunk_;              // steps of a chunk
   T* w_hh_ = nullptr;                // packed
@@ -249,4 +268,5 @@ class Backward {
   T* w_ih_ = nullptr;                // packed
   StepGradients<T> gradients_ = {};  // of two chunks, which take turns
   T* outer_ = nullptr;               // scratch of each slice
+  int* names_ = nullptr;             // of a chunk's computed rows, by each slice
 };

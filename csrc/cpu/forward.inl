@@ -45,6 +45,7 @@ class Forward {
       : a_(args),
         plan_(plan),
         timeline_(args),
+        computed_(args, carver),
         steps_(args, carver.take<T>(a_.h_prev ? 0 : 2 * a_.b * a_.p),
                carver.take<T>(a_.h_prev ? 0 : (kStates - 1) * a_.b * a_.h),
                carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0)),
@@ -95,6 +96,7 @@ class Forward {
   }
 
   void start(const Slice& slice) const {
+    computed_.fill(timeline_, part(a_.t, slice.index, plan_.slices));
     for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
       for (int64_t block = slice.output.begin; block < slice.output.end; ++block) {
         steps_.start_h(place<kLanes<T>>(row, block, a_.p));
@@ -129,7 +131,7 @@ class Forward {
     const Input to = input(slice, s0);
     const int64_t steps = min(chunk_, a_.t - s0);
     const auto project = [&](int64_t begin, Range rows) {  // rows of [T*B] counted from begin
-      const auto wanted = [](int64_t) { return true; };
+      const auto wanted = [&](int64_t r) { return computed_[begin * a_.b + r]; };
       const auto fetch = [](int64_t, int64_t) {};
       const auto finish = [&](const Tile& tile, const V* sum) {
         for (int j = 0; j < tile.blocks; ++j) {
@@ -137,6 +139,7 @@ class Forward {
           for (int g = 0; g < kGates; ++g) bias[g] = input_bias(g, tile.block + j);
           for (int i = 0; i < tile.rows; ++i) {
             const int64_t r = tile.row + i;
+            if (!wanted(r)) continue;
             const V* product = sum + (i * tile.blocks + j) * kGates;
             V* gx = to.at(begin + r / a_.b, r % a_.b, tile.block + j);
             for (int g = 0; g < kGates; ++g) gx[g] = product[g] + bias[g];
@@ -178,6 +181,9 @@ class Forward {
   }
 
   void run_cells(const Slice& slice, int64_t s) const {
+    if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) {
+      return pad(slice, s);
+    }
     const Input gx = input(slice, s - s % chunk_);
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
@@ -200,6 +206,14 @@ class Forward {
     } else {
       product_unpacked<kGates>(h, a_.p, slice.rows, a_.p, a_.w_hh, a_.h, slice.hidden, computed,
                                finish);
+    }
+  }
+
+  void pad(const Slice& slice, int64_t s) const {
+    for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+      for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
+        steps_.pad(s, place<kLanes<T>>(row, block, a_.h));
+      }
     }
   }
 
@@ -226,6 +240,7 @@ class Forward {
 
   // Prefetches what step() touches and no cache holds: arrays that are read or written once.
   void fetch_step(int64_t s, int64_t row, int64_t block, const Input& input) const {
+    if (!timeline_.computed(s, row)) return;
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
     const int64_t offset = t * plane + row * a_.h + block * kLanes<T>;
     const V* gx = input.at(t, row, block);
@@ -234,36 +249,41 @@ class Forward {
     for (int r = 0; r < Cell::kSaved; ++r) __builtin_prefetch(a_.saved + r * a_.t * plane + offset);
   }
 
-  // The cells after the product. Most tiles are plain: whole vectors, every row computed, and its
-  // states only go into the next step; knowing that saves a third of the time.
-  void finish_cells(int64_t s, const Tile& tile, const Input& input, const V* gh) const {
-    const bool whole = (tile.block + tile.blocks) * kLanes<T> <= a_.h;
-    if (timeline_.full() && s + 1 < a_.t && whole) {
-      finish_tile<true>(s, tile, input, gh);
-    } else {
-      finish_tile<false>(s, tile, input, gh);
-    }
-  }
-
+  // The cells after the product. Most of them are plain: whole vectors of a row whose states only
+  // go into the next step; knowing that saves a third of the time.
+  //
   // Never inlined: the microkernels of all shapes must share one copy, in which the compiler fuses
   // multiplications and additions in one way, for the result not to depend on how rows fall into
   // tiles.
-  template <bool kPlain>
-  __attribute__((noinline)) void finish_tile(int64_t s, const Tile& tile, const Input& input,
-                                             const V* gh) const {
-    const int64_t t = timeline_.time(s);
+  __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const Input& input,
+                                              const V* gh) const {
+    const int64_t whole = a_.h / kLanes<T>;  // blocks
     for (int i = 0; i < tile.rows; ++i) {
-      for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
-        const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.h);
-        const V* gx = input.at(t, p.row, tile.block + j);
-        steps_.template finish_cell<kPlain>(s, p, gx, gh, steps_.read_cell(s, p));
+      const int64_t row = tile.row + i;
+      const bool plain = timeline_.goes_on(s, row), idle = timeline_.idle(s, row);
+      for (int64_t block = tile.block; block < tile.block + tile.blocks; ++block, gh += kGates) {
+        if (plain && block < whole) {
+          finish_cell<true>(s, row, block, input, gh);
+        } else if (idle) {
+          steps_.pad(s, place<kLanes<T>>(row, block, a_.h));
+        } else {
+          finish_cell<false>(s, row, block, input, gh);
+        }
       }
     }
+  }
+
+  template <bool kPlain>
+  void finish_cell(int64_t s, int64_t row, int64_t block, const Input& input, const V* gh) const {
+    const Place p = place<kLanes<T>, kPlain>(row, block, a_.h);
+    const V* gx = input.at(timeline_.time(s), row, block);
+    steps_.template finish_cell<kPlain>(s, p, gx, gh, steps_.read_cell(s, p));
   }
 
   const frnn::ForwardArgs<T>& a_;
   const frnn::cpu::Plan plan_;
   const frnn::Timeline<T> timeline_;
+  const Computed computed_;
   const frnn::ForwardSteps<Cell, V, T, T> steps_;
   const int64_t chunk_;  // steps of a chunk of the input projection
   const bool packed_;    // whether the weights are packed

@@ -23,6 +23,27 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
+template <class F>
+bool all_of(Range range, const F& holds) {
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    if (!holds(i)) return false;
+  }
+  return true;
+}
+
+// Rows of an array: all of them in order, or those that are named.
+struct Rows {
+  const int* names;  // or null
+  int64_t count;
+  int64_t first = 0;  // from which they count
+
+  int64_t operator[](int64_t i) const { return first + (names ? names[i] : i); }
+  // A piece of them.
+  Rows from(int64_t begin, int64_t size) const {
+    return names ? Rows{names + begin, size, first} : Rows{nullptr, size, first + begin};
+  }
+};
+
 // Part i of n nearly equal parts of [0, total).
 constexpr Range part(int64_t total, int i, int n) { return {total * i / n, total * (i + 1) / n}; }
 
@@ -68,10 +89,12 @@ void pack_rows(const T* w, int gates, int64_t units, int64_t k, Range blocks, T*
   }
 }
 
-// w [K, ldw], units along columns, one gate -> the given blocks of packed.
+// w [.., ldw], units along columns, one gate, its rows along k -> the given blocks of packed.
 template <class T>
-void pack_columns(const T* w, int64_t ldw, int64_t units, int64_t k, Range blocks, T* packed) {
+void pack_columns(const T* w, int64_t ldw, int64_t units, const Rows& rows, Range blocks,
+                  T* packed) {
   constexpr int64_t kStrip = 8;  // written to a block at a time, in whole cache lines
+  const int64_t k = rows.count;
   for (int64_t k0 = 0; k0 < k; k0 += kStrip) {
     const int64_t k1 = min(k, k0 + kStrip);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
@@ -79,17 +102,19 @@ void pack_columns(const T* w, int64_t ldw, int64_t units, int64_t k, Range block
       const int n = static_cast<int>(min(kLanes<T>, units - u));
       T* to = packed + block * k * kLanes<T>;
       for (int64_t i = k0; i < k1; ++i) {
-        frnn::store(to + i * kLanes<T>, frnn::load<Vec<T>>(w + i * ldw + u, n));
+        frnn::store(to + i * kLanes<T>, frnn::load<Vec<T>>(w + rows[i] * ldw + u, n));
       }
     }
   }
 }
 
 // sum[row][block][gate] (+)= a[row][0..k) . w[block][0..k)[gate], where a[row][i] is at
-// a[row * lda + i * step]. Meanwhile k lines of weights at `ahead` are fetched into the L2 cache.
+// a[row * lda + i * step], for the rows that are named or, in order, from the first of them on.
+// Meanwhile k lines of weights at `ahead` are fetched into the L2 cache.
 template <class T>
-using Multiply = void (*)(const T* a, int64_t lda, int64_t step, int64_t k, const T* w,
-                          int64_t block_stride, const T* ahead, bool accumulate, Vec<T>* sum);
+using Multiply = void (*)(const T* a, int64_t lda, int64_t step, const int* names, int64_t k,
+                          const T* w, int64_t block_stride, const T* ahead, bool accumulate,
+                          Vec<T>* sum);
 
 // What a block holds per k is this many cache lines, begun ones included, of kAheadStep numbers.
 template <int kGates, class T>
@@ -100,14 +125,20 @@ constexpr int kAheadStep = kGates * kLanes<T> / kAheadLines<kGates, T>;
 // The microkernel. All sums stay in registers, and of the rows and the weights the fewer, which
 // leaves one register for the others in turn. Two k at a time: fewer other instructions lie among
 // the multiplications.
-template <int kRows, int kBlocks, int kGates, class T>
-void multiply(const T* __restrict__ a, int64_t lda, int64_t step, int64_t k,
+template <int kRows, int kBlocks, int kGates, bool kNamed, class T>
+void multiply(const T* __restrict__ a, int64_t lda, int64_t step, const int* names, int64_t k,
               const T* __restrict__ w, int64_t block_stride, const T* ahead, bool accumulate,
               Vec<T>* __restrict__ sum) {
   constexpr int kVectors = kBlocks * kGates;
   constexpr bool kByRows = kRows > kVectors;
   constexpr int kOuter = kByRows ? kRows : kVectors, kInner = kByRows ? kVectors : kRows;
   Vec<T> acc[kRows][kVectors] = {};
+  int64_t offset[kRows];
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row) {
+    offset[row] = (kNamed ? names[row] - names[0] : row) * lda;
+  }
+  a += names[0] * lda;
 #pragma GCC unroll 2
   for (int64_t i = 0; i < k; ++i) {
     if (kRows > 1) __builtin_prefetch(ahead + i * kAheadStep<kGates, T>, 0, 2);
@@ -117,14 +148,15 @@ void multiply(const T* __restrict__ a, int64_t lda, int64_t step, int64_t k,
       for (int inner = 0; inner < kInner; ++inner) {
         const int row = kByRows ? outer : inner, v = kByRows ? inner : outer;
         const T* p = w + v / kGates * block_stride + (i * kGates + v % kGates) * kLanes<T>;
-        acc[row][v] += a[row * lda + i * step] * frnn::load<Vec<T>>(p);
+        acc[row][v] += a[offset[row] + i * step] * frnn::load<Vec<T>>(p);
       }
     }
   }
 #pragma GCC unroll 32
   for (int i = 0; i < kRows * kVectors; ++i) {
-    const Vec<T> value = acc[i / kVectors][i % kVectors];
-    sum[i] = accumulate ? sum[i] + value : value;
+    const int row = i / kVectors, v = i % kVectors;
+    Vec<T>& to = sum[(kNamed ? names[row] : names[0] + row) * kVectors + v];
+    to = accumulate ? to + acc[row][v] : acc[row][v];
   }
 }
 
@@ -139,13 +171,13 @@ struct Shape {
 template <int kVectors>
 constexpr int kRowsOf = kSumRegisters / kVectors < 6 ? kSumRegisters / kVectors : 6;
 
-template <int kBlocks, int kGates, class T>
+template <int kBlocks, int kGates, bool kNamed, class T>
 struct MultiplyTable {
   Multiply<T> entry[kRowsOf<kBlocks * kGates>];  // by rows - 1
 
   template <int... kIndex>
   static constexpr MultiplyTable make(std::integer_sequence<int, kIndex...>) {
-    return {{&multiply<kIndex + 1, kBlocks, kGates, T>...}};
+    return {{&multiply<kIndex + 1, kBlocks, kGates, kNamed, T>...}};
   }
 };
 
@@ -156,7 +188,7 @@ constexpr int64_t kChunk = 128;
 // Rows whose sums are kept at a time, at most the bits of a mask.
 constexpr int kRowBlock = 48;
 
-// sum[row][block][gate] over all of K, for kBlocks blocks at w; only tiles with a row in `wanted`.
+// sum[row][block][gate] over all of K, for kBlocks blocks at w, for the rows in `wanted` alone.
 // The weights at `next` are wanted next: while the tiles of a chunk are worked off they fetch the
 // chunk after it, as many lines each as they have k, so that what does not fit the L2 cache is
 // there when it is used (a single row leaves no time for that).
@@ -164,22 +196,26 @@ template <int kBlocks, int kGates, class T>
 void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k, const T* w,
                    const T* next, Vec<T>* sum) {
   constexpr int kRows = kRowsOf<kBlocks * kGates>;
-  static constexpr auto kTable =
-      MultiplyTable<kBlocks, kGates, T>::make(std::make_integer_sequence<int, kRows>{});
+  constexpr std::make_integer_sequence<int, kRows> kSizes;
+  static constexpr auto kInOrder = MultiplyTable<kBlocks, kGates, false, T>::make(kSizes);
+  static constexpr auto kNamed = MultiplyTable<kBlocks, kGates, true, T>::make(kSizes);
   const int64_t stride = k * kGates * kLanes<T>;  // from block to block
-  const int tiles = (rows + kRows - 1) / kRows;
+  int names[kRowBlock], count = 0;
+  for (int row = 0; row < rows; ++row) {
+    if (wanted >> row & 1) names[count++] = row;
+  }
+  const auto& table = count == rows ? kInOrder.entry : kNamed.entry;
+  const int tiles = (count + kRows - 1) / kRows;
   for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
     const int64_t k1 = min(k, k0 + kChunk);
     const T* ahead = k1 < k ? w + k1 * kGates * kLanes<T> : next;
     for (int tile = 0; tile < tiles; ++tile) {
-      const Range r = part(rows, tile, tiles);
-      if ((wanted >> r.begin & ((uint64_t{1} << r.size()) - 1)) == 0) continue;
+      const Range r = part(count, tile, tiles);
       const int line = tile % kAheadLines<kGates, T>,
                 block = tile / kAheadLines<kGates, T> % kBlocks;
-      kTable.entry[r.size() - 1](a + r.begin * lda + k0, lda, 1, k1 - k0,
-                                 w + k0 * kGates * kLanes<T>, stride,
-                                 ahead + block * stride + line * (k1 - k0) * kAheadStep<kGates, T>,
-                                 k0 > 0, sum + r.begin * kBlocks * kGates);
+      table[r.size() - 1](a + k0, lda, 1, names + r.begin, k1 - k0, w + k0 * kGates * kLanes<T>,
+                          stride, ahead + block * stride + line * (k1 - k0) * kAheadStep<kGates, T>,
+                          k0 > 0, sum);
     }
   }
 }

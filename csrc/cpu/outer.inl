@@ -6,7 +6,7 @@
 // L2 caches (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008). Each
 // sum is formed in the same order however the units are divided.
 
-// c [M, N] += a' b for a [K, M] and b [K, N].
+// c [M, N] += a' b for rows of a [.., M] and of b [.., N].
 template <class T>
 struct OuterProduct {
   const T* b;
@@ -31,16 +31,18 @@ class Outer {
       : a_(scratch), b_{a_ + kHeight * kDepth, a_ + (kHeight + kWidth) * kDepth} {}
 
   // For the units of M, both products, which share a.
-  void add(const T* a, int64_t m, Range units, int64_t k, const Product (&products)[2]) const {
+  void add(const T* a, int64_t m, Range units, const Rows& rows,
+           const Product (&products)[2]) const {
     int64_t most = 0;
     for (const Product& p : products) most = p.c && p.n > most ? p.n : most;
-    for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
-      const int64_t depth = min(k - k0, kDepth);
+    for (int64_t k0 = 0; k0 < rows.count; k0 += kDepth) {
+      const int64_t depth = min(rows.count - k0, kDepth);
+      const Rows piece = rows.from(k0, depth);
       for (int64_t n0 = 0; n0 < most; n0 += kWidth) {
-        for (int j = 0; j < 2; ++j) pack_b(products[j], k0, columns(products[j], n0), depth, b_[j]);
+        for (int j = 0; j < 2; ++j) pack_b(products[j], piece, columns(products[j], n0), b_[j]);
         for (int64_t m0 = units.begin; m0 < units.end; m0 += kHeight) {
           const Range some{m0, min(units.end, m0 + kHeight)};
-          pack_a(a + k0 * m, m, some, depth);
+          pack_a(a, m, some, piece);
           for (int j = 0; j < 2; ++j) {
             add_block(products[j], some, columns(products[j], n0), depth, b_[j]);
           }
@@ -54,20 +56,23 @@ class Outer {
     return {n0, p.c && n0 < p.n ? min(p.n, n0 + kWidth) : n0};
   }
 
-  static void pack_b(const Product& p, int64_t k0, Range columns, int64_t depth, T* to) {
+  static void pack_b(const Product& p, const Rows& rows, Range columns, T* to) {
     if (columns.size() == 0) return;
     const Range blocks{0, blocks_of<T>(columns.size())};
-    pack_columns(p.b + k0 * p.n + columns.begin, p.n, columns.size(), depth, blocks, to);
+    pack_columns(p.b + columns.begin, p.n, columns.size(), rows, blocks, to);
   }
 
-  // a [K, M] -> [units / kRows][K][kRows]
-  void pack_a(const T* a, int64_t m, Range units, int64_t k) const {
+  // Rows of a [.., M] -> [units / kRows][rows][kRows]
+  void pack_a(const T* all, int64_t m, Range units, const Rows& rows) const {
     constexpr int64_t kAhead = 8, kLine = 64 / sizeof(T);  // short runs that no hardware foresees
+    const int64_t k = rows.count;
     T* to = a_;
-    for (int64_t i = 0; i < k; ++i, a += m, to += kRows) {
+    for (int64_t i = 0; i < k; ++i, to += kRows) {
+      const T* a = all + rows[i] * m;
       if (i + kAhead < k) {
+        const T* ahead = all + rows[i + kAhead] * m;
         for (int64_t unit = units.begin; unit < units.end; unit += kLine) {
-          __builtin_prefetch(a + kAhead * m + unit);
+          __builtin_prefetch(ahead + unit);
         }
       }
       int64_t unit = units.begin;
@@ -93,7 +98,8 @@ class Outer {
   void add_panel(const Product& p, Range units, Range columns, int64_t k, int64_t block,
                  const T* b) const {
     static constexpr auto kTable =
-        MultiplyTable<kSome, 1, T>::make(std::make_integer_sequence<int, kRows>{});
+        MultiplyTable<kSome, 1, false, T>::make(std::make_integer_sequence<int, kRows>{});
+    constexpr int kFirst = 0;
     const int64_t column = columns.begin + block * kLanes<T>, size = k * kLanes<T>;
     const T* a = a_;
     V sum[kRows * kSome];
@@ -104,7 +110,8 @@ class Outer {
         __builtin_prefetch(c + i * p.n, 1);
         __builtin_prefetch(c + i * p.n + kSome * kLanes<T> - 1, 1);
       }
-      kTable.entry[n - 1](a, 1, kRows, k, b + block * size, size, a + kRows * k, false, sum);
+      kTable.entry[n - 1](a, 1, kRows, &kFirst, k, b + block * size, size, a + kRows * k, false,
+                          sum);
       for (int i = 0; i < n; ++i) {
         for (int j = 0; j < kSome; ++j) {
           const int lanes = static_cast<int>(min(kLanes<T>, columns.end - column - j * kLanes<T>));

@@ -98,6 +98,42 @@ class Carver {
   size_t used_ = 0;
 };
 
+// Which steps of which rows are computed, [T, B], written out by all slices together.
+class Computed {
+ public:
+  template <class T>
+  Computed(const frnn::SequenceArgs<T>& args, Carver& carver)
+      : t_(args.t),
+        b_(args.b),
+        flags_(args.lengths ? carver.take<bool>(args.t * args.b) : nullptr) {}
+
+  template <class T>
+  void fill(const frnn::Timeline<T>& timeline, Range times) const {
+    if (flags_ == nullptr) return;
+    for (int64_t row = 0; row < b_; ++row) {
+      const int64_t length = timeline.length(row);
+      for (int64_t t = times.begin; t < times.end; ++t) flags_[t * b_ + row] = t < length;
+    }
+  }
+
+  // Of row r of all [T*B].
+  bool operator[](int64_t r) const { return flags_ == nullptr || flags_[r]; }
+
+  // Those of some rows, counted from the first of them; `names` has place for all.
+  Rows of(Range rows, int* names) const {
+    if (flags_ == nullptr) return {nullptr, rows.size()};
+    int64_t count = 0;
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      if (flags_[rows.begin + i]) names[count++] = static_cast<int>(i);
+    }
+    return {names, count};
+  }
+
+ private:
+  const int64_t t_, b_;
+  bool* const flags_;
+};
+
 // Runs worker.pack(slice) and then worker.run(slices, count, meet) in the pool.
 template <class Worker>
 void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Pool& pool) {

@@ -49,6 +49,13 @@ class Sequence(NamedTuple):
     def masks(self) -> tuple[Tensor | None, Tensor | None]:
         return self.lengths, self.resets
 
+    def without_padding(self, x: Tensor) -> Tensor:
+        """``x [T,B,I]`` with zeros where no step is computed, which may hold NaN."""
+        if self.lengths is None:
+            return x
+        steps = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+        return x.masked_fill((steps >= self.lengths).unsqueeze(-1), 0)
+
 
 class Call(NamedTuple):
     """One layer and direction over a sequence; S is the number of the cell's states."""
@@ -124,6 +131,7 @@ class Backend(Protocol):
     """A fused implementation of the recurrence, forward and BPTT backward."""
 
     name: str
+    reads_padding: bool  # x must be finite where no step is computed
 
     def supports(self, request: Request) -> str | None:
         """None if this backend can run it, else the reason, quoted as it stands to users."""

@@ -86,6 +86,7 @@ def unfit(request: Request) -> str | None:
 
 class Cuda(Ops):
     name = "cuda"
+    reads_padding = True
 
     def __init__(self) -> None:
         super().__init__(name for name, facts in native_cells().items() if facts.cuda)

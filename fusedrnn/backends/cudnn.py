@@ -32,6 +32,7 @@ _missing = (
 
 class Cudnn:
     name = "cudnn"
+    reads_padding = True
 
     def supports(self, request: Request) -> str | None:
         if _missing is not None:

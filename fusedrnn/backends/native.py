@@ -197,6 +197,7 @@ class Native(Ops):
     forward are of bfloat16 values, with sums in float32, where there are AMX tiles for them."""
 
     name = "cpu"
+    reads_padding = False
 
     def __init__(self) -> None:
         super().__init__(native_cells())

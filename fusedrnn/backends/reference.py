@@ -45,6 +45,7 @@ def is_watched() -> bool:
 
 class Reference:
     name = "reference"
+    reads_padding = False
 
     def supports(self, request: Request) -> str | None:
         return None
@@ -61,6 +62,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def recurrence(call: Call) -> tuple[Tensor, ...]:
     """``y, h_n`` then ``c_n`` and ``c`` as they apply, in the shapes of :class:`Run`."""
     cell, x, weights, h0, c0, seq, reverse, cell_states = call
+    x = seq.without_padding(x)
     storage, compute = x.dtype, compute_dtype(x.dtype)
     w_ih, w_hh, b_ih, b_hh, w_hr, params = (None if w is None else w.to(compute) for w in weights)
     assert w_ih is not None and w_hh is not None
