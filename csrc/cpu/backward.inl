@@ -160,32 +160,39 @@ class Backward {
     return (s < 0 || !timeline_.computed(s, row)) && !steps_.flows_back(s, row);
   }
 
-  // After the product; plain ones, and never inlined, as Forward::finish_cells.
-  __attribute__((noinline)) void finish_gather(int64_t s, const Tile& tile, const V* sum,
-                                               const StepGradients<T>& to) const {
+  // After the product; plain ones as in Forward::finish_cells.
+  void finish_gather(int64_t s, const Tile& tile, const V* sum, const StepGradients<T>& to) const {
     const int64_t whole = a_.w_hr ? 0 : a_.p / kLanes<T>;  // blocks
-    for (int i = 0; i < tile.rows; ++i) {
-      const int64_t row = tile.row + i;
-      const bool plain = timeline_.goes_on(s, row) && timeline_.entry(s, row) != frnn::Entry::kZero;
-      const bool idle = !plain && this->idle(s, row);
-      for (int64_t block = tile.block; block < tile.block + tile.blocks; ++block, ++sum) {
-        if (plain && block < whole) {
-          finish_gather<true>(s, row, block, *sum, to);
-        } else if (!idle) {
-          finish_gather<false>(s, row, block, *sum, to);
-        }
-      }
+    if (timeline_.full() && s >= 0 && s + 1 < a_.t && tile.block + tile.blocks <= whole) {
+      return finish_gather_tile<true>(s, tile, sum, to);
     }
+    const auto kind_of = [&](int64_t row) {
+      const bool cut = timeline_.entry(s, row) == frnn::Entry::kZero;
+      return timeline_.goes_on(s, row) && !cut ? Kind::kPlain
+             : idle(s, row)                    ? Kind::kIdle
+                                               : Kind::kOther;
+    };
+    const auto finish = [&](const Tile& some, Kind kind, int64_t before) {
+      if (kind == Kind::kPlain) finish_gather_tile<true>(s, some, sum + before, to);
+      if (kind == Kind::kOther) finish_gather_tile<false>(s, some, sum + before, to);
+    };
+    by_kind(tile, whole, kind_of, finish);
   }
 
+  // Not inlined, like Forward::finish_tile.
   template <bool kPlain>
-  void finish_gather(int64_t s, int64_t row, int64_t block, V sum,
-                     const StepGradients<T>& to) const {
-    const Place p = place<kLanes<T>, kPlain>(row, block, a_.p);
-    const auto cell = kPlain || steps_.gathers_cells(s) ? steps_.template read_cell<kPlain>(s, p)
-                                                        : typename Steps::OfCell{};
-    steps_.template finish_gather<kPlain>(s, p, sum, steps_.template read_h<kPlain>(s, p), cell,
-                                          to);
+  __attribute__((noinline)) void finish_gather_tile(int64_t s, const Tile& tile, const V* sum,
+                                                    const StepGradients<T>& to) const {
+    for (int i = 0; i < tile.rows; ++i) {
+      for (int j = 0; j < tile.blocks; ++j) {
+        const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.p);
+        const auto cell = kPlain || steps_.gathers_cells(s)
+                              ? steps_.template read_cell<kPlain>(s, p)
+                              : typename Steps::OfCell{};
+        steps_.template finish_gather<kPlain>(s, p, *sum++, steps_.template read_h<kPlain>(s, p),
+                                              cell, to);
+      }
+    }
   }
 
   __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* dm,

@@ -182,7 +182,8 @@ class Forward {
 
   void run_cells(const Slice& slice, int64_t s) const {
     if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) {
-      return pad(slice, s);
+      return pad(s, {slice.rows.begin, slice.hidden.begin, static_cast<int>(slice.rows.size()),
+                     static_cast<int>(slice.hidden.size())});
     }
     const Input gx = input(slice, s - s % chunk_);
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
@@ -209,10 +210,10 @@ class Forward {
     }
   }
 
-  void pad(const Slice& slice, int64_t s) const {
-    for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
-      for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
-        steps_.pad(s, place<kLanes<T>>(row, block, a_.h));
+  void pad(int64_t s, const Tile& tile) const {
+    for (int i = 0; i < tile.rows; ++i) {
+      for (int j = 0; j < tile.blocks; ++j) {
+        steps_.pad(s, place<kLanes<T>>(tile.row + i, tile.block + j, a_.h));
       }
     }
   }
@@ -251,33 +252,43 @@ class Forward {
 
   // The cells after the product. Most of them are plain: whole vectors of a row whose states only
   // go into the next step; knowing that saves a third of the time.
-  //
+  void finish_cells(int64_t s, const Tile& tile, const Input& input, const V* gh) const {
+    const int64_t whole = a_.h / kLanes<T>;  // blocks
+    if (timeline_.full() && s + 1 < a_.t && tile.block + tile.blocks <= whole) {
+      return finish_tile<true>(s, tile, input, gh);
+    }
+    const auto kind_of = [&](int64_t row) {
+      return timeline_.goes_on(s, row) ? Kind::kPlain
+             : timeline_.idle(s, row)  ? Kind::kIdle
+                                       : Kind::kOther;
+    };
+    const auto finish = [&](const Tile& some, Kind kind, int64_t before) {
+      const V* sums = gh + before * kGates;
+      if (kind == Kind::kPlain) {
+        finish_tile<true>(s, some, input, sums);
+      } else if (kind == Kind::kOther) {
+        finish_tile<false>(s, some, input, sums);
+      } else {
+        pad(s, some);
+      }
+    };
+    by_kind(tile, whole, kind_of, finish);
+  }
+
   // Never inlined: the microkernels of all shapes must share one copy, in which the compiler fuses
   // multiplications and additions in one way, for the result not to depend on how rows fall into
   // tiles.
-  __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const Input& input,
-                                              const V* gh) const {
-    const int64_t whole = a_.h / kLanes<T>;  // blocks
+  template <bool kPlain>
+  __attribute__((noinline)) void finish_tile(int64_t s, const Tile& tile, const Input& input,
+                                             const V* gh) const {
+    const int64_t t = timeline_.time(s);
     for (int i = 0; i < tile.rows; ++i) {
-      const int64_t row = tile.row + i;
-      const bool plain = timeline_.goes_on(s, row), idle = timeline_.idle(s, row);
-      for (int64_t block = tile.block; block < tile.block + tile.blocks; ++block, gh += kGates) {
-        if (plain && block < whole) {
-          finish_cell<true>(s, row, block, input, gh);
-        } else if (idle) {
-          steps_.pad(s, place<kLanes<T>>(row, block, a_.h));
-        } else {
-          finish_cell<false>(s, row, block, input, gh);
-        }
+      for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
+        const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.h);
+        const V* gx = input.at(t, p.row, tile.block + j);
+        steps_.template finish_cell<kPlain>(s, p, gx, gh, steps_.read_cell(s, p));
       }
     }
-  }
-
-  template <bool kPlain>
-  void finish_cell(int64_t s, int64_t row, int64_t block, const Input& input, const V* gh) const {
-    const Place p = place<kLanes<T>, kPlain>(row, block, a_.h);
-    const V* gx = input.at(timeline_.time(s), row, block);
-    steps_.template finish_cell<kPlain>(s, p, gx, gh, steps_.read_cell(s, p));
   }
 
   const frnn::ForwardArgs<T>& a_;

@@ -133,12 +133,12 @@ void multiply(const T* __restrict__ a, int64_t lda, int64_t step, const int* nam
   constexpr bool kByRows = kRows > kVectors;
   constexpr int kOuter = kByRows ? kRows : kVectors, kInner = kByRows ? kVectors : kRows;
   Vec<T> acc[kRows][kVectors] = {};
-  int64_t offset[kRows];
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
-    offset[row] = (kNamed ? names[row] - names[0] : row) * lda;
+  [[maybe_unused]] int64_t named[kRows];
+  if constexpr (kNamed) {
+    for (int row = 0; row < kRows; ++row) named[row] = (names[row] - names[0]) * lda;
   }
   a += names[0] * lda;
+  if constexpr (!kNamed) sum += names[0] * int64_t{kVectors};
 #pragma GCC unroll 2
   for (int64_t i = 0; i < k; ++i) {
     if (kRows > 1) __builtin_prefetch(ahead + i * kAheadStep<kGates, T>, 0, 2);
@@ -148,15 +148,20 @@ void multiply(const T* __restrict__ a, int64_t lda, int64_t step, const int* nam
       for (int inner = 0; inner < kInner; ++inner) {
         const int row = kByRows ? outer : inner, v = kByRows ? inner : outer;
         const T* p = w + v / kGates * block_stride + (i * kGates + v % kGates) * kLanes<T>;
-        acc[row][v] += a[offset[row] + i * step] * frnn::load<Vec<T>>(p);
+        const T value = a[(kNamed ? named[row] : row * lda) + i * step];
+        acc[row][v] += value * frnn::load<Vec<T>>(p);
       }
     }
   }
 #pragma GCC unroll 32
   for (int i = 0; i < kRows * kVectors; ++i) {
-    const int row = i / kVectors, v = i % kVectors;
-    Vec<T>& to = sum[(kNamed ? names[row] : names[0] + row) * kVectors + v];
-    to = accumulate ? to + acc[row][v] : acc[row][v];
+    const Vec<T> value = acc[i / kVectors][i % kVectors];
+    if constexpr (kNamed) {
+      Vec<T>& to = sum[names[i / kVectors] * int64_t{kVectors} + i % kVectors];
+      to = accumulate ? to + value : value;
+    } else {
+      sum[i] = accumulate ? sum[i] + value : value;
+    }
   }
 }
 
@@ -185,8 +190,14 @@ struct MultiplyTable {
 // (16 KB with AVX2 and 4 gates), and long sums are added in parts, which keeps them accurate. It
 // is a constant so that results do not depend on how the work is divided.
 constexpr int64_t kChunk = 128;
-// Rows whose sums are kept at a time, at most the bits of a mask.
+// Rows whose sums are kept at a time, fewer than the bits of a mask; and all their names.
 constexpr int kRowBlock = 48;
+constexpr struct Numbers {
+  int value[kRowBlock];
+  constexpr Numbers() : value() {
+    for (int i = 0; i < kRowBlock; ++i) value[i] = i;
+  }
+} kNumbers;
 
 // sum[row][block][gate] over all of K, for kBlocks blocks at w, for the rows in `wanted` alone.
 // The weights at `next` are wanted next: while the tiles of a chunk are worked off they fetch the
@@ -200,11 +211,13 @@ void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k
   static constexpr auto kInOrder = MultiplyTable<kBlocks, kGates, false, T>::make(kSizes);
   static constexpr auto kNamed = MultiplyTable<kBlocks, kGates, true, T>::make(kSizes);
   const int64_t stride = k * kGates * kLanes<T>;  // from block to block
-  int names[kRowBlock], count = 0;
-  for (int row = 0; row < rows; ++row) {
-    if (wanted >> row & 1) names[count++] = row;
+  const bool all = wanted == (uint64_t{1} << rows) - 1;
+  const auto& table = all ? kInOrder.entry : kNamed.entry;
+  int some[kRowBlock], count = all ? rows : 0;
+  for (int row = 0; row < rows && !all; ++row) {
+    if (wanted >> row & 1) some[count++] = row;
   }
-  const auto& table = count == rows ? kInOrder.entry : kNamed.entry;
+  const int* const names = all ? kNumbers.value : some;
   const int tiles = (count + kRows - 1) / kRows;
   for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
     const int64_t k1 = min(k, k0 + kChunk);
@@ -278,6 +291,30 @@ struct Tile {
   int64_t row, block;  // the first ones
   int rows, blocks;
 };
+
+// How the cells of a row go on after a product: with nothing to ask, not at all, or otherwise.
+enum class Kind { kPlain, kIdle, kOther };
+
+// Calls finish(some, kind, sums before them) for all of a tile, as much at a time as is of one
+// kind. Those are plain that kind_of(row) says are, in blocks before `whole`.
+template <class KindOf, class Finish>
+void by_kind(const Tile& tile, int64_t whole, const KindOf& kind_of, const Finish& finish) {
+  const bool mixed = tile.block < whole && tile.block + tile.blocks > whole;
+  for (int i = 0, n = 0; i < tile.rows; i += n) {
+    Kind kind = kind_of(tile.row + i);
+    n = 1;
+    while (i + n < tile.rows && kind_of(tile.row + i + n) == kind) ++n;
+    if (kind == Kind::kPlain && tile.block >= whole) kind = Kind::kOther;
+    if (kind == Kind::kPlain && mixed) {
+      for (int k = 0; k < n * tile.blocks; ++k) {
+        const Tile one{tile.row + i + k / tile.blocks, tile.block + k % tile.blocks, 1, 1};
+        finish(one, one.block < whole ? kind : Kind::kOther, i * tile.blocks + k);
+      }
+    } else {
+      finish(Tile{tile.row + i, tile.block, n, tile.blocks}, kind, i * tile.blocks);
+    }
+  }
+}
 
 // Blocks a product takes at a time, at most.
 template <int kGates>
