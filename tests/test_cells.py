@@ -11,7 +11,7 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn.backends import by_name, native
-from fusedrnn.cells import CELLS, LSTM, by_key
+from fusedrnn.cells import PLAIN, LSTM, by_key
 from fusedrnn.testing import Case, check_case
 
 
@@ -30,7 +30,7 @@ MINIMAL = fusedrnn.Cell("minimal", gates="fg", states="h", step=minimal_step)
 LEAKY = fusedrnn.Cell("leaky", gates="c", states="hc", step=leaky_step, params=("leak",))
 
 
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_the_package_s_own_cells(cell):
     """As torch.nn's layers, by the same parameters."""
     kind = cell.name.split("_")[0].upper()

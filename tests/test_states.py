@@ -216,7 +216,7 @@ def test_errors_and_repr():
         fusedrnn.LSTM(3, 4, bias=False, forget_bias=1.0)
     assert repr(fusedrnn.LSTM(3, 4)) == "LSTM(3, 4)"
     module = fusedrnn.LSTM(3, 4, forget_bias=1, initial_state="random", backend="cpu")
-    assert repr(module) == ("LSTM(3, 4, initial_state='random', forget_bias=1.0, backend='cpu')")
+    assert repr(module) == "LSTM(3, 4, forget_bias=1.0, initial_state='random', backend='cpu')"
 
 
 def test_forget_bias():
