@@ -112,6 +112,69 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
   });
 }
 
+template <class T>
+frnn::cpu::UpdateArgs<T> update_args(const frnn::CellFacts& cell, const Tensor& gates,
+                                     const Tensor& c, const OptionalTensor& params) {
+  STD_TORCH_CHECK(c.dim() == 2, "c has ", c.dim(), " dimensions, expected 2");
+  frnn::cpu::UpdateArgs<T> args{};
+  args.b = c.size(0);
+  args.h = c.size(1);
+  const Check check(gates);
+  check("gates", gates, {args.b, cell.gates, args.h});
+  check("c", c, {args.b, args.h});
+  check("params", params, {cell.params, args.h});
+  STD_TORCH_CHECK(params.has_value() == (cell.params > 0), "params are ",
+                  params ? "given" : "missing", ", but ", cell.name, " has ", cell.params);
+  read(args.gates, gates);
+  read(args.c, c);
+  read(args.params, params);
+  return args;
+}
+
+template <class T>
+void run_update(int64_t cell_index, bool backward, const frnn::cpu::UpdateArgs<T>& args) {
+  const int index = static_cast<int>(cell_index);
+  STD_TORCH_CHECK(frnn::cpu::update(index, backward, args, torch_pool()),
+                  frnn::cell_facts(index).name, " has no step of its own");
+}
+
+// h, c
+std::tuple<Tensor, Tensor> cell_update(Tensor gates, Tensor c, OptionalTensor params,
+                                       int64_t cell_index) {
+  return dispatch("gates", gates, [&]<class T>() {
+    auto args = update_args<T>(facts_of(cell_index), gates, c, params);
+    const Allocator make{gates};
+    const std::tuple result{make({args.b, args.h}), make({args.b, args.h})};
+    write(args.h_new, true, std::get<0>(result));
+    write(args.c_new, true, std::get<1>(result));
+    run_update(cell_index, false, args);
+    return result;
+  });
+}
+
+// dgates, dc, dparams of each row
+std::tuple<Tensor, Tensor, Tensor> cell_update_backward(Tensor gates, Tensor c,
+                                                        OptionalTensor params, OptionalTensor dh,
+                                                        OptionalTensor dc, int64_t cell_index) {
+  return dispatch("gates", gates, [&]<class T>() {
+    const frnn::CellFacts& cell = facts_of(cell_index);
+    auto args = update_args<T>(cell, gates, c, params);
+    const Check check(gates);
+    check("dh", dh, {args.b, args.h});
+    check("dc", dc, {args.b, args.h});
+    const Allocator make{gates};
+    const std::tuple result{make({args.b, cell.gates, args.h}), make({args.b, args.h}),
+                            make(cell.params > 0, {cell.params, args.b, args.h})};
+    read(args.dh, dh);
+    read(args.dc, dc);
+    write(args.dgates, true, std::get<0>(result));
+    write(args.dc_prev, true, std::get<1>(result));
+    write(args.dparams, cell.params > 0, std::get<2>(result));
+    run_update(cell_index, true, args);
+    return result;
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fusedrnn, library) {
@@ -129,6 +192,11 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) -> "
       "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
       "Tensor dparams, Tensor dh0, Tensor dc0)");
+  library.def(
+      "cell_update(Tensor gates, Tensor c, Tensor? params, int cell) -> (Tensor h, Tensor c_new)");
+  library.def(
+      "cell_update_backward(Tensor gates, Tensor c, Tensor? params, Tensor? dh, Tensor? dc, "
+      "int cell) -> (Tensor dgates, Tensor dc_prev, Tensor dparams)");
   // What the first two are made of on CUDA tensors; the implementations are in _C_cuda.so.
   library.def(
       "cuda_forward(Tensor gx, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
@@ -147,6 +215,8 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("recurrence_forward", TORCH_BOX(&recurrence_forward));
   library.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
+  library.impl("cell_update", TORCH_BOX(&cell_update));
+  library.impl("cell_update_backward", TORCH_BOX(&cell_update_backward));
 }
 
 // By ctypes: the facts of the cells, one line each, the instruction sets, and the plans of the CUDA

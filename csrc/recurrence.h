@@ -109,10 +109,31 @@ struct BackwardArgs : frnn::BackwardArgs<S> {
   S* dw_hr;  // [P, H] out, or null
 };
 
+// One step of a cell alone that has the states h and c, is additive and does not read h.
+template <class S>
+struct UpdateArgs {
+  int64_t b, h;     // B, H
+  const S* gates;   // [B, G, H] in: gx + gh
+  const S* c;       // [B, H] in
+  const S* params;  // [K, H] in, or null if K == 0
+
+  S* h_new;  // [B, H] out, of forward
+  S* c_new;
+
+  const S* dh;  // [B, H] in, of backward, or null = 0
+  const S* dc;
+  S* dgates;   // [B, G, H] out, of backward
+  S* dc_prev;  // [B, H]
+  S* dparams;  // [K, B, H] out, or null if K == 0: of each row
+};
+
 void forward(int cell, const ForwardArgs<float>& args, const Pool& pool);
 void forward(int cell, const ForwardArgs<double>& args, const Pool& pool);
 void backward(int cell, const BackwardArgs<float>& args, const Pool& pool);
 void backward(int cell, const BackwardArgs<double>& args, const Pool& pool);
+// False, and nothing done, if the cell has no such step.
+bool update(int cell, bool backward, const UpdateArgs<float>& args, const Pool& pool);
+bool update(int cell, bool backward, const UpdateArgs<double>& args, const Pool& pool);
 
 // The instruction set in use ("base", "avx2", "avx512"), those this machine can use (separated by
 // spaces), and a way for tests to choose; set_isa is false and changes nothing if it cannot be.

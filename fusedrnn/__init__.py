@@ -5,6 +5,7 @@ from fusedrnn._version import __version__
 from fusedrnn.backends import backend, list_backends
 from fusedrnn.cell_modules import GRUCell, LSTMCell, RNNCell
 from fusedrnn.cells import Cell
+from fusedrnn.conv import ConvLSTM
 from fusedrnn.convert import convert, patch, to_torch
 from fusedrnn.explanation import Explanation, explain
 from fusedrnn.modules import GRU, LSTM, RNN
@@ -17,6 +18,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "Cell",
+    "ConvLSTM",
     "Explanation",
     "GRUCell",
     "LSTMCell",

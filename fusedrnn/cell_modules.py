@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from fusedrnn import functional
+from fusedrnn.arguments import finite, truth
 from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, lstm
 
@@ -92,20 +93,6 @@ def _check_sizes(
                 f"hidden{k} has inconsistent hidden_size: got {width}, "
                 f"expected {module.hidden_size}"
             )
-
-
-def finite(name: str, value: float | None) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} should be a finite number, got {value!r}")
-    return float(value)
-
-
-def truth(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-    return value
 
 
 def fill_forget_gate(cell: Cell, bias: Tensor, value: float | None) -> None:

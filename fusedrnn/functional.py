@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedrnn.arguments import probability
 from fusedrnn.backends import Names, Request, Sequence, Weights, check_names, select
 from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell
@@ -165,7 +166,7 @@ def lstm_cell_update(gates: Tensor, c: Tensor, *, backend: Names = None) -> tupl
             positions, as in a convolutional LSTM.
         c: ``[B,H,*]``, of the dtype of gates or, beside gates of 16 bits, float32, in which it
             loses nothing from step to step.
-        backend: a name or a list of names, tried in order: "triton" or "reference".
+        backend: a name or a list of names, tried in order: "cpu", "triton" or "reference".
 
     Returns:
         The new ``h`` in the dtype of gates and ``c`` in its own, both ``[B,H,*]``.
@@ -195,10 +196,17 @@ def lstm_cell_update(gates: Tensor, c: Tensor, *, backend: Names = None) -> tupl
             f"c should be {' or '.join(map(str, dtypes))} on {gates.device} as gates are, got "
             f"{c.dtype} on {c.device}"
         )
+    return update(LSTM, gates, c, None, check_names(backend))
+
+
+def update(
+    cell: Cell, gates: Tensor, c: Tensor, params: Tensor | None, wish: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """:func:`lstm_cell_update` of checked shapes, for any such cell; ``params [K,H*]``."""
     shape, rows, units = c.shape, c.shape[0], c.shape[1:].numel()
-    gates, c = gates.reshape(rows, planes, units), c.reshape(rows, units)
-    request = Request(LSTM, gates.dtype, c.device, units, 0, cell_update=True)
-    h, c = cell_update(select(request, check_names(backend)), LSTM, gates, c)
+    gates, c = gates.reshape(rows, len(cell.gates), units), c.reshape(rows, units)
+    request = Request(cell, gates.dtype, c.device, units, 0, cell_update=True)
+    h, c = cell_update(select(request, wish), cell, gates, c, params)
     return h.view(shape), c.view(shape)
 
 
@@ -258,8 +266,7 @@ def checked_run(
     """
     if x.dim() != 3:
         raise ValueError(f"x should be 3-D, got {x.dim()}-D")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout should be a probability in [0, 1], got {dropout}")
+    probability("dropout", dropout)
     directions = 2 if bidirectional else 1
     hidden = weights[0].w_hh.shape[0] // len(cell.gates)
     out = proj_size or hidden

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from fusedrnn.arguments import finite, truth
 from fusedrnn.backends import Names
 from fusedrnn.base import Layers, run_module
-from fusedrnn.cell_modules import fill_forget_gate, finite, truth
+from fusedrnn.cell_modules import fill_forget_gate
 from fusedrnn.cells import Cell, lstm
 from fusedrnn.functional import Lengths
 

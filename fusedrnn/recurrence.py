@@ -160,17 +160,18 @@ def _differentiated(
 
 
 def cell_update(
-    backend: Backend | Reference, cell: Cell, gates: Tensor, c: Tensor
+    backend: Backend | Reference, cell: Cell, gates: Tensor, c: Tensor, params: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What ``reference.cell_update`` gives, by a backend that supports it."""
-    if isinstance(backend, Reference) or _transformed((gates, c)):
-        return reference.cell_update(cell, gates, c)
-    if torch.is_grad_enabled() and (gates.requires_grad or c.requires_grad):
+    inputs = gates, c, params
+    if isinstance(backend, Reference) or _transformed(inputs):
+        return reference.cell_update(cell, gates, c, params)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         states: tuple[Tensor, Tensor] = CellUpdateFunction.apply(  # type: ignore[no-untyped-call]
-            gates, c, cell.key, backend.name
+            gates, c, params, cell.key, backend.name
         )
         return states
-    return cast(CellUpdates, backend).cell_update(cell, gates, c)
+    return cast(CellUpdates, backend).cell_update(cell, gates, c, params)
 
 
 class CellUpdateFunction(torch.autograd.Function):
@@ -178,19 +179,24 @@ class CellUpdateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gates: Tensor, c: Tensor, cell_key: str, backend_name: str
+        ctx: Any,
+        gates: Tensor,
+        c: Tensor,
+        params: Tensor | None,
+        cell_key: str,
+        backend_name: str,
     ) -> tuple[Tensor, Tensor]:
         ctx.constants = cell_key, backend_name
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gates, c)
+        ctx.save_for_backward(gates, c, params)
         backend = cast(CellUpdates, by_name(backend_name))
-        return backend.cell_update(by_key(cell_key), gates, c)
+        return backend.cell_update(by_key(cell_key), gates, c, params)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, dc: Tensor | None) -> Any:
-        (cell_key, backend_name), (gates, c) = ctx.constants, ctx.saved_tensors
+        (cell_key, backend_name), (gates, c, params) = ctx.constants, ctx.saved_tensors
         cell, backend = by_key(cell_key), cast(CellUpdates, by_name(backend_name))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             again = functools.partial(reference.cell_update, cell)
-            return (*_differentiated(again, (gates, c), (dh, dc)), None, None)
-        return (*backend.cell_update_backward(cell, gates, c, dh, dc), None, None)
+            return (*_differentiated(again, (gates, c, params), (dh, dc)), None, None)
+        return (*backend.cell_update_backward(cell, gates, c, params, dh, dc), None, None)

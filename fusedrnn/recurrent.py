@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedrnn import functional
+from fusedrnn.arguments import probability
 from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import Cell
 from fusedrnn.functional import Lengths
@@ -78,14 +79,12 @@ class Recurrent(nn.Module):
                 raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name} must be greater than zero, got {size}")
-        is_number = isinstance(dropout, int | float) and not isinstance(dropout, bool)
-        if not is_number or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout should be a probability in [0, 1], got {dropout!r}")
         check_names(backend)
         _try_step(cell, hidden_size, device, dtype)
         self.cell, self.backend = cell, backend
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.bias, self.batch_first, self.dropout = bias, batch_first, dropout
+        self.bias, self.batch_first = bias, batch_first
+        self.dropout = probability("dropout", dropout)
         self.bidirectional = bidirectional
         rows = len(cell.gates) * hidden_size
         for layer, suffix in self.places():

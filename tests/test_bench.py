@@ -11,6 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 SHAPES = ["gru-t100-b8-h64", "lstm-t1-b1-h128-stepping"]
+PLAIN = "lstm-t100-b1-h128"
+OWN_CELLS = ["peephole", "coupled gates", "coupled gates, peephole"]  # of bench/variants.py
+ARGUMENTS = ["lengths 1..T", "lengths T/2", "resets"]
 
 
 def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -21,13 +24,14 @@ def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 
 
 def planted(tool: Path, layer: str, *arguments: object) -> list[object]:
-    """The command line of a tool in whose process fusedrnn's layer returns 0.1 % too much."""
+    """The command line of a tool in whose process fusedrnn's layer returns 0.1 % too much, but not
+    in float64."""
     code = (
-        f"import runpy, sys, fusedrnn\n"
+        f"import runpy, sys, torch, fusedrnn\n"
         f"forward = fusedrnn.{layer}.forward\n"
         f"def wrong(self, *a, **k):\n"
         f"    y, state = forward(self, *a, **k)\n"
-        f"    return 1.001 * y, state\n"
+        f"    return (y if y.dtype == torch.float64 else 1.001 * y), state\n"
         f"fusedrnn.{layer}.forward = wrong\n"
         f"sys.path.insert(0, {str(tool.parent)!r})\n"
         f"runpy.run_path({str(tool)!r}, run_name='__main__')\n"
@@ -81,6 +85,36 @@ def test_run_names_an_unknown_shape() -> None:
     done = run("bench/run.py", "--shape", "lstm-t7")
     assert done.returncode == 2
     assert done.stderr == "bench: no shape 'lstm-t7'; --list names all of them\n"
+
+
+def test_variants_times_every_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    arguments = ["--seconds", 0.2, "--csv", path, "--shape", PLAIN]
+    done = run("bench/variants.py", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == [*OWN_CELLS, *ARGUMENTS]
+    for row in rows:
+        assert done.stdout.count(f"\n| {row['variant']} | {PLAIN} | ") == 1
+        looped = row["variant"] in OWN_CELLS
+        assert all(bool(value) == looped for key, value in row.items() if "loop" in key), row
+        for side in ("ours", "plain", "loop")[: 2 + looped]:
+            low, mid, high = (float(row[f"{side}_p{p}_ms"]) for p in (20, 50, 80))
+            assert 0 < low <= mid <= high
+        for ratio in ("ours_over_plain", "loop_over_ours")[: 1 + looped]:
+            low, mid, high = (float(row[f"{ratio}_p{p}"]) for p in (10, 50, 90))
+            assert 0 < low <= mid <= high
+
+
+def test_variants_does_not_time_a_wrong_result(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    arguments = ["--seconds", 0.2, "--csv", path, "--shape", PLAIN]
+    done = run(*planted(ROOT / "bench" / "variants.py", "LSTM", *arguments))
+    assert done.returncode == 1, done.stdout + done.stderr
+    for name in (*OWN_CELLS, *ARGUMENTS):
+        assert f"\n{name}, {PLAIN}: GATE RED, not timed: " in done.stdout
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["right", "planted"])

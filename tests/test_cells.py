@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import fusedrnn
-from fusedrnn.backends import by_name, native
-from fusedrnn.cells import PLAIN, LSTM, by_key
+from fusedrnn import functional
+from fusedrnn.backends import by_name, native, reference
+from fusedrnn.cells import CELLS, LSTM, PLAIN, by_key
 from fusedrnn.testing import Case, check_case
 
 
@@ -301,6 +302,62 @@ def test_cell_update_of_a_convolution():
     torch.testing.assert_close((h[at], c_new[at]), expected)
 
 
+LSTMS = [cell for cell in CELLS.values() if cell.name.startswith("lstm")]
+
+
+@pytest.fixture(params=["base", "avx2", "avx512"])
+def isa(request):
+    if request.param not in native.isas():
+        pytest.skip(f"this machine cannot run {request.param}")
+    before = native.isa()
+    native.set_isa(request.param)
+    yield
+    native.set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 9001), (0, 4)], ids=str)
+@pytest.mark.parametrize("cell", LSTMS, ids=lambda c: c.name)
+def test_cell_update_on_the_cpu(isa, cell, shape, dtype):
+    """Within the rounding of what is stored, and that of the few operations between."""
+    rows, units = shape
+    gates, c = torch.randn(rows, len(cell.gates), units), torch.randn(rows, units)
+    params = torch.randn(len(cell.params), units) if cell.params else None
+    upstream = torch.randn(2, rows, units).to(dtype).double()
+    inputs = [t.to(dtype) for t in (gates, c, params) if t is not None]
+    found = []
+    for name, precision in (("reference", torch.float64), ("cpu", dtype)):
+        leaves = [t.to(precision).requires_grad_() for t in inputs]
+        h, c_new = functional.update(cell, *leaves[:2], *(leaves[2:] or [None]), (name,))
+        grads = torch.autograd.grad((h, c_new), leaves, tuple(upstream.to(precision)))
+        found.append([h, c_new, *grads])
+    for exact, ours in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        size = exact.abs().max().item() if exact.numel() else 0
+        sums = max(1, rows) * 16 * torch.finfo(reference.compute_dtype(dtype)).eps
+        rtol = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
+        torch.testing.assert_close(ours.double(), exact, rtol=rtol, atol=sums * size)
+
+
+@pytest.mark.parametrize("cell", LSTMS, ids=lambda c: c.name)
+def test_ops_of_the_cell_update(cell):
+    if not native.isas():
+        pytest.skip("no native library")
+    index = list(native.native_cells()).index(cell.name)
+    gates, c = torch.randn(2, len(cell.gates), 3), torch.randn(2, 3)
+    params = torch.randn(len(cell.params), 3) if cell.params else None
+    tests = "test_schema", "test_faketensor"
+    ops = torch.ops.fusedrnn
+    torch.library.opcheck(ops.cell_update.default, (gates, c, params, index), test_utils=tests)
+    args = gates, c, params, None, c, index
+    torch.library.opcheck(ops.cell_update_backward.default, args, test_utils=tests)
+    for wrong in ((gates[:1], c, params), (gates, c[0], params), (gates.double(), c, params)):
+        with pytest.raises(RuntimeError, match=r"has shape|dimensions|expected float64"):
+            ops.cell_update(*wrong, index)
+    with pytest.raises(RuntimeError, match="gru has no step of its own"):
+        ops.cell_update(torch.randn(2, 3, 3), c, None, list(native.native_cells()).index("gru"))
+
+
 def test_cell_update_in_loops_of_users():
     """Under autocast, where c stays in float32; compiled; channels last."""
     update = fusedrnn.functional.lstm_cell_update
@@ -329,7 +386,7 @@ BAD_UPDATES = {
     "1-D": ((20,), (5,), ValueError, r"got \[20\] and \[5\]"),
     "dtype": ((2, 20), (2, 5), RuntimeError, "c should be torch.float64 on cpu as gates are"),
     "integers": ((2, 20), (2, 5), RuntimeError, "gates should be floating-point, got torch.int64"),
-    "backend": ((2, 20), (2, 5), RuntimeError, "backend 'cpu' has no cell update"),
+    "backend": ((2, 20), (2, 5), RuntimeError, "backend 'cuda' has no cell update"),
 }
 
 
@@ -339,8 +396,6 @@ def test_bad_cell_updates(name):
     gates, c = torch.zeros(of_gates), torch.zeros(of_c)
     gates = gates.double() if name == "dtype" else gates
     gates = gates.long() if name == "integers" else gates
-    if name == "backend" and not native.isas():
-        pytest.skip("no native library")
-    wish = "cpu" if name == "backend" else None
+    wish = "cuda" if name == "backend" else None
     with pytest.raises(error, match=message):
         fusedrnn.functional.lstm_cell_update(gates, c, backend=wish)

@@ -21,9 +21,9 @@ PACKAGE = Path(fusedrnn.__file__).parent
 ROOT = PACKAGE.parent
 
 # Each may import the ones after it, and none before it.
-ORDER = ["explanation", "diagnostics", "convert", "modules", "base", "init", "recurrent",
+ORDER = ["explanation", "diagnostics", "convert", "modules", "conv", "base", "init", "recurrent",
          "cell_modules", "reference", "functional", "testing", "layer", "recurrence", "backends",
-         "cells"]  # fmt: skip
+         "cells", "arguments"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

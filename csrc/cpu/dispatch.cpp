@@ -94,5 +94,11 @@ void backward(int cell, const BackwardArgs<float>& args, const Pool& pool) {
 void backward(int cell, const BackwardArgs<double>& args, const Pool& pool) {
   engine().load()->backward_f64(cell, args, pool);
 }
+bool update(int cell, bool backward, const UpdateArgs<float>& args, const Pool& pool) {
+  return engine().load()->update_f32(cell, backward, args, pool);
+}
+bool update(int cell, bool backward, const UpdateArgs<double>& args, const Pool& pool) {
+  return engine().load()->update_f64(cell, backward, args, pool);
+}
 
 }  // namespace frnn::cpu

@@ -12,6 +12,8 @@ struct Engine {
   void (*forward_f64)(int cell, const ForwardArgs<double>&, const Pool&);
   void (*backward_f32)(int cell, const BackwardArgs<float>&, const Pool&);
   void (*backward_f64)(int cell, const BackwardArgs<double>&, const Pool&);
+  bool (*update_f32)(int cell, bool backward, const UpdateArgs<float>&, const Pool&);
+  bool (*update_f64)(int cell, bool backward, const UpdateArgs<double>&, const Pool&);
 };
 
 extern const Engine kBaseEngine;

@@ -162,6 +162,7 @@ void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Po
 
 #include "cpu/backward.inl"
 #include "cpu/forward.inl"
+#include "cpu/update.inl"
 
 template <class T>
 void run_forward(int cell, const frnn::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
@@ -173,8 +174,27 @@ void run_backward(int cell, const frnn::cpu::BackwardArgs<T>& args, const frnn::
   frnn::Cells::dispatch(cell, [&]<class Cell>() { Backward<Cell, T>::run(args, pool); });
 }
 
+template <class T>
+bool run_update(int cell, bool backward, const frnn::cpu::UpdateArgs<T>& args,
+                const frnn::cpu::Pool& pool) {
+  bool exists = false;
+  frnn::Cells::dispatch(cell, [&]<class Cell>() {
+    if constexpr (Update<Cell, T>::kExists) {
+      exists = true;
+      backward ? Update<Cell, T>::backward(args, pool) : Update<Cell, T>::forward(args, pool);
+    }
+  });
+  return exists;
+}
+
 constexpr frnn::cpu::Engine make_engine(const char* name) {
-  return {name, run_forward<float>, run_forward<double>, run_backward<float>, run_backward<double>};
+  return {name,
+          run_forward<float>,
+          run_forward<double>,
+          run_backward<float>,
+          run_backward<double>,
+          run_update<float>,
+          run_update<double>};
 }
 
 }  // namespace

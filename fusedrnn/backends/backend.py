@@ -151,10 +151,18 @@ class Backend(Protocol):
 class CellUpdates(Protocol):
     """What a backend has beside, if it supports requests for ``cell_update``."""
 
-    def cell_update(self, cell: Cell, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def cell_update(
+        self, cell: Cell, gates: Tensor, c: Tensor, params: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """As ``reference.cell_update``."""
 
     def cell_update_backward(
-        self, cell: Cell, gates: Tensor, c: Tensor, dh: Tensor | None, dc: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The gradients of gates and c from those of the new states; ``None``: zero."""
+        self,
+        cell: Cell,
+        gates: Tensor,
+        c: Tensor,
+        params: Tensor | None,
+        dh: Tensor | None,
+        dc: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The gradients of gates, c and params from those of the new states; ``None``: zero."""

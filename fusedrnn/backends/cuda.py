@@ -92,6 +92,8 @@ class Cuda(Ops):
         super().__init__(name for name, facts in native_cells().items() if facts.cuda)
 
     def supports(self, request: Request) -> str | None:
+        if request.cell_update:
+            return "has no cell update"
         return _missing or unfit(request) or unfit_dtype(request) or self._lacks(request)
 
     def algorithm(self, request: Request, rows: int) -> str:

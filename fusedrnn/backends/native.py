@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted
 from fusedrnn.backends.reference import compute_dtype
+from fusedrnn.cells import Cell
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the CUDA kernels, in the order of frnn::cuda::Arithmetic.
@@ -153,8 +154,6 @@ class Ops:
             return "needs a hidden size of at least 1"
         if request.initial:
             return "enters zeros at resets"
-        if request.cell_update:
-            return "has no cell update"
         return None
 
     def forward(self, call: Call, training: bool) -> Run:
@@ -207,7 +206,12 @@ class Native(Ops):
             return _missing
         if request.device.type != "cpu":
             return f"runs on CPU tensors, got {request.device.type}"
-        return unfit_dtype(request) or self._lacks(request)
+        reason = unfit_dtype(request) or self._lacks(request)
+        cell = request.cell
+        plain = cell.additive and len(cell.states) == 2
+        if reason is None and request.cell_update and not plain:
+            return f"has no cell update of the cell {cell.name}"
+        return reason
 
     def algorithm(self, request: Request, rows: int) -> str:
         stored = str(compute_dtype(request.dtype)).removeprefix("torch.")
@@ -231,6 +235,35 @@ class Native(Ops):
         upstream = Upstream(*(None if d is None else d.to(wide) for d in upstream))
         found = super().backward(call.to(wide), upstream, reserve, wanted)
         return Gradients(*(None if d is None else d.to(dtype) for d in found))
+
+    def cell_update(
+        self, cell: Cell, gates: Tensor, c: Tensor, params: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        h, c_new = torch.ops.fusedrnn.cell_update(
+            *_wide(gates.dtype, gates, c, params), self._index[cell.key]
+        )
+        return h.to(gates.dtype), c_new.to(c.dtype)
+
+    def cell_update_backward(
+        self,
+        cell: Cell,
+        gates: Tensor,
+        c: Tensor,
+        params: Tensor | None,
+        dh: Tensor | None,
+        dc: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        dgates, dc_prev, dparams = torch.ops.fusedrnn.cell_update_backward(
+            *_wide(gates.dtype, gates, c, params, dh, dc), self._index[cell.key]
+        )
+        of_units = None if params is None else dparams.sum(1).to(params.dtype)
+        return dgates.to(gates.dtype), dc_prev.to(c.dtype), of_units
+
+
+def _wide(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As the engine computes what is stored in ``dtype``, and contiguous."""
+    wide = compute_dtype(dtype)
+    return tuple(None if t is None else t.to(wide).contiguous() for t in tensors)
 
 
 def empty_run(
@@ -347,6 +380,26 @@ def _fake_backward(
     return *found[:6], x.new_empty(some), *found[6:]
 
 
+def _fake_update(
+    gates: Tensor, c: Tensor, params: Tensor | None, cell: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(c), torch.empty_like(c)
+
+
+def _fake_update_backward(
+    gates: Tensor,
+    c: Tensor,
+    params: Tensor | None,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    cell: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    some = (0,) if params is None else (len(params), *c.shape)
+    return torch.empty_like(gates), torch.empty_like(c), c.new_empty(some)
+
+
 if _library is not None:
+    torch.library.register_fake("fusedrnn::cell_update", _fake_update)
+    torch.library.register_fake("fusedrnn::cell_update_backward", _fake_update_backward)
     torch.library.register_fake("fusedrnn::recurrence_forward", _fake_forward)
     torch.library.register_fake("fusedrnn::recurrence_backward", _fake_backward)

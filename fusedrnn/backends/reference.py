@@ -102,12 +102,15 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     return tuple(o.to(storage) for o in out)
 
 
-def cell_update(cell: Cell, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def cell_update(
+    cell: Cell, gates: Tensor, c: Tensor, params: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The elementwise step of a cell with the states h, which it does not read, and c: the new ones
-    from ``gates [B,G,H]``, what reaches the gates from x and h together, and ``c [B,H]``, which
-    keeps its dtype."""
+    from ``gates [B,G,H]``, what reaches the gates from x and h together, ``c [B,H]``, which keeps
+    its dtype, and the cell's ``params [K,H]``."""
     wide = compute_dtype(gates.dtype)
     none = torch.zeros((), dtype=wide, device=c.device).expand(c.shape)
     x = gates.to(wide)
-    h, c_new = cell.step(x, torch.zeros_like(x), (none, c.to(wide)))
+    of_units = () if params is None else (params.to(wide).unbind(0),)
+    h, c_new = cell.step(x, torch.zeros_like(x), (none, c.to(wide)), *of_units)
     return h.to(gates.dtype), c_new.to(c.dtype)

@@ -48,6 +48,8 @@ class Triton:
             return "enters zeros at resets"
         if request.proj_size:
             return "has no projection"
+        if request.cell_update and request.cell.params:
+            return f"has no cell update of the cell {request.cell.name}"
         return None
 
     def algorithm(self, request: Request, rows: int) -> str:
@@ -84,17 +86,25 @@ class Triton:
         asked = [d if g else None for d, g in zip(found, given, strict=True)]
         return Gradients._make((*asked[:5], None, *asked[5:]))
 
-    def cell_update(self, cell: Cell, gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def cell_update(
+        self, cell: Cell, gates: Tensor, c: Tensor, params: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         h, c = torch.ops.fusedrnn.triton_update(*_contiguous(gates, c), cell.key)
         return h, c
 
     def cell_update_backward(
-        self, cell: Cell, gates: Tensor, c: Tensor, dh: Tensor | None, dc: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        cell: Cell,
+        gates: Tensor,
+        c: Tensor,
+        params: Tensor | None,
+        dh: Tensor | None,
+        dc: Tensor | None,
+    ) -> tuple[Tensor, Tensor, None]:
         dgates, dc = torch.ops.fusedrnn.triton_update_backward(
             *_contiguous(gates, c, dh, dc), cell.key
         )
-        return dgates, dc
+        return dgates, dc, None
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,29 @@
+"""Checks of arguments that torch.nn has no words for."""
+
+from __future__ import annotations
+
+import math
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def finite(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if not _is_number(value) or not math.isfinite(value):
+        raise ValueError(f"{name} should be a finite number, got {value!r}")
+    return float(value)
+
+
+def probability(name: str, value: float) -> float:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name} should be a probability in [0, 1], got {value!r}")
+    return value
+
+
+def truth(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    return value

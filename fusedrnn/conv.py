@@ -1,0 +1,225 @@
+"""The convolutional LSTM: its products are PyTorch's convolutions, its cell update is fused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedrnn import functional
+from fusedrnn.arguments import finite, probability, truth
+from fusedrnn.backends import Names, check_names
+from fusedrnn.backends.reference import compute_dtype
+from fusedrnn.cell_modules import fill_forget_gate
+from fusedrnn.cells import Cell, lstm
+
+State = tuple[Tensor, Tensor]
+
+
+class ConvLSTM(nn.Module):
+    """A stack of convolutional LSTM layers (Shi et al. 2015).
+
+    The equations of :mod:`fusedrnn.cells.lstm`, where both products are convolutions with as much
+    padding as keeps the size, and peepholes are weights of a channel. With batch norm (Cooijmans et
+    al. 2017) ``gates = BN(W_ih * x) + BN(W_hh * h) + b_ih + b_hh``; both are shared over time. In
+    training the statistics of the first are those of all steps together, of the second those of
+    each step.
+
+    Parameters, with C the hidden channels: ``weight_ih_l0 [4*C,in,*kernel]``, ``weight_hh_l0
+    [4*C,C,*kernel]``, ``bias_ih_l0``, ``bias_hh_l0 [4*C]``, gates i f g o, and ``weight_peephole_l0
+    [3,C,1,1]``, those of i, f and o, all from U(-1/sqrt(n), 1/sqrt(n)), n the numbers in a kernel
+    of ``weight_hh``; ``norm_ih_l0``, ``norm_hh_l0``: BatchNorm2d, gains 0.1. Those of the reverse
+    direction end with ``_reverse``.
+
+    Args:
+        input_channels, hidden_channels: of x and of h.
+        kernel_size: an odd number, or two, along Y and X.
+        num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as of
+            :class:`torch.nn.LSTM`.
+        peephole, forget_bias: as of :class:`fusedrnn.LSTM`.
+        batch_norm: both products are normalised.
+        backend: of the cell update, a name or a list of names, tried in order.
+
+    Args (forward):
+        input: ``[T,B,in,Y,X]``; ``[B,T,in,Y,X]`` with batch_first.
+        hx: ``(h_0, c_0)``, ``[L*D,B,C,Y,X]``; None: zeros.
+
+    Returns:
+        ``y [T,B,D*C,Y,X]`` in the layout of input and ``(h_n, c_n)`` in the shapes of hx.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a wrong size, shape, dtype, device or backend.
+
+    Example:
+        >>> import fusedrnn, torch
+        >>> layer = fusedrnn.ConvLSTM(3, 8, kernel_size=3, num_layers=2)
+        >>> y, (h_n, c_n) = layer(torch.randn(5, 2, 3, 16, 16))
+        >>> y.shape, c_n.shape
+        (torch.Size([5, 2, 8, 16, 16]), torch.Size([2, 2, 8, 16, 16]))
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        hidden_channels: int,
+        kernel_size: int | tuple[int, int],
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        peephole: bool = False,
+        batch_norm: bool = False,
+        forget_bias: float | None = None,
+        backend: Names = None,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "input_channels": input_channels,
+            "hidden_channels": hidden_channels,
+            "num_layers": num_layers,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} should be an integer greater than zero, got {size!r}")
+        kernel = (kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(kernel) != 2 or not all(isinstance(k, int) and k > 0 and k % 2 for k in kernel):
+            raise ValueError(f"kernel_size should be odd, or two odd numbers, got {kernel_size!r}")
+        if forget_bias is not None and not bias:
+            raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
+        self.input_channels, self.hidden_channels = input_channels, hidden_channels
+        self.kernel_size, self.num_layers = kernel, num_layers
+        self.bias, self.batch_first = truth("bias", bias), truth("batch_first", batch_first)
+        self.dropout = probability("dropout", dropout)
+        self.bidirectional = truth("bidirectional", bidirectional)
+        self.peephole, self.batch_norm = (
+            truth("peephole", peephole),
+            truth("batch_norm", batch_norm),
+        )
+        self.forget_bias = finite("forget_bias", forget_bias)
+        check_names(backend)
+        self.backend = backend
+
+        options = {"device": device, "dtype": dtype}
+        channels, gates = hidden_channels, len(self._cell.gates) * hidden_channels
+        for layer, suffix in self._places():
+            inputs = channels * (2 if bidirectional else 1) if layer else input_channels
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (gates, inputs, *kernel),
+                "weight_hh": (gates, channels, *kernel),
+                **({"bias_ih": (gates,), "bias_hh": (gates,)} if bias else {}),
+                **({"weight_peephole": (3, channels, 1, 1)} if peephole else {}),
+            }
+            for name, shape in shapes.items():
+                empty = torch.empty(shape, **options)
+                self.register_parameter(name + suffix, nn.Parameter(empty))
+            if batch_norm:
+                self.register_module("norm_ih" + suffix, nn.BatchNorm2d(gates, **options))
+                self.register_module("norm_hh" + suffix, nn.BatchNorm2d(gates, **options))
+        self.reset_parameters()
+
+    @property
+    def _cell(self) -> Cell:
+        return lstm(peephole=self.peephole, coupled_gates=False)
+
+    def _places(self) -> list[tuple[int, str]]:
+        """Each layer and direction, and what the names of its parameters end with."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        return [(k, f"_l{k}{end}") for k in range(self.num_layers) for end in directions]
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.hidden_channels * math.prod(self.kernel_size))
+        for name, parameter in self.named_parameters(recurse=False):
+            nn.init.uniform_(parameter, -bound, bound)
+            if name.startswith("bias_ih"):
+                fill_forget_gate(self._cell, parameter, self.forget_bias)
+        for norm in self.children():
+            assert isinstance(norm, nn.BatchNorm2d)
+            norm.reset_parameters()
+            nn.init.constant_(norm.weight, 0.1)
+
+    def forward(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]:
+        self._check(input, hx)
+        y = input.transpose(0, 1) if self.batch_first else input
+        directions = 2 if self.bidirectional else 1
+        h_n: list[Tensor] = []
+        c_n: list[Tensor] = []
+        outputs: list[Tensor] = []
+        for k, (layer, suffix) in enumerate(self._places()):
+            if k % directions == 0 and layer:
+                y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
+                y = F.dropout(y, self.dropout, self.training)
+            if k % directions == 0:
+                outputs = []
+            state = None if hx is None else (hx[0][k], hx[1][k])
+            out, h, c = self._direction(y, suffix, state, reverse=k % directions == 1)
+            outputs.append(out)
+            h_n.append(h)
+            c_n.append(c)
+        y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
+        y = y.transpose(0, 1) if self.batch_first else y
+        return y, (torch.stack(h_n), torch.stack(c_n))
+
+    def _direction(
+        self, x: Tensor, suffix: str, state: State | None, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y ``[T,B,C,Y,X]`` and the final states of one layer and direction."""
+        gx = self._product("ih", suffix, x.flatten(0, 1))
+        if self.bias:
+            bias = getattr(self, "bias_ih" + suffix) + getattr(self, "bias_hh" + suffix)
+            gx = gx + bias.to(gx.dtype).view(-1, 1, 1)
+        steps = gx.unflatten(0, x.shape[:2]).unbind(0)
+        shape = x.shape[1], self.hidden_channels, *x.shape[3:]
+        h, c = (x.new_zeros(shape),) * 2 if state is None else state
+        c = c.to(compute_dtype(c.dtype))  # in which it loses nothing from step to step
+        peepholes = None
+        if self.peephole:
+            peepholes = getattr(self, "weight_peephole" + suffix)
+            peepholes = peepholes.expand(-1, *shape[1:]).flatten(1).to(gx.dtype)
+        out = list(steps)
+        for t in range(len(steps) - 1, -1, -1) if reverse else range(len(steps)):
+            gates = self._product("hh", suffix, h).add_(steps[t])
+            h, c = functional.update(self._cell, gates, c, peepholes, check_names(self.backend))
+            out[t] = h
+        return torch.stack(out), h, c.to(h.dtype)
+
+    def _product(self, which: str, suffix: str, x: Tensor) -> Tensor:
+        padding = self.kernel_size[0] // 2, self.kernel_size[1] // 2
+        out = F.conv2d(x, getattr(self, f"weight_{which}{suffix}"), padding=padding)
+        norm = getattr(self, f"norm_{which}{suffix}", None)
+        return out if norm is None else norm(out)
+
+    def _check(self, input: Tensor, hx: State | None) -> None:
+        if input.dim() != 5 or input.shape[2] != self.input_channels:
+            layout = "[B,T" if self.batch_first else "[T,B"
+            raise ValueError(
+                f"input should have shape {layout},{self.input_channels},Y,X], got "
+                f"{list(input.shape)}"
+            )
+        if input.shape[self.batch_first] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in ConvLSTM")
+        if hx is None:
+            return
+        if isinstance(hx, Tensor) or len(hx) != 2:
+            raise TypeError(f"hx should be a tuple of two tensors, got {type(hx).__name__}")
+        batch = input.shape[not self.batch_first]
+        shape = (len(self._places()), batch, self.hidden_channels, *input.shape[3:])
+        for name, s in zip(("h_0", "c_0"), hx, strict=True):
+            if s.shape != shape:
+                raise ValueError(f"{name} should have shape {list(shape)}, got {list(s.shape)}")
+
+    def extra_repr(self) -> str:
+        shown = f"{self.input_channels}, {self.hidden_channels}, kernel_size={self.kernel_size}"
+        defaults = {
+            "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0,
+            "bidirectional": False, "peephole": False, "batch_norm": False, "forget_bias": None,
+            "backend": None,
+        }  # fmt: skip
+        others = {name: getattr(self, name) for name in defaults}
+        return shown + "".join(f", {n}={v!r}" for n, v in others.items() if v != defaults[n])
