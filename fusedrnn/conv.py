@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,22 @@ from fusedrnn.cells import Cell, lstm
 State = tuple[Tensor, Tensor]
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[B,C,Y,X]`` as ``[B*Y*X,C]``."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
 class ConvLSTM(nn.Module):
     """A stack of convolutional LSTM layers (Shi et al. 2015).
 
     The equations of :mod:`fusedrnn.cells.lstm`, where both products are convolutions with as much
     padding as keeps the size, and peepholes are weights of a channel. With batch norm (Cooijmans et
-    al. 2017) ``gates = BN(W_ih * x) + BN(W_hh * h) + b_ih + b_hh``; both are shared over time. In
-    training the statistics of the first are those of all steps together, of the second those of
-    each step.
+    al. 2017) ``gates = BN(W_ih * x) + BN(W_hh * h) + b_ih + b_hh``; both are shared over time, and
+    in training take the statistics of each step.
 
     Parameters, with C the hidden channels: ``weight_ih_l0 [4*C,in,*kernel]``, ``weight_hh_l0
     [4*C,C,*kernel]``, ``bias_ih_l0``, ``bias_hh_l0 [4*C]``, gates i f g o, and ``weight_peephole_l0
@@ -148,52 +157,66 @@ class ConvLSTM(nn.Module):
         self._check(input, hx)
         y = input.transpose(0, 1) if self.batch_first else input
         directions = 2 if self.bidirectional else 1
-        h_n: list[Tensor] = []
-        c_n: list[Tensor] = []
-        outputs: list[Tensor] = []
-        for k, (layer, suffix) in enumerate(self._places()):
-            if k % directions == 0 and layer:
-                y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
+        final: list[State] = []
+        for layer in range(self.num_layers):
+            if layer:
                 y = F.dropout(y, self.dropout, self.training)
-            if k % directions == 0:
-                outputs = []
-            state = None if hx is None else (hx[0][k], hx[1][k])
-            out, h, c = self._direction(y, suffix, state, reverse=k % directions == 1)
-            outputs.append(out)
-            h_n.append(h)
-            c_n.append(c)
-        y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
+            outputs = []
+            for direction in range(directions):
+                k = layer * directions + direction
+                state = None if hx is None else (hx[0][k], hx[1][k])
+                out, *states = self._direction(y, self._places()[k][1], state, direction == 1)
+                outputs.append(out)
+                final.append((states[0], states[1]))
+            y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
         y = y.transpose(0, 1) if self.batch_first else y
-        return y, (torch.stack(h_n), torch.stack(c_n))
+        return y, (torch.stack([h for h, _ in final]), torch.stack([c for _, c in final]))
 
     def _direction(
         self, x: Tensor, suffix: str, state: State | None, reverse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y ``[T,B,C,Y,X]`` and the final states of one layer and direction."""
-        gx = self._product("ih", suffix, x.flatten(0, 1))
-        if self.bias:
-            bias = getattr(self, "bias_ih" + suffix) + getattr(self, "bias_hh" + suffix)
-            gx = gx + bias.to(gx.dtype).view(-1, 1, 1)
-        steps = gx.unflatten(0, x.shape[:2]).unbind(0)
-        shape = x.shape[1], self.hidden_channels, *x.shape[3:]
+        """y ``[T,B,C,Y,X]`` and the final states of one layer and direction.
+
+        Channels lie last in memory, where convolutions are faster, and where to the cell each
+        position is a row of a batch.
+        """
+        products = self._products(suffix)
+        steps = _channels_last(x.flatten(0, 1)).unflatten(0, x.shape[:2]).unbind(0)
+        batch, _, *size = steps[0].shape
+        shape = batch, self.hidden_channels, *size
         h, c = (x.new_zeros(shape),) * 2 if state is None else state
+        h, c = _channels_last(h), _rows(c)
         c = c.to(compute_dtype(c.dtype))  # in which it loses nothing from step to step
-        peepholes = None
-        if self.peephole:
-            peepholes = getattr(self, "weight_peephole" + suffix)
-            peepholes = peepholes.expand(-1, *shape[1:]).flatten(1).to(gx.dtype)
+        peepholes = getattr(self, "weight_peephole" + suffix).flatten(1) if self.peephole else None
         out = list(steps)
         for t in range(len(steps) - 1, -1, -1) if reverse else range(len(steps)):
-            gates = self._product("hh", suffix, h).add_(steps[t])
-            h, c = functional.update(self._cell, gates, c, peepholes, check_names(self.backend))
-            out[t] = h
-        return torch.stack(out), h, c.to(h.dtype)
+            gates = _rows(products(steps[t], h))
+            if peepholes is not None:
+                peepholes = peepholes.to(gates.dtype)
+            rows, c = functional.update(self._cell, gates, c, peepholes, check_names(self.backend))
+            out[t] = rows.view(batch, *size, -1)
+            h = out[t].permute(0, 3, 1, 2)
+        c = c.to(h.dtype).view(batch, *size, -1).permute(0, 3, 1, 2)
+        return torch.stack(out).permute(0, 1, 4, 2, 3), h, c
 
-    def _product(self, which: str, suffix: str, x: Tensor) -> Tensor:
+    def _products(self, suffix: str) -> Callable[[Tensor, Tensor], Tensor]:
+        """What the gates of one step get from x and h, ``[B,4*C,Y,X]``."""
         padding = self.kernel_size[0] // 2, self.kernel_size[1] // 2
-        out = F.conv2d(x, getattr(self, f"weight_{which}{suffix}"), padding=padding)
-        norm = getattr(self, f"norm_{which}{suffix}", None)
-        return out if norm is None else norm(out)
+        names = "weight_ih", "weight_hh", "bias_ih", "bias_hh", "norm_ih", "norm_hh"
+        own: list[Any] = [getattr(self, name + suffix, None) for name in names]
+        w_ih, w_hh, b_ih, b_hh, norm_ih, norm_hh = own
+        bias = None if b_ih is None else b_ih + b_hh
+        if not self.batch_norm:  # one convolution costs less than two
+            weight = _channels_last(torch.cat((w_ih, w_hh), 1))
+            return lambda x, h: F.conv2d(torch.cat((x, h), 1), weight, bias, padding=padding)
+        w_ih, w_hh = _channels_last(w_ih), _channels_last(w_hh)
+
+        def normalised(x: Tensor, h: Tensor) -> Tensor:
+            gates: Tensor = norm_ih(F.conv2d(x, w_ih, padding=padding))
+            gates = gates + norm_hh(F.conv2d(h, w_hh, padding=padding))
+            return gates if bias is None else gates + bias.to(gates.dtype).view(-1, 1, 1)
+
+        return normalised
 
     def _check(self, input: Tensor, hx: State | None) -> None:
         if input.dim() != 5 or input.shape[2] != self.input_channels:
@@ -213,6 +236,8 @@ class ConvLSTM(nn.Module):
         for name, s in zip(("h_0", "c_0"), hx, strict=True):
             if s.shape != shape:
                 raise ValueError(f"{name} should have shape {list(shape)}, got {list(s.shape)}")
+            if s.dtype != input.dtype:
+                raise RuntimeError(f"{name} should be {input.dtype} as input is, got {s.dtype}")
 
     def extra_repr(self) -> str:
         shown = f"{self.input_channels}, {self.hidden_channels}, kernel_size={self.kernel_size}"

@@ -21,14 +21,12 @@ def loop(module, x, state, suffix, reverse):
     if module.bias:
         bias = (own[f"bias_ih{suffix}"] + own[f"bias_hh{suffix}"])[:, None, None]
     norms = dict(module.named_children())
-    of_x = F.conv2d(x.flatten(0, 1), w_ih, padding="same")
-    of_x = norms[f"norm_ih{suffix}"](of_x) if norms else of_x
     p_i, p_f, p_o = own[f"weight_peephole{suffix}"] if module.peephole else (0, 0, 0)
     h, c = state
     out = []
-    for gx in (
-        reversed(of_x.unflatten(0, x.shape[:2])) if reverse else of_x.unflatten(0, x.shape[:2])
-    ):
+    for x_t in reversed(x) if reverse else x:
+        gx = F.conv2d(x_t, w_ih, padding="same")
+        gx = norms[f"norm_ih{suffix}"](gx) if norms else gx
         gh = F.conv2d(h, w_hh, padding="same")
         gh = norms[f"norm_hh{suffix}"](gh) if norms else gh
         i, f, g, o = (gx + gh + bias).chunk(4, 1)
@@ -143,8 +141,9 @@ def test_dropout_between_layers():
     assert not torch.allclose(module.eval()(x)[0], dropped)
 
 
-def test_16_bits_and_autocast():
-    module = fusedrnn.ConvLSTM(2, 3, 3, peephole=True)
+@pytest.mark.parametrize("options", [{"peephole": True}, {"batch_norm": True}], ids=list)
+def test_16_bits_and_autocast(options):
+    module = fusedrnn.ConvLSTM(2, 3, 3, **options).eval()
     x = torch.randn(4, 2, 2, 5, 6)
     exact, _ = module(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -185,6 +184,8 @@ def test_bad_inputs():
         module(x, state)
     with pytest.raises(ValueError, match=r"c_0 should have shape \[1, 1, 3, 5, 6\], got"):
         module(x, (state, state[..., :5]))
+    with pytest.raises(RuntimeError, match=r"h_0 should be torch.float32 .*, got torch.float64"):
+        module(x, (state.double(), state))
     with pytest.raises(TypeError, match="peephole should be of type bool, got: int"):
         fusedrnn.ConvLSTM(2, 3, 3, peephole=1)
     assert module(x, (state, state))[0].shape == (4, 1, 3, 5, 6)
