@@ -125,3 +125,16 @@ def test_demo_passes_and_fails(tmp_path: Path, wrong: bool) -> None:
     assert done.returncode == wrong, done.stdout + done.stderr
     assert ("FAILED: fusedrnn departs from torch.nn" in done.stdout) == wrong
     assert "fusedrnn writes:" in done.stdout
+
+
+def test_conv_times_a_shape_unless_it_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    arguments = ["--seconds", 0.2, "--csv", path, "--shape", 3, 2, 2, 3, 5, 6]
+    done = run("bench/conv.py", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["loop_over_ours_p50"]) > 0 and "| 3, 2, 2, 3, 5, 6 |" in done.stdout
+    path.unlink()
+    done = run(*planted(ROOT / "bench" / "conv.py", "ConvLSTM", *arguments))
+    assert done.returncode == 1 and "GATE RED" in done.stdout and not path.exists()
