@@ -33,8 +33,7 @@ class Timeline {
     return n < 0 ? 0 : (n < a_.t ? n : a_.t);
   }
 
-  FRNN_FN bool computed(int64_t s, int64_t row) const { return computed_at(time(s), row); }
-  FRNN_FN bool computed_at(int64_t t, int64_t row) const { return full_ || t < length(row); }
+  FRNN_FN bool computed(int64_t s, int64_t row) const { return full_ || time(s) < length(row); }
 
   // Steps outside [0, T) have no entry.
   FRNN_FN Entry entry(int64_t s, int64_t row) const {

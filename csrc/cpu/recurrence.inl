@@ -103,9 +103,7 @@ class Computed {
  public:
   template <class T>
   Computed(const frnn::SequenceArgs<T>& args, Carver& carver)
-      : t_(args.t),
-        b_(args.b),
-        flags_(args.lengths ? carver.take<bool>(args.t * args.b) : nullptr) {}
+      : b_(args.b), flags_(args.lengths ? carver.take<bool>(args.t * args.b) : nullptr) {}
 
   template <class T>
   void fill(const frnn::Timeline<T>& timeline, Range times) const {
@@ -130,7 +128,7 @@ class Computed {
   }
 
  private:
-  const int64_t t_, b_;
+  const int64_t b_;
   bool* const flags_;
 };
 
