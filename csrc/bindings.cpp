@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops: schemas, and the CPU engine behind them.
 #include "bindings.h"
+#include "cpu/mask.h"
 #include "cpu/team.h"
 #include "cuda/plan.h"
 
@@ -175,6 +176,22 @@ std::tuple<Tensor, Tensor, Tensor> cell_update_backward(Tensor gates, Tensor c,
   });
 }
 
+// Of the shape and type of `like`; `seed` holds one number.
+Tensor mask(Tensor like, Tensor seed, int64_t threshold, double scale, int64_t place,
+            int64_t kind) {
+  Check{like}("seed", seed, {1}, ScalarType::Long);
+  return dispatch("like", like, [&]<class T>() {
+    const Tensor result = torch::stable::new_empty(like, like.sizes(), like.scalar_type());
+    const int64_t key = *static_cast<const int64_t*>(seed.const_data_ptr());
+    frnn::cpu::mask(
+        {static_cast<T*>(result.mutable_data_ptr()), result.numel(), static_cast<uint64_t>(key),
+         static_cast<uint64_t>(threshold), static_cast<T>(scale), static_cast<uint32_t>(place),
+         static_cast<uint32_t>(kind)},
+        torch_pool());
+    return result;
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fusedrnn, library) {
@@ -197,6 +214,8 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
   library.def(
       "cell_update_backward(Tensor gates, Tensor c, Tensor? params, Tensor? dh, Tensor? dc, "
       "int cell) -> (Tensor dgates, Tensor dc_prev, Tensor dparams)");
+  library.def(
+      "mask(Tensor like, Tensor seed, int threshold, float scale, int place, int kind) -> Tensor");
   // What the first two are made of on CUDA tensors; the implementations are in _C_cuda.so.
   library.def(
       "cuda_forward(Tensor gx, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, Tensor h0, Tensor? c0, "
@@ -215,6 +234,7 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("recurrence_forward", TORCH_BOX(&recurrence_forward));
   library.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
+  library.impl("mask", TORCH_BOX(&mask));
   library.impl("cell_update", TORCH_BOX(&cell_update));
   library.impl("cell_update_backward", TORCH_BOX(&cell_update_backward));
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import functional
+from fusedrnn.arguments import probability
 from fusedrnn.backends import Names, Sequence, Weights, check_names
 from fusedrnn.cells import PLAIN, Cell
 from fusedrnn.functional import Lengths
@@ -137,6 +138,7 @@ def _run(
         between,
         cell_states,
         wish_of(module),
+        module.weight_dropout if isinstance(module, Layers) and module.training else 0.0,
     )
 
 
@@ -196,12 +198,20 @@ class Layers(nn.RNNBase):
     state_dict and checks, but not an nn.LSTM: torch.compile breaks the graph on those."""
 
     backend: Names = None
+    weight_dropout: float = 0.0
     _initial_state: str = "zeros"
 
     def __init__(
-        self, mode: str, *args: Any, backend: Names, initial_state: str, **kwargs: Any
+        self,
+        mode: str,
+        *args: Any,
+        backend: Names,
+        initial_state: str,
+        weight_dropout: float,
+        **kwargs: Any,
     ) -> None:
         check_names(backend)
+        probability("weight_dropout", weight_dropout)
         if initial_state not in INITIAL_STATES:
             raise ValueError(
                 f"initial_state should be one of {INITIAL_STATES}, got {initial_state!r}"
@@ -209,6 +219,8 @@ class Layers(nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         if backend is not None:
             self.backend = backend
+        if weight_dropout:
+            self.weight_dropout = weight_dropout
         self._register_params()
         if initial_state != "zeros":  # else the class's: what is as torch.nn's has no more than it
             self._initial_state = initial_state
@@ -282,7 +294,7 @@ class Layers(nn.RNNBase):
     def extra_repr(self) -> str:
         own = {
             "peephole": False, "coupled_gates": False, "forget_bias": None,
-            "initial_state": "zeros", "backend": None,
+            "initial_state": "zeros", "weight_dropout": 0.0, "backend": None,
         }  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in own.items()}
         changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]

@@ -25,7 +25,12 @@ PAIRS: dict[type[nn.Module], type[nn.Module]] = {
 }
 M = TypeVar("M", bound=nn.Module)
 # Attributes of ours; a layer that has other values of the first ones is none of torch.nn's.
-VARIANTS = {"initial_state": "zeros", "peephole": False, "coupled_gates": False}
+VARIANTS = {
+    "initial_state": "zeros",
+    "peephole": False,
+    "coupled_gates": False,
+    "weight_dropout": 0.0,
+}
 OWN = (*VARIANTS, "backend", "forget_bias")
 
 

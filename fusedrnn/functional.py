@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedrnn import philox
 from fusedrnn.arguments import probability
 from fusedrnn.backends import Names, Request, Sequence, Weights, check_names, select
 from fusedrnn.backends.reference import compute_dtype
@@ -40,6 +41,7 @@ def lstm(
     proj_size: int = 0,
     peephole: bool = False,
     coupled_gates: bool = False,
+    weight_dropout: float = 0.0,
     lengths: Lengths = None,
     resets: Tensor | None = None,
     return_cell_states: bool = False,
@@ -51,7 +53,7 @@ def lstm(
         x: ``[T,B,I]``, or ``[B,T,I]`` with batch_first.
         hx: ``(h_0 [L*D,B,P], c_0 [L*D,B,H])``; None: zeros.
         params: flat, in the order of the module's state_dict.
-        peephole, coupled_gates: as of :class:`fusedrnn.LSTM`.
+        peephole, coupled_gates, weight_dropout: as of :class:`fusedrnn.LSTM`.
         lengths: ``[B]`` int64 or a list; steps ``t >= lengths[b]`` are not computed.
         resets: ``[T,B]`` bool (``[B,T]`` with batch_first); true where a new sequence begins.
         return_cell_states: also return c of every step of the last layer.
@@ -77,8 +79,8 @@ def lstm(
     cell = lstm_cell(peephole=peephole, coupled_gates=coupled_gates)
     stack = _run_flat(
         cell, x, hx, params, has_biases=has_biases, num_layers=num_layers, dropout=dropout,
-        training=training, bidirectional=bidirectional, batch_first=batch_first,
-        proj_size=proj_size, lengths=lengths, resets=resets,
+        training=training, weight_dropout=weight_dropout, bidirectional=bidirectional,
+        batch_first=batch_first, proj_size=proj_size, lengths=lengths, resets=resets,
         cell_states=return_cell_states, backend=backend,
     )  # fmt: skip
     if return_cell_states:
@@ -98,6 +100,7 @@ def gru(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
+    weight_dropout: float = 0.0,
     lengths: Lengths = None,
     resets: Tensor | None = None,
     backend: Names = None,
@@ -113,8 +116,9 @@ def gru(
     """
     stack = _run_flat(
         GRU, x, _only(hx), params, has_biases=has_biases,
-        num_layers=num_layers, dropout=dropout, training=training, bidirectional=bidirectional,
-        batch_first=batch_first, lengths=lengths, resets=resets, backend=backend,
+        num_layers=num_layers, dropout=dropout, training=training, weight_dropout=weight_dropout,
+        bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,
+        backend=backend,
     )  # fmt: skip
     return stack.y, stack.h_n
 
@@ -131,6 +135,7 @@ def rnn(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
+    weight_dropout: float = 0.0,
     lengths: Lengths = None,
     resets: Tensor | None = None,
     backend: Names = None,
@@ -151,8 +156,8 @@ def rnn(
     stack = _run_flat(
         PLAIN[f"rnn_{nonlinearity}"], x, _only(hx), params,
         has_biases=has_biases, num_layers=num_layers, dropout=dropout, training=training,
-        bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,
-        backend=backend,
+        weight_dropout=weight_dropout, bidirectional=bidirectional, batch_first=batch_first,
+        lengths=lengths, resets=resets, backend=backend,
     )  # fmt: skip
     return stack.y, stack.h_n
 
@@ -258,6 +263,7 @@ def checked_run(
     resets: Tensor | None,
     backend: Names,
     proj_size: int = 0,
+    weight_dropout: float = 0.0,
     cell_states: bool = False,
 ) -> Stack:
     """The checks of a public function (the drop-in modules have torch.nn's own), then :func:`run`.
@@ -267,6 +273,7 @@ def checked_run(
     if x.dim() != 3:
         raise ValueError(f"x should be 3-D, got {x.dim()}-D")
     probability("dropout", dropout)
+    probability("weight_dropout", weight_dropout)
     directions = 2 if bidirectional else 1
     hidden = weights[0].w_hh.shape[0] // len(cell.gates)
     out = proj_size or hidden
@@ -294,7 +301,7 @@ def checked_run(
     seq = sequence(x, lengths, resets, batch_first)
     stack = run(
         cell, x, hx, weights, directions, seq, between_layers(dropout, training), cell_states,
-        check_names(backend),
+        check_names(backend), weight_dropout if training else 0.0,
     )  # fmt: skip
     return to_batch_first(stack) if batch_first else stack
 
@@ -390,6 +397,7 @@ def run(
     between: Callable[[Tensor], Tensor] = lambda y: y,
     cell_states: bool = False,
     wish: tuple[str, ...] = (),
+    weight_dropout: float = 0.0,
 ) -> Stack:
     """A stack over ``x [T,B,I]`` of checked shapes: autocast, zeros for hx, the last checks.
 
@@ -401,7 +409,16 @@ def run(
     shape = (len(weights), x.shape[1])
     x, hx, weights, scope = _prepared(cell, x, hx, weights, shape)
     with scope:
+        if weight_dropout:
+            weights = _dropped(weights, weight_dropout)
         return run_layers(cell, x, weights, hx, seq, directions, cell_states, between, wish)
+
+
+def _dropped(weights: list[Weights], p: float) -> list[Weights]:
+    """Each with a part of W_hh set to zero (DropConnect)."""
+    seed = philox.seed()
+    masks = (philox.mask(w.w_hh, seed, p, k, philox.WEIGHT) for k, w in enumerate(weights))
+    return [w._replace(w_hh=w.w_hh * mask) for w, mask in zip(weights, masks, strict=True)]
 
 
 def step(

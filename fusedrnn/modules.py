@@ -32,6 +32,9 @@ class LSTM(Layers):
             parameters ``h0 [L*D,P]`` and ``c0 [L*D,H]``, at first zero, whose gradients are summed
             over the batch; "random", buffers of these names, drawn once from U(-1/sqrt(H),
             1/sqrt(H)) and fixed through training.
+        weight_dropout: in training each number of ``weight_hh`` is zero with this probability, else
+            divided by one minus it; one mask a call, layer and direction (DropConnect, Merity et
+            al. 2018), from the default generator's seed.
         backend: the name of a backend or a list of names, tried in order.
 
     Args (forward):
@@ -82,6 +85,7 @@ class LSTM(Layers):
         coupled_gates: bool = False,
         forget_bias: float | None = None,
         initial_state: str = "zeros",
+        weight_dropout: float = 0.0,
         backend: Names = None,
     ) -> None:
         if forget_bias is not None:
@@ -96,6 +100,7 @@ class LSTM(Layers):
             "GRU" if coupled_gates else "LSTM",  # whose weights have rows for as many gates
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, device, dtype, backend=backend, initial_state=initial_state,
+            weight_dropout=weight_dropout,
         )  # fmt: skip
         self.mode = "LSTM"
 
@@ -164,6 +169,7 @@ class GRU(Layers):
         dtype: Any = None,
         *,
         initial_state: str = "zeros",
+        weight_dropout: float = 0.0,
         backend: Names = None,
         **unknown: Any,
     ) -> None:
@@ -171,6 +177,7 @@ class GRU(Layers):
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype, backend=backend, initial_state=initial_state,
+            weight_dropout=weight_dropout,
         )  # fmt: skip
 
     def forward(
@@ -211,6 +218,7 @@ class RNN(Layers):
         dtype: Any = None,
         *,
         initial_state: str = "zeros",
+        weight_dropout: float = 0.0,
         backend: Names = None,
         **unknown: Any,
     ) -> None:
@@ -224,6 +232,7 @@ class RNN(Layers):
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
             dropout, bidirectional, device=device, dtype=dtype, backend=backend,
             initial_state=initial_state,
+            weight_dropout=weight_dropout,
         )  # fmt: skip
 
     def forward(

@@ -398,7 +398,14 @@ def _fake_update_backward(
     return torch.empty_like(gates), torch.empty_like(c), c.new_empty(some)
 
 
+def _fake_mask(
+    like: Tensor, seed: Tensor, threshold: int, scale: float, place: int, kind: int
+) -> Tensor:
+    return like.new_empty(like.shape)
+
+
 if _library is not None:
+    torch.library.register_fake("fusedrnn::mask", _fake_mask)
     torch.library.register_fake("fusedrnn::cell_update", _fake_update)
     torch.library.register_fake("fusedrnn::cell_update_backward", _fake_update_backward)
     torch.library.register_fake("fusedrnn::recurrence_forward", _fake_forward)
