@@ -79,7 +79,7 @@ struct BackwardArgs : SequenceArgs<S> {
 // Where a step leaves the gradients that products take up.
 template <class S>
 struct StepGradients {
-  S* dgx;  // [B, G*H] out, 0 at rows not computed
+  S* dgx;  // [B, G*H] out, at rows not computed 0, or on the CPU unset
   S* dgh;  // [B, G*H] out; the same pointer as dgx for additive cells
   S* dh;   // [B, P] out, or null without projection: the whole gradient of h
 };

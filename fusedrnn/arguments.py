@@ -23,6 +23,14 @@ def probability(name: str, value: float) -> float:
     return value
 
 
+def size(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be greater than zero, got {value}")
+    return value
+
+
 def truth(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")

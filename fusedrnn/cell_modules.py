@@ -71,7 +71,7 @@ def _check_dims(cell: Cell, input: Tensor, hx: Any) -> None:
     if isinstance(hx, Tensor) and input.dim() == 2:
         raise TypeError("hx should be a tuple of two tensors (h, c), got a tensor")
     if len(hx) != len(cell.states):
-        raise RuntimeError(f"{cell.name}_cell expects two hidden states")
+        raise RuntimeError(f"{kind[:-4].lower()}_cell expects two hidden states")
 
 
 def _check_sizes(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedrnn import functional
-from fusedrnn.arguments import finite, probability, truth
+from fusedrnn.arguments import finite, probability, size, truth
 from fusedrnn.backends import Names, check_names
 from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cell_modules import fill_forget_gate
@@ -21,7 +21,7 @@ State = tuple[Tensor, Tensor]
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -94,16 +94,15 @@ class ConvLSTM(nn.Module):
             "hidden_channels": hidden_channels,
             "num_layers": num_layers,
         }
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} should be an integer greater than zero, got {size!r}")
-        kernel = (kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size)
-        if len(kernel) != 2 or not all(isinstance(k, int) and k > 0 and k % 2 for k in kernel):
+        for name, value in sizes.items():
+            size(name, value)
+        kernel = kernel_size if isinstance(kernel_size, tuple | list) else (kernel_size,) * 2
+        if len(kernel) != 2 or not all(size("kernel_size", k) % 2 for k in kernel):
             raise ValueError(f"kernel_size should be odd, or two odd numbers, got {kernel_size!r}")
         if forget_bias is not None and not bias:
             raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
         self.input_channels, self.hidden_channels = input_channels, hidden_channels
-        self.kernel_size, self.num_layers = kernel, num_layers
+        self.kernel_size, self.num_layers = tuple(kernel), num_layers
         self.bias, self.batch_first = truth("bias", bias), truth("batch_first", batch_first)
         self.dropout = probability("dropout", dropout)
         self.bidirectional = truth("bidirectional", bidirectional)
@@ -149,12 +148,14 @@ class ConvLSTM(nn.Module):
             if name.startswith("bias_ih"):
                 fill_forget_gate(self._cell, parameter, self.forget_bias)
         for norm in self.children():
-            assert isinstance(norm, nn.BatchNorm2d)
-            norm.reset_parameters()
-            nn.init.constant_(norm.weight, 0.1)
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.reset_parameters()
+                nn.init.constant_(norm.weight, 0.1)
 
     def forward(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]:
         self._check(input, hx)
+        if hx is not None:
+            hx = self._as_input(input, hx)
         y = input.transpose(0, 1) if self.batch_first else input
         directions = 2 if self.bidirectional else 1
         final: list[State] = []
@@ -170,7 +171,8 @@ class ConvLSTM(nn.Module):
                 final.append((states[0], states[1]))
             y = outputs[0] if directions == 1 else torch.cat(outputs, 2)
         y = y.transpose(0, 1) if self.batch_first else y
-        return y, (torch.stack([h for h, _ in final]), torch.stack([c for _, c in final]))
+        h_n, c_n = torch.stack([h for h, _ in final]), torch.stack([c for _, c in final])
+        return y.contiguous(), (h_n.contiguous(), c_n.contiguous())
 
     def _direction(
         self, x: Tensor, suffix: str, state: State | None, reverse: bool
@@ -182,8 +184,8 @@ class ConvLSTM(nn.Module):
         """
         products = self._products(suffix)
         steps = _channels_last(x.flatten(0, 1)).unflatten(0, x.shape[:2]).unbind(0)
-        batch, _, *size = steps[0].shape
-        shape = batch, self.hidden_channels, *size
+        batch, _, *space = steps[0].shape
+        shape = batch, self.hidden_channels, *space
         h, c = (x.new_zeros(shape),) * 2 if state is None else state
         h, c = _channels_last(h), _rows(c)
         c = c.to(compute_dtype(c.dtype))  # in which it loses nothing from step to step
@@ -194,9 +196,9 @@ class ConvLSTM(nn.Module):
             if peepholes is not None:
                 peepholes = peepholes.to(gates.dtype)
             rows, c = functional.update(self._cell, gates, c, peepholes, check_names(self.backend))
-            out[t] = rows.view(batch, *size, -1)
+            out[t] = rows.view(batch, *space, self.hidden_channels)
             h = out[t].permute(0, 3, 1, 2)
-        c = c.to(h.dtype).view(batch, *size, -1).permute(0, 3, 1, 2)
+        c = c.to(h.dtype).view(batch, *space, self.hidden_channels).permute(0, 3, 1, 2)
         return torch.stack(out).permute(0, 1, 4, 2, 3), h, c
 
     def _products(self, suffix: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -218,7 +220,20 @@ class ConvLSTM(nn.Module):
 
         return normalised
 
+    def _as_input(self, input: Tensor, hx: State) -> State:
+        """The states, which autocast takes in every dtype it casts, in the dtype of input."""
+        device = input.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        for name, s in zip(("h_0", "c_0"), hx, strict=True):
+            if s.dtype != input.dtype and not (
+                cast and torch.float64 not in (s.dtype, input.dtype)
+            ):
+                raise RuntimeError(f"{name} should be {input.dtype} as input is, got {s.dtype}")
+        return hx[0].to(input.dtype), hx[1].to(input.dtype)
+
     def _check(self, input: Tensor, hx: State | None) -> None:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input should be a tensor, got {type(input).__name__}")
         if input.dim() != 5 or input.shape[2] != self.input_channels:
             layout = "[B,T" if self.batch_first else "[T,B"
             raise ValueError(
@@ -229,15 +244,14 @@ class ConvLSTM(nn.Module):
             raise RuntimeError("Expected sequence length to be larger than 0 in ConvLSTM")
         if hx is None:
             return
-        if isinstance(hx, Tensor) or len(hx) != 2:
+        given = isinstance(hx, tuple | list) and all(isinstance(s, Tensor) for s in hx)
+        if not given or len(hx) != 2:
             raise TypeError(f"hx should be a tuple of two tensors, got {type(hx).__name__}")
         batch = input.shape[not self.batch_first]
         shape = (len(self._places()), batch, self.hidden_channels, *input.shape[3:])
         for name, s in zip(("h_0", "c_0"), hx, strict=True):
             if s.shape != shape:
                 raise ValueError(f"{name} should have shape {list(shape)}, got {list(s.shape)}")
-            if s.dtype != input.dtype:
-                raise RuntimeError(f"{name} should be {input.dtype} as input is, got {s.dtype}")
 
     def extra_repr(self) -> str:
         shown = f"{self.input_channels}, {self.hidden_channels}, kernel_size={self.kernel_size}"

@@ -71,6 +71,8 @@ def convert(model: M) -> M:
 def to_torch(model: M) -> M:
     """The way back of :func:`convert`, in place: for ONNX export, TorchScript, quantisation.
 
+    ``Recurrent`` and ``ConvLSTM``, to which nothing of torch.nn corresponds, are left alone.
+
     Returns:
         The same model.
 

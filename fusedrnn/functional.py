@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedrnn import philox
-from fusedrnn.arguments import probability
+from fusedrnn.arguments import probability, truth
 from fusedrnn.backends import Names, Request, Sequence, Weights, check_names, select
 from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell
@@ -76,7 +76,9 @@ def lstm(
     """
     if hx is not None and (isinstance(hx, Tensor) or len(hx) != 2):
         raise TypeError(f"hx should be a tuple of two tensors (h_0, c_0), got {type(hx).__name__}")
-    cell = lstm_cell(peephole=peephole, coupled_gates=coupled_gates)
+    cell = lstm_cell(
+        peephole=truth("peephole", peephole), coupled_gates=truth("coupled_gates", coupled_gates)
+    )
     stack = _run_flat(
         cell, x, hx, params, has_biases=has_biases, num_layers=num_layers, dropout=dropout,
         training=training, weight_dropout=weight_dropout, bidirectional=bidirectional,

@@ -16,7 +16,8 @@ from fusedrnn.recurrent import Recurrent
 
 
 def xavier_uniform_(module: nn.Module, gain: float = 1.0) -> None:
-    """Fills the weights of every recurrent layer and cell in ``module`` (Glorot & Bengio 2010).
+    """Fills the weights of every recurrent layer and cell in ``module``, but for ``ConvLSTM``
+    (Glorot & Bengio 2010).
 
     Each gate's block of ``weight_ih`` and ``weight_hh``, and ``weight_hr``, is from
     U(-a, a), ``a = gain * sqrt(6 / (inputs + outputs))``; all else stays as it is.

@@ -29,7 +29,7 @@ def mask(like: Tensor, seed: Tensor, p: float, place: int, kind: int) -> Tensor:
         place: of the layer and direction, counted over all.
         kind: one of the constants of this module.
     """
-    like, dtype = like.detach().to(compute_dtype(like.dtype)), like.dtype
+    like, dtype = like.new_empty(like.shape, dtype=compute_dtype(like.dtype)), like.dtype
     threshold, scale = round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p)
     if like.is_cpu and _has_native and not like.is_complex():
         out: Tensor = torch.ops.fusedrnn.mask(like, seed, threshold, scale, place, kind)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedrnn import functional
-from fusedrnn.arguments import probability
+from fusedrnn.arguments import probability, size
 from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import Cell
 from fusedrnn.functional import Lengths
@@ -74,11 +74,8 @@ class Recurrent(nn.Module):
         if not isinstance(cell, Cell):
             raise TypeError(f"cell should be a fusedrnn.Cell, got {type(cell).__name__}")
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}
-        for name, size in sizes.items():
-            if not isinstance(size, int):
-                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name} must be greater than zero, got {size}")
+        for name, value in sizes.items():
+            size(name, value)
         check_names(backend)
         _try_step(cell, hidden_size, device, dtype)
         self.cell, self.backend = cell, backend

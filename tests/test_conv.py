@@ -133,6 +133,34 @@ def test_parameters():
     assert all(torch.equal(p, before[name]) for name, p in module.state_dict().items())
 
 
+@options
+def test_empty_batches_and_layouts(options):
+    module = fusedrnn.ConvLSTM(2, 3, 3, **options).eval()
+    x = torch.randn(4, 4, 2, 5, 6)
+    empty = x[:0] if module.batch_first else x[:, :0]
+    places = module.num_layers * (2 if module.bidirectional else 1)
+    y, (h_n, _) = module(empty)
+    assert y.numel() == 0 and h_n.shape == (places, 0, 3, 5, 6)
+    y, (h_n, c_n) = module(x)
+    assert y.is_contiguous() and h_n.is_contiguous() and c_n.is_contiguous()
+    torch.testing.assert_close(module(x.mT.contiguous().mT)[0], y)
+
+
+def test_per_sample_gradients():
+    module = fusedrnn.ConvLSTM(2, 3, 3, peephole=True, dtype=torch.float64)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(5, 4, 1, 2, 5, 6, dtype=torch.float64)
+
+    def loss(params, x):
+        return torch.func.functional_call(module, params, (x,))[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+    for k in range(5):
+        alone = torch.func.grad(loss)(params, x[k])
+        for name, gradient in alone.items():
+            torch.testing.assert_close(found[name][k], gradient)
+
+
 def test_dropout_between_layers():
     module = fusedrnn.ConvLSTM(2, 3, 3, num_layers=2, dropout=1.0)
     x = torch.randn(4, 2, 2, 5, 6)
@@ -150,13 +178,17 @@ def test_16_bits_and_autocast(options):
         y, (h_n, c_n) = module(x)
     assert {y.dtype, h_n.dtype, c_n.dtype} == {torch.bfloat16}
     torch.testing.assert_close(y.float(), exact, atol=0.02, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):  # goes on from its own state
+        half, state = module(x[:2])
+        rest, _ = module(x[2:], state)
+    torch.testing.assert_close(torch.cat((half, rest)), y, atol=0.02, rtol=0)
     y, (_, c_n) = module.bfloat16()(x.bfloat16())
     assert y.dtype == c_n.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), exact, atol=0.02, rtol=0)
 
 
 BAD = {
-    "channels": ((0, 3, 3), {}, "input_channels should be an integer greater than zero, got 0"),
+    "channels": ((0, 3, 3), {}, "input_channels must be greater than zero, got 0"),
     "even": ((2, 3, 4), {}, "kernel_size should be odd, or two odd numbers, got 4"),
     "three": ((2, 3, (3, 3, 3)), {}, r"two odd numbers, got \(3, 3, 3\)"),
     "dropout": ((2, 3, 3), {"dropout": 1.5}, r"dropout should be a probability in \[0, 1\]"),
@@ -172,8 +204,16 @@ def test_bad_arguments(args, kwargs, message):
 
 
 def test_bad_inputs():
+    with pytest.raises(TypeError, match="kernel_size should be of type int, got: float"):
+        fusedrnn.ConvLSTM(2, 3, 3.0)
+    with pytest.raises(TypeError, match="num_layers should be of type int, got: bool"):
+        fusedrnn.ConvLSTM(2, 3, 3, True)
     module = fusedrnn.ConvLSTM(2, 3, 3)
     x, state = torch.randn(4, 1, 2, 5, 6), torch.zeros(1, 1, 3, 5, 6)
+    with pytest.raises(TypeError, match="input should be a tensor, got list"):
+        module([x])
+    with pytest.raises(TypeError, match="hx should be a tuple of two tensors, got tuple"):
+        module(x, (None, None))
     with pytest.raises(ValueError, match=r"shape \[T,B,2,Y,X\], got \[4, 2, 5, 6\]"):
         module(x[:, 0])
     with pytest.raises(ValueError, match=r"shape \[T,B,2,Y,X\], got \[4, 1, 1, 5, 6\]"):

@@ -157,7 +157,7 @@ class Backward {
 
   // Nothing was computed at the step, nor flows back to the initial state from the next one.
   bool idle(int64_t s, int64_t row) const {
-    return (s < 0 || !timeline_.computed(s, row)) && !steps_.flows_back(s, row);
+    return s < 0 ? !steps_.flows_back(s, row) : timeline_.idle(s, row);
   }
 
   // After the product; plain ones as in Forward::finish_cells.

@@ -40,7 +40,8 @@ class Triton:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
-        if len(request.cell.gates) * request.hidden_size**2 >= 2**31:
+        weights = len(request.cell.gates) * request.hidden_size**2
+        if weights >= 2**31 and not request.cell_update:
             return (
                 f"has offsets of 32 bits into the weights, too few for {request.hidden_size} units"
             )
