@@ -136,13 +136,31 @@ Outputs = tuple[Tensor, ...]
 
 
 def run_case(case: Case, inputs: Inputs, backend: Backend | Reference) -> dict[str, Tensor]:
-    """Every output of ``case`` by its name, and the gradient of every input by ``d`` + its name."""
+    """Every output of ``case`` by its name, and the gradient of every input by ``d`` + its name.
+
+    Steps that are not computed get NaN, unless the backend reads x there.
+    """
+    if not getattr(backend, "reads_padding", True):
+        inputs = _with_nan_in_padding(inputs)
 
     def function(x: Tensor, weights: Weights, h0: Tensor, c0: Tensor | None) -> Outputs:
         call = inputs.call(case)._replace(x=x, weights=weights, h0=h0, c0=c0)
         return recurrence(backend, call)
 
     return differentiate(inputs, function)
+
+
+def _with_nan_in_padding(inputs: Inputs) -> Inputs:
+    """In x and in the gradients of what is made of it."""
+    lengths = inputs.seq.lengths
+    if lengths is None:
+        return inputs
+    steps = torch.arange(inputs.x.shape[0], device=lengths.device).unsqueeze(-1)
+    padding = (steps >= lengths).unsqueeze(-1)
+    spoiled = {name: g.masked_fill(padding, torch.nan) for name, g in inputs.grads.items()
+               if name in ("y", "c")}  # fmt: skip
+    x = inputs.x.masked_fill(padding, torch.nan)
+    return replace(inputs, x=x, grads=inputs.grads | spoiled)
 
 
 def differentiate(
