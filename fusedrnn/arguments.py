@@ -9,11 +9,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def finite(name: str, value: float | None) -> float | None:
+def forget_bias(value: float | None, bias: bool) -> float | None:
+    """What the forget gate's bias is set to; None: it stays."""
     if value is None:
         return None
+    if not bias:
+        raise ValueError(f"forget_bias={value} needs bias=True, got bias=False")
     if not _is_number(value) or not math.isfinite(value):
-        raise ValueError(f"{name} should be a finite number, got {value!r}")
+        raise ValueError(f"forget_bias should be a finite number, got {value!r}")
     return float(value)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
-from fusedrnn import functional
-from fusedrnn.arguments import finite, truth
+from fusedrnn import arguments, functional
+from fusedrnn.arguments import truth
 from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, lstm
 
@@ -156,9 +156,7 @@ class LSTMCell(_CellModule):
         forget_bias: float | None = None,
         backend: Names = None,
     ) -> None:
-        if forget_bias is not None and not bias:
-            raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
-        self._forget_bias = finite("forget_bias", forget_bias)
+        self._forget_bias = arguments.forget_bias(forget_bias, bias)
         if truth("peephole", peephole):  # else the class's
             self.peephole = True
         if truth("coupled_gates", coupled_gates):

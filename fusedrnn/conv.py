@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedrnn import functional
-from fusedrnn.arguments import finite, probability, size, truth
+from fusedrnn import arguments, functional
+from fusedrnn.arguments import probability, size, truth
 from fusedrnn.backends import Names, check_names
 from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cell_modules import fill_forget_gate
@@ -99,8 +99,6 @@ class ConvLSTM(nn.Module):
         kernel = kernel_size if isinstance(kernel_size, tuple | list) else (kernel_size,) * 2
         if len(kernel) != 2 or not all(size("kernel_size", k) % 2 for k in kernel):
             raise ValueError(f"kernel_size should be odd, or two odd numbers, got {kernel_size!r}")
-        if forget_bias is not None and not bias:
-            raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
         self.input_channels, self.hidden_channels = input_channels, hidden_channels
         self.kernel_size, self.num_layers = tuple(kernel), num_layers
         self.bias, self.batch_first = truth("bias", bias), truth("batch_first", batch_first)
@@ -110,7 +108,7 @@ class ConvLSTM(nn.Module):
             truth("peephole", peephole),
             truth("batch_norm", batch_norm),
         )
-        self.forget_bias = finite("forget_bias", forget_bias)
+        self.forget_bias = arguments.forget_bias(forget_bias, bias)
         check_names(backend)
         self.backend = backend
 

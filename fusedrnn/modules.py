@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn.arguments import finite, truth
+from fusedrnn import arguments
+from fusedrnn.arguments import truth
 from fusedrnn.backends import Names
 from fusedrnn.base import Layers, run_module
 from fusedrnn.cell_modules import fill_forget_gate
@@ -88,10 +89,7 @@ class LSTM(Layers):
         weight_dropout: float = 0.0,
         backend: Names = None,
     ) -> None:
-        if forget_bias is not None:
-            if not bias:
-                raise ValueError(f"forget_bias={forget_bias} needs bias=True, got bias=False")
-        self._forget_bias = finite("forget_bias", forget_bias)
+        self._forget_bias = arguments.forget_bias(forget_bias, bias)
         if truth("peephole", peephole):  # else the class's
             self.peephole = True
         if truth("coupled_gates", coupled_gates):

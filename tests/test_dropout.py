@@ -132,9 +132,8 @@ def test_weight_dropout_in_training_alone(kind):
     assert torch.equal(module(x)[0], first) and torch.equal(
         copy.deepcopy(module).eval()(x)[0], plain(x)[0]
     )
-    mean = torch.stack([module(x)[0] for _ in range(2000)]).mean(0)
-    one_step = plain(x[:1])[0]  # the first step has no product with W_hh
-    torch.testing.assert_close(mean[:1], one_step)
+    # The first step has no product with W_hh.
+    torch.testing.assert_close(module(x)[0][:1], plain(x)[0][:1])
 
 
 def test_weight_dropout_of_everything():
