@@ -144,8 +144,9 @@ def _reject(kind: str, unknown: dict[str, Any]) -> None:
 class GRU(Layers):
     """A stack of GRU layers, a drop-in for :class:`torch.nn.GRU`.
 
-    Equations and paper: :mod:`fusedrnn.cells.gru`. Arguments as :class:`LSTM`, but the only state
-    is h: hx is ``[L*D,B,H]``, and forward returns ``y [T,B,D*H]`` and ``h_n [L*D,B,H]``.
+    Equations and paper: :mod:`fusedrnn.cells.gru`. Arguments as :class:`LSTM`, but for those of its
+    gates (peephole, coupled_gates, forget_bias). The only state is h: hx is ``[L*D,B,H]``, and
+    forward returns ``y [T,B,D*H]`` and ``h_n [L*D,B,H]``.
 
     Example:
         >>> import fusedrnn, torch
@@ -192,8 +193,9 @@ class GRU(Layers):
 class RNN(Layers):
     """A stack of Elman RNN layers, a drop-in for :class:`torch.nn.RNN`.
 
-    Equations and paper: :mod:`fusedrnn.cells.rnn`. Arguments as :class:`LSTM`, but the only state
-    is h: hx is ``[L*D,B,H]``, and forward returns ``y [T,B,D*H]`` and ``h_n [L*D,B,H]``.
+    Equations and paper: :mod:`fusedrnn.cells.rnn`. Arguments as :class:`LSTM`, but for those of its
+    gates (peephole, coupled_gates, forget_bias). The only state is h: hx is ``[L*D,B,H]``, and
+    forward returns ``y [T,B,D*H]`` and ``h_n [L*D,B,H]``.
 
     Example:
         >>> import fusedrnn, torch
