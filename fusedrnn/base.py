@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import functional
-from fusedrnn.arguments import probability
 from fusedrnn.backends import Names, Sequence, Weights, check_names
 from fusedrnn.cells import PLAIN, Cell
 from fusedrnn.functional import Lengths
 from fusedrnn.layer import Stack
+from fusedrnn.regularisers import NO_RATES, Rates, Zoneout
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -34,6 +34,13 @@ def initial_states(module: nn.RNNBase) -> tuple[Tensor, ...] | None:
 def wish_of(module: nn.RNNBase) -> tuple[str, ...]:
     """The backends that the module asks for; torch.nn's own asks for none."""
     return check_names(module.backend) if isinstance(module, Layers) else ()
+
+
+def rates_of(module: nn.RNNBase) -> Rates:
+    """Of the module's regularisers; torch.nn's own has none."""
+    if not isinstance(module, Layers):
+        return NO_RATES
+    return Rates(module.weight_dropout, module.recurrent_dropout, module.zoneout)
 
 
 def weights_of(module: nn.RNNBase) -> list[Weights]:
@@ -138,7 +145,8 @@ def _run(
         between,
         cell_states,
         wish_of(module),
-        module.weight_dropout if isinstance(module, Layers) and module.training else 0.0,
+        rates_of(module),
+        module.training,
     )
 
 
@@ -199,6 +207,8 @@ class Layers(nn.RNNBase):
 
     backend: Names = None
     weight_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    zoneout: Zoneout = 0.0
     _initial_state: str = "zeros"
 
     def __init__(
@@ -208,19 +218,21 @@ class Layers(nn.RNNBase):
         backend: Names,
         initial_state: str,
         weight_dropout: float,
+        recurrent_dropout: float,
+        zoneout: Zoneout,
         **kwargs: Any,
     ) -> None:
         check_names(backend)
-        probability("weight_dropout", weight_dropout)
         if initial_state not in INITIAL_STATES:
             raise ValueError(
                 f"initial_state should be one of {INITIAL_STATES}, got {initial_state!r}"
             )
         super().__init__(mode, *args, **kwargs)
-        if backend is not None:
-            self.backend = backend
-        if weight_dropout:
-            self.weight_dropout = weight_dropout
+        rates = Rates.checked(len(self._cell.states), weight_dropout, recurrent_dropout, zoneout)
+        given = {"backend": backend} if backend is not None else {}
+        given |= {name: rate for name, rate in rates._asdict().items() if rate}
+        for name, value in given.items():  # else the class's
+            setattr(self, name, value)
         self._register_params()
         if initial_state != "zeros":  # else the class's: what is as torch.nn's has no more than it
             self._initial_state = initial_state
@@ -294,7 +306,7 @@ class Layers(nn.RNNBase):
     def extra_repr(self) -> str:
         own = {
             "peephole": False, "coupled_gates": False, "forget_bias": None,
-            "initial_state": "zeros", "weight_dropout": 0.0, "backend": None,
+            "initial_state": "zeros", **NO_RATES._asdict(), "backend": None,
         }  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in own.items()}
         changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]

@@ -12,6 +12,7 @@ from fusedrnn import arguments, functional
 from fusedrnn.arguments import truth
 from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, lstm
+from fusedrnn.regularisers import NO_RATES, Rates, Zoneout
 
 
 def cell_of(module: RNNCellBase) -> Cell:
@@ -33,6 +34,11 @@ def wish_of(module: RNNCellBase) -> tuple[str, ...]:
     return check_names(module.backend) if isinstance(module, _CellModule) else ()
 
 
+def rates_of(module: RNNCellBase) -> Rates:
+    """Of the module's regularisers; torch.nn's own has none."""
+    return Rates(zoneout=module.zoneout) if isinstance(module, _CellModule) else NO_RATES
+
+
 def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
     """``module.forward`` for any RNNCellBase, with torch.nn's checks: the new states."""
     cell = cell_of(module)
@@ -49,7 +55,8 @@ def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ..
         params: Any = module.weight_peephole
         of_units = functional.by_unit(cell, params, module.weight_hh)
         weights = weights._replace(params=of_units)
-    new = functional.step(cell, input, hx, weights, wish_of(module))
+    wish, rates = wish_of(module), rates_of(module)
+    new = functional.step(cell, input, hx, weights, wish, rates, module.training)
     return new if batched else tuple(s.squeeze(0) for s in new)
 
 
@@ -103,15 +110,20 @@ def fill_forget_gate(cell: Cell, bias: Tensor, value: float | None) -> None:
 
 class _CellModule(RNNCellBase):
     backend: Names = None
+    zoneout: Zoneout = 0.0
 
-    def __init__(self, *args: Any, backend: Names, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, backend: Names, zoneout: Zoneout, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_names(backend)
-        if backend is not None:
+        if backend is not None:  # else the class's
             self.backend = backend
+        states = 2 if isinstance(self, LSTMCell) else 1
+        if Rates.checked(states, 0.0, 0.0, zoneout) != NO_RATES:
+            self.zoneout = zoneout
 
     def extra_repr(self) -> str:
-        own = {"peephole": False, "coupled_gates": False, "forget_bias": None, "backend": None}
+        own = {"peephole": False, "coupled_gates": False, "forget_bias": None, "zoneout": 0.0,
+               "backend": None}  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in own.items()}
         changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]
         return super().extra_repr() + "".join(changed)
@@ -120,7 +132,8 @@ class _CellModule(RNNCellBase):
 class LSTMCell(_CellModule):
     """One LSTM step, a drop-in for :class:`torch.nn.LSTMCell`; see :mod:`fusedrnn.cells.lstm`.
 
-    ``peephole``, ``coupled_gates`` and ``forget_bias`` are those of :class:`fusedrnn.LSTM`.
+    ``peephole``, ``coupled_gates``, ``forget_bias`` and ``zoneout`` are those of
+    :class:`fusedrnn.LSTM`.
 
     Args (forward):
         input: ``[B,I]`` or ``[I]``.
@@ -154,6 +167,7 @@ class LSTMCell(_CellModule):
         peephole: bool = False,
         coupled_gates: bool = False,
         forget_bias: float | None = None,
+        zoneout: Zoneout = 0.0,
         backend: Names = None,
     ) -> None:
         self._forget_bias = arguments.forget_bias(forget_bias, bias)
@@ -164,7 +178,7 @@ class LSTMCell(_CellModule):
         cell = lstm(peephole=peephole, coupled_gates=coupled_gates)
         super().__init__(
             input_size, hidden_size, bias, num_chunks=len(cell.gates), device=device, dtype=dtype,
-            backend=backend,
+            backend=backend, zoneout=zoneout,
         )  # fmt: skip
         if cell.params:
             params = self.weight_ih.new_empty(len(cell.params) * hidden_size)
@@ -192,6 +206,8 @@ class LSTMCell(_CellModule):
 class GRUCell(_CellModule):
     """One GRU step, a drop-in for :class:`torch.nn.GRUCell`; see :mod:`fusedrnn.cells.gru`.
 
+    ``zoneout``, of h, is that of :class:`fusedrnn.GRU`.
+
     Args (forward):
         input: ``[B,I]`` or ``[I]``.
         hx: ``[B,H]`` or ``[H]``; None: zeros.
@@ -216,11 +232,12 @@ class GRUCell(_CellModule):
         device: Any = None,
         dtype: Any = None,
         *,
+        zoneout: Zoneout = 0.0,
         backend: Names = None,
     ) -> None:
         super().__init__(
             input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype,
-            backend=backend,
+            backend=backend, zoneout=zoneout,
         )  # fmt: skip
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -229,6 +246,8 @@ class GRUCell(_CellModule):
 
 class RNNCell(_CellModule):
     """One Elman RNN step, a drop-in for :class:`torch.nn.RNNCell`; see :mod:`fusedrnn.cells.rnn`.
+
+    ``zoneout``, of h, is that of :class:`fusedrnn.RNN`.
 
     Args (forward):
         input: ``[B,I]`` or ``[I]``.
@@ -255,11 +274,12 @@ class RNNCell(_CellModule):
         device: Any = None,
         dtype: Any = None,
         *,
+        zoneout: Zoneout = 0.0,
         backend: Names = None,
     ) -> None:
         super().__init__(
             input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype,
-            backend=backend,
+            backend=backend, zoneout=zoneout,
         )  # fmt: skip
         self.nonlinearity = nonlinearity
 

@@ -14,6 +14,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from fusedrnn.base import run_module
 from fusedrnn.cell_modules import GRUCell, LSTMCell, RNNCell, step_module
 from fusedrnn.modules import GRU, LSTM, RNN
+from fusedrnn.regularisers import NO_RATES
 
 PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: LSTM,
@@ -29,7 +30,7 @@ VARIANTS = {
     "initial_state": "zeros",
     "peephole": False,
     "coupled_gates": False,
-    "weight_dropout": 0.0,
+    **NO_RATES._asdict(),
 }
 OWN = (*VARIANTS, "backend", "forget_bias")
 

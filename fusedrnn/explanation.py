@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fusedrnn import base, cell_modules
 from fusedrnn.backends import Request, by_name, check_names, weigh
 from fusedrnn.recurrent import Recurrent
+from fusedrnn.regularisers import NO_RATES
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,15 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
         >>> print(fusedrnn.explain(layer, torch.randn(5, 2, 3)))
         reference: a loop of PyTorch operations
     """
-    proj_size = 0
+    proj_size, rates = 0, NO_RATES
     if isinstance(module, Recurrent):
         cell, wish = module.cell, check_names(module.backend)
     elif isinstance(module, nn.RNNBase):
         cell, wish = base.cell_of(module), base.wish_of(module)
-        proj_size = module.proj_size
+        proj_size, rates = module.proj_size, base.rates_of(module)
     elif isinstance(module, RNNCellBase):
         cell, wish = cell_modules.cell_of(module), cell_modules.wish_of(module)
+        rates = cell_modules.rates_of(module)
     else:
         raise TypeError(f"expected a recurrent layer or cell, got {type(module).__name__}")
     data = x.data if isinstance(x, PackedSequence) else x
@@ -67,6 +69,8 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
     request = Request(
         cell, dtype, data.device, module.hidden_size, proj_size,
         lengths=isinstance(x, PackedSequence), empty=data.numel() == 0,
+        recurrent_dropout=rates.recurrent_dropout > 0 and module.training,
+        zoneout=any(rates.zones),
     )  # fmt: skip
     reasons: dict[str, str] = {}
     for name, reason in weigh(request, wish).items():

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn import philox
 from fusedrnn.arguments import probability, truth
 from fusedrnn.backends import Names, Request, Sequence, Weights, check_names, select
 from fusedrnn.backends.reference import compute_dtype
@@ -23,6 +22,7 @@ from fusedrnn.cells import GRU, LSTM, PLAIN, Cell
 from fusedrnn.cells import lstm as lstm_cell
 from fusedrnn.layer import Stack, run_layers, run_step
 from fusedrnn.recurrence import cell_update
+from fusedrnn.regularisers import NO_RATES, Rates, Zoneout, regularised
 
 Lengths = Tensor | list[int] | None
 
@@ -42,6 +42,8 @@ def lstm(
     peephole: bool = False,
     coupled_gates: bool = False,
     weight_dropout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    zoneout: Zoneout = 0.0,
     lengths: Lengths = None,
     resets: Tensor | None = None,
     return_cell_states: bool = False,
@@ -53,7 +55,8 @@ def lstm(
         x: ``[T,B,I]``, or ``[B,T,I]`` with batch_first.
         hx: ``(h_0 [L*D,B,P], c_0 [L*D,B,H])``; None: zeros.
         params: flat, in the order of the module's state_dict.
-        peephole, coupled_gates, weight_dropout: as of :class:`fusedrnn.LSTM`.
+        peephole, coupled_gates, weight_dropout, recurrent_dropout, zoneout: as of
+            :class:`fusedrnn.LSTM`.
         lengths: ``[B]`` int64 or a list; steps ``t >= lengths[b]`` are not computed.
         resets: ``[T,B]`` bool (``[B,T]`` with batch_first); true where a new sequence begins.
         return_cell_states: also return c of every step of the last layer.
@@ -81,9 +84,9 @@ def lstm(
     )
     stack = _run_flat(
         cell, x, hx, params, has_biases=has_biases, num_layers=num_layers, dropout=dropout,
-        training=training, weight_dropout=weight_dropout, bidirectional=bidirectional,
-        batch_first=batch_first, proj_size=proj_size, lengths=lengths, resets=resets,
-        cell_states=return_cell_states, backend=backend,
+        training=training, rates=Rates.checked(2, weight_dropout, recurrent_dropout, zoneout),
+        bidirectional=bidirectional, batch_first=batch_first, proj_size=proj_size, lengths=lengths,
+        resets=resets, cell_states=return_cell_states, backend=backend,
     )  # fmt: skip
     if return_cell_states:
         assert stack.c is not None
@@ -103,6 +106,8 @@ def gru(
     bidirectional: bool = False,
     batch_first: bool = False,
     weight_dropout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    zoneout: Zoneout = 0.0,
     lengths: Lengths = None,
     resets: Tensor | None = None,
     backend: Names = None,
@@ -118,7 +123,8 @@ def gru(
     """
     stack = _run_flat(
         GRU, x, _only(hx), params, has_biases=has_biases,
-        num_layers=num_layers, dropout=dropout, training=training, weight_dropout=weight_dropout,
+        num_layers=num_layers, dropout=dropout, training=training,
+        rates=Rates.checked(1, weight_dropout, recurrent_dropout, zoneout),
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,
         backend=backend,
     )  # fmt: skip
@@ -138,6 +144,8 @@ def rnn(
     bidirectional: bool = False,
     batch_first: bool = False,
     weight_dropout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    zoneout: Zoneout = 0.0,
     lengths: Lengths = None,
     resets: Tensor | None = None,
     backend: Names = None,
@@ -158,7 +166,8 @@ def rnn(
     stack = _run_flat(
         PLAIN[f"rnn_{nonlinearity}"], x, _only(hx), params,
         has_biases=has_biases, num_layers=num_layers, dropout=dropout, training=training,
-        weight_dropout=weight_dropout, bidirectional=bidirectional, batch_first=batch_first,
+        rates=Rates.checked(1, weight_dropout, recurrent_dropout, zoneout),
+        bidirectional=bidirectional, batch_first=batch_first,
         lengths=lengths, resets=resets, backend=backend,
     )  # fmt: skip
     return stack.y, stack.h_n
@@ -265,7 +274,7 @@ def checked_run(
     resets: Tensor | None,
     backend: Names,
     proj_size: int = 0,
-    weight_dropout: float = 0.0,
+    rates: Rates = NO_RATES,
     cell_states: bool = False,
 ) -> Stack:
     """The checks of a public function (the drop-in modules have torch.nn's own), then :func:`run`.
@@ -275,7 +284,6 @@ def checked_run(
     if x.dim() != 3:
         raise ValueError(f"x should be 3-D, got {x.dim()}-D")
     probability("dropout", dropout)
-    probability("weight_dropout", weight_dropout)
     directions = 2 if bidirectional else 1
     hidden = weights[0].w_hh.shape[0] // len(cell.gates)
     out = proj_size or hidden
@@ -303,7 +311,7 @@ def checked_run(
     seq = sequence(x, lengths, resets, batch_first)
     stack = run(
         cell, x, hx, weights, directions, seq, between_layers(dropout, training), cell_states,
-        check_names(backend), weight_dropout if training else 0.0,
+        check_names(backend), rates, training,
     )  # fmt: skip
     return to_batch_first(stack) if batch_first else stack
 
@@ -399,7 +407,8 @@ def run(
     between: Callable[[Tensor], Tensor] = lambda y: y,
     cell_states: bool = False,
     wish: tuple[str, ...] = (),
-    weight_dropout: float = 0.0,
+    rates: Rates = NO_RATES,
+    training: bool = False,
 ) -> Stack:
     """A stack over ``x [T,B,I]`` of checked shapes: autocast, zeros for hx, the last checks.
 
@@ -411,25 +420,25 @@ def run(
     shape = (len(weights), x.shape[1])
     x, hx, weights, scope = _prepared(cell, x, hx, weights, shape)
     with scope:
-        if weight_dropout:
-            weights = _dropped(weights, weight_dropout)
-        return run_layers(cell, x, weights, hx, seq, directions, cell_states, between, wish)
-
-
-def _dropped(weights: list[Weights], p: float) -> list[Weights]:
-    """Each with a part of W_hh set to zero (DropConnect)."""
-    seed = philox.seed()
-    masks = (philox.mask(w.w_hh, seed, p, k, philox.WEIGHT) for k, w in enumerate(weights))
-    return [w._replace(w_hh=w.w_hh * mask) for w, mask in zip(weights, masks, strict=True)]
+        weights, noise = regularised(rates, x, weights, len(cell.states), training)
+        return run_layers(cell, x, weights, hx, seq, noise, directions, cell_states, between, wish)
 
 
 def step(
-    cell: Cell, x: Tensor, hx: tuple[Tensor, ...] | None, weights: Weights, wish: tuple[str, ...]
+    cell: Cell,
+    x: Tensor,
+    hx: tuple[Tensor, ...] | None,
+    weights: Weights,
+    wish: tuple[str, ...],
+    rates: Rates = NO_RATES,
+    training: bool = False,
 ) -> tuple[Tensor, ...]:
     """One step over ``x [B,I]`` of checked shapes, as :func:`run`: S new states ``[B,H]``."""
     x, hx, each, scope = _prepared(cell, x, hx, [weights], x.shape[:1])
     with scope:
-        return run_step(cell, x, each[0], hx, wish)
+        x = x.unsqueeze(0)
+        _, noise = regularised(rates, x, each, len(cell.states), training)
+        return run_step(cell, x, each[0], hx, noise[0], wish)
 
 
 def _prepared(

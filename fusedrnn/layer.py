@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrnn.backends import Call, Request, Sequence, Weights, select
+from fusedrnn.backends import Call, Noise, Request, Sequence, Weights, select
 from fusedrnn.cells import Cell
 from fusedrnn.recurrence import recurrence
 
@@ -21,7 +21,7 @@ class Stack(NamedTuple):
 
 
 def request_of(
-    cell: Cell, x: Tensor, weights: Weights, seq: Sequence, cell_states: bool
+    cell: Cell, x: Tensor, weights: Weights, seq: Sequence, noise: Noise, cell_states: bool
 ) -> Request:
     hidden = weights.w_hh.shape[0] // len(cell.gates)
     proj = 0 if weights.w_hr is None else weights.w_hr.shape[0]
@@ -29,6 +29,7 @@ def request_of(
     return Request(
         cell, x.dtype, x.device, hidden, proj, seq.lengths is not None, seq.resets is not None,
         seq.resets is not None and seq.initial is not None, cell_states, empty,
+        recurrent_dropout=noise.dropout is not None, zoneout=noise.zoneout,
     )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ def run_layers(
     weights: list[Weights],
     hx: tuple[Tensor, ...],
     seq: Sequence,
+    noise: list[Noise],
     directions: int,
     cell_states: bool,
     between: Callable[[Tensor], Tensor],
@@ -49,10 +51,11 @@ def run_layers(
         weights: of each layer and direction, in torch.nn's order.
         hx: S tensors, ``[L*D,B,P]`` and the states beside h ``[L*D,B,H]``.
         seq: its ``initial`` are S tensors ``[L*D,P]``, ``[L*D,H]``.
+        noise: of each layer and direction.
         between: what happens to the output of every layer but the last (dropout).
         wish: the backends to try, in order; empty: the context's or the default.
     """
-    backend = select(request_of(cell, x, weights[0], seq, cell_states), wish)
+    backend = select(request_of(cell, x, weights[0], seq, noise[0], cell_states), wish)
     if backend.reads_padding:
         x = seq.without_padding(x)
     layers, own = len(weights) // directions, seq
@@ -69,7 +72,7 @@ def run_layers(
             others = _beside_h(tuple(s[k] for s in hx))
             if seq.initial is not None:
                 own = seq._replace(initial=tuple(s[k] for s in seq.initial))
-            call = Call(cell, y, weights[k], hx[0][k], others, own, direction == 1, ask)
+            call = Call(cell, y, weights[k], hx[0][k], others, own, direction == 1, ask, noise[k])
             out = recurrence(backend, call)
             ys.append(out[0])
             h_n.append(out[1])
@@ -86,12 +89,17 @@ def run_layers(
 
 
 def run_step(
-    cell: Cell, x: Tensor, weights: Weights, hx: tuple[Tensor, ...], wish: tuple[str, ...]
+    cell: Cell,
+    x: Tensor,
+    weights: Weights,
+    hx: tuple[Tensor, ...],
+    noise: Noise,
+    wish: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
-    """One step of one layer over ``x [B,I]``: the new states from hx, ``h [B,H]`` first."""
+    """One step of one layer over ``x [1,B,I]``: the new states from hx, ``h [B,H]`` first."""
     seq = Sequence()
-    backend = select(request_of(cell, x, weights, seq, False), wish)
-    call = Call(cell, x.unsqueeze(0), weights, hx[0], _beside_h(hx), seq, False, False)
+    backend = select(request_of(cell, x, weights, seq, noise, False), wish)
+    call = Call(cell, x, weights, hx[0], _beside_h(hx), seq, False, False, noise)
     _, h_n, *others = recurrence(backend, call)
     return (h_n, *(c_n.clone() for c in others for c_n in c.unbind(0)))
 

@@ -14,6 +14,7 @@ from fusedrnn.base import Layers, run_module
 from fusedrnn.cell_modules import fill_forget_gate
 from fusedrnn.cells import Cell, lstm
 from fusedrnn.functional import Lengths
+from fusedrnn.regularisers import Zoneout
 
 
 class LSTM(Layers):
@@ -36,6 +37,12 @@ class LSTM(Layers):
         weight_dropout: in training each number of ``weight_hh`` is zero with this probability, else
             divided by one minus it; one mask a call, layer and direction (DropConnect, Merity et
             al. 2018), from the default generator's seed.
+        recurrent_dropout: in training each unit of h is zero with this probability, else divided
+            by one minus it, where it enters the product with ``weight_hh``; one mask a call, layer,
+            direction and row, the same at every step (Gal & Ghahramani 2016).
+        zoneout: the probability with which in training, at each step, a unit keeps its old value,
+            of h and c alike or two of them, ``(h, c)``; else the new ones become ``p * old + (1 -
+            p) * new`` (Krueger et al. 2017).
         backend: the name of a backend or a list of names, tried in order.
 
     Args (forward):
@@ -87,6 +94,8 @@ class LSTM(Layers):
         forget_bias: float | None = None,
         initial_state: str = "zeros",
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: Zoneout = 0.0,
         backend: Names = None,
     ) -> None:
         self._forget_bias = arguments.forget_bias(forget_bias, bias)
@@ -98,7 +107,7 @@ class LSTM(Layers):
             "GRU" if coupled_gates else "LSTM",  # whose weights have rows for as many gates
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, device, dtype, backend=backend, initial_state=initial_state,
-            weight_dropout=weight_dropout,
+            weight_dropout=weight_dropout, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
         )  # fmt: skip
         self.mode = "LSTM"
 
@@ -169,6 +178,8 @@ class GRU(Layers):
         *,
         initial_state: str = "zeros",
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: Zoneout = 0.0,
         backend: Names = None,
         **unknown: Any,
     ) -> None:
@@ -176,7 +187,7 @@ class GRU(Layers):
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype, backend=backend, initial_state=initial_state,
-            weight_dropout=weight_dropout,
+            weight_dropout=weight_dropout, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
         )  # fmt: skip
 
     def forward(
@@ -219,6 +230,8 @@ class RNN(Layers):
         *,
         initial_state: str = "zeros",
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: Zoneout = 0.0,
         backend: Names = None,
         **unknown: Any,
     ) -> None:
@@ -232,7 +245,7 @@ class RNN(Layers):
             f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first,
             dropout, bidirectional, device=device, dtype=dtype, backend=backend,
             initial_state=initial_state,
-            weight_dropout=weight_dropout,
+            weight_dropout=weight_dropout, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
         )  # fmt: skip
 
     def forward(

@@ -11,7 +11,7 @@ from torch import Tensor
 from fusedrnn.backends import native
 from fusedrnn.backends.reference import compute_dtype
 
-WEIGHT = 0  # the kinds of masks
+WEIGHT, RECURRENT, ZONE_H, ZONE_C = range(4)  # the kinds of masks
 _LOW = 0xFFFFFFFF
 _has_native = bool(native.native_cells())
 
@@ -22,7 +22,8 @@ def seed() -> Tensor:
 
 
 def mask(like: Tensor, seed: Tensor, p: float, place: int, kind: int) -> Tensor:
-    """0 with the probability p, else 1 / (1 - p), in the shape and dtype of ``like``.
+    """0 with the probability p, else 1 / (1 - p), or 1 in uint8, in the shape and dtype of
+    ``like``.
 
     Args:
         seed: as from :func:`seed`.
@@ -31,7 +32,9 @@ def mask(like: Tensor, seed: Tensor, p: float, place: int, kind: int) -> Tensor:
     """
     like, dtype = like.new_empty(like.shape, dtype=compute_dtype(like.dtype)), like.dtype
     threshold, scale = round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p)
-    if like.is_cpu and _has_native and not like.is_complex():
+    if dtype == torch.uint8:
+        scale = 1.0
+    if like.is_cpu and _has_native and like.is_floating_point():
         out: Tensor = torch.ops.fusedrnn.mask(like, seed, threshold, scale, place, kind)
         return out.to(dtype)
     index = torch.arange(-(-like.numel() // 4), device=like.device)
@@ -43,7 +46,7 @@ def mask(like: Tensor, seed: Tensor, p: float, place: int, kind: int) -> Tensor:
     )
     numbers = words(torch.stack(counters, 1), seed.to(like.device)).flatten()[: like.numel()]
     kept = numbers.view(like.shape) >= threshold
-    return kept.to(dtype) * scale
+    return (kept.to(dtype) * scale).to(dtype)
 
 
 def words(counters: Tensor, seed: Tensor) -> Tensor:

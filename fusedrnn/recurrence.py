@@ -14,6 +14,7 @@ from fusedrnn.backends import (
     Backend,
     Call,
     CellUpdates,
+    Noise,
     Reference,
     Run,
     Sequence,
@@ -36,10 +37,12 @@ def recurrence(backend: Backend | Reference, call: Call) -> tuple[Tensor, ...]:
         args = (
             *tensors,
             *call.seq.masks,
+            *call.noise.masks,
             call.cell.key,
             backend.name,
             call.reverse,
             call.cell_states,
+            *call.noise.rates,
         )
         outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
         return outputs
@@ -85,42 +88,51 @@ class RecurrenceFunction(torch.autograd.Function):
         c0: Tensor | None,
         lengths: Tensor | None,
         resets: Tensor | None,
+        dropout: Tensor | None,
+        renew_h: Tensor | None,
+        renew_c: Tensor | None,
         cell_key: str,
         backend_name: str,
         reverse: bool,
         cell_states: bool,
+        rate_h: float,
+        rate_c: float,
     ) -> tuple[Tensor, ...]:
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
         weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr, params), Sequence(lengths, resets)
-        call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states)
+        noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
+        call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states, noise)
         run = backend.forward(call, True)
-        ctx.constants = cell_key, backend_name, reverse, cell_states
+        ctx.constants = cell_key, backend_name, reverse, cell_states, noise.rates
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*call.tensors, *seq.masks, *run.reserve)
+        ctx.save_for_backward(*call.tensors, *seq.masks, *noise.masks, *run.reserve)
         return _outputs(call, run)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *others: Tensor | None) -> Any:
-        cell_key, backend_name, reverse, cell_states = ctx.constants
-        x, w_ih, w_hh, b_ih, b_hh, w_hr, params, h0, c0, lengths, resets, *reserve = (
-            ctx.saved_tensors
+        cell_key, backend_name, reverse, cell_states, rates = ctx.constants
+        inputs, (lengths, resets, *masks), reserve = (
+            ctx.saved_tensors[:9],
+            ctx.saved_tensors[9:14],
+            ctx.saved_tensors[14:],
         )
+        x, *of_layer, h0, c0 = inputs
         if torch.is_autocast_enabled(x.device.type):  # products in the dtype they had in forward
             with torch.autocast(x.device.type, enabled=False):
                 return RecurrenceFunction.backward(ctx, dy, dh_n, *others)
-        weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr, params), Sequence(lengths, resets)
-        call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states)
+        weights, seq, noise = Weights(*of_layer), Sequence(lengths, resets), Noise(*masks, *rates)
+        call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states, noise)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             out = _differentiable_backward(call, (dy, dh_n, *others))
-            return (*out, *(None,) * 6)
+            return (*out, *(None,) * 11)
         dc_n = others[0] if c0 is not None else None
         dc = others[-1] if cell_states else None
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
         wanted = Wanted(*ctx.needs_input_grad[:9])
-        found = backend.backward(call, Upstream(dy, dh_n, dc_n, dc), tuple(reserve), wanted)
-        return (*found, *(None,) * 6)
+        found = backend.backward(call, Upstream(dy, dh_n, dc_n, dc), reserve, wanted)
+        return (*found, *(None,) * 11)
 
 
 def _differentiable_backward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +16,7 @@ from fusedrnn.backends import (
     Backend,
     Call,
     Gradients,
+    Noise,
     Reference,
     Run,
     Sequence,
@@ -45,10 +46,14 @@ class Case:
     lengths: bool = False
     resets: bool = False
     cell_states: bool = False
+    dropout: bool = False  # of h, on its way into W_hh
+    zoneout: str = ""  # "training" or "eval"
 
     def __str__(self) -> str:
-        flags = [f for f in ("reverse", "lengths", "resets", "cell_states") if getattr(self, f)]
+        names = ("reverse", "lengths", "resets", "cell_states", "dropout")
+        flags = [name for name in names if getattr(self, name)]
         flags += [] if self.bias else ["nobias"]
+        flags += [f"zoneout-{self.zoneout}"] if self.zoneout else []
         shape = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}" + (f"-P{self.P}" if self.P else "")
         return "-".join([self.cell.name, shape, str(self.dtype).split(".")[1], *flags])
 
@@ -61,12 +66,13 @@ class Inputs:
     c0: Tensor | None
     seq: Sequence
     grads: dict[str, Tensor]  # the upstream gradient of each output
+    noise: Noise = field(default_factory=Noise)
 
     def call(self, case: Case) -> Call:
         """``case`` on these inputs."""
         return Call(
             case.cell, self.x, self.weights, self.h0, self.c0, self.seq, case.reverse,
-            case.cell_states,
+            case.cell_states, self.noise,
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype) -> Inputs:
@@ -76,6 +82,8 @@ class Inputs:
         return self._map(lambda t: t.to(device), lambda t: t.to(device))
 
     def _map(self, f: Callable[[Tensor], Tensor], of_seq: Callable[[Tensor], Tensor]) -> Inputs:
+        named = zip(Noise._fields, self.noise.masks, strict=False)
+        masks: dict[str, Any] = {name: of_seq(t) for name, t in named if t is not None}
         return Inputs(
             f(self.x),
             Weights(*(None if w is None else f(w) for w in self.weights)),  # type: ignore[arg-type]
@@ -83,12 +91,14 @@ class Inputs:
             None if self.c0 is None else f(self.c0),
             Sequence(*(None if t is None else of_seq(t) for t in self.seq.masks)),  # type: ignore[arg-type]
             {name: f(g) for name, g in self.grads.items()},
+            self.noise._replace(**masks),
         )
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Random inputs of ``case``, rounded to its dtype: every state and output gradient nonzero,
-    lengths from 0 to T with both ends present, resets at about a quarter of the steps."""
+    lengths from 0 to T with both ends present, resets at about a quarter of the steps; a third of h
+    dropped, and a third of the states in zones."""
     random = torch.Generator().manual_seed(seed)
     out, gates = case.P or case.H, len(case.cell.gates) * case.H
 
@@ -129,7 +139,24 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         normal(others, case.B, case.H) if others else None,
         Sequence(lengths, resets),
         grads,
+        _make_noise(case, random),
     )
+
+
+def _make_noise(case: Case, random: torch.Generator) -> Noise:
+    def kept(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=random) >= 1 / 3
+
+    noise, out = Noise(), case.P or case.H
+    if case.dropout:
+        wide = reference.compute_dtype(case.dtype)
+        noise = noise._replace(dropout=kept(case.B, out).to(wide) * 1.5)
+    if case.zoneout == "training":
+        renew = [kept(case.T, case.B, size).to(torch.uint8) for size in (out, case.H)]
+        noise = noise._replace(renew_h=renew[0], renew_c=renew[1])
+    elif case.zoneout == "eval":
+        noise = noise._replace(rate_h=0.75, rate_c=0.625)
+    return noise if len(case.cell.states) > 1 else noise._replace(renew_c=None, rate_c=1.0)
 
 
 Outputs = tuple[Tensor, ...]
@@ -379,6 +406,7 @@ class OnStored:
         self, case: Case, inputs: Inputs, stored: dict[str, Tensor], operand: Rounding
     ) -> None:
         self.case, self.seq, self.stored, self.operand = case, inputs.seq, stored, operand
+        self.noise = inputs.noise
 
     def __call__(self, x: Tensor, weights: Weights, h0: Tensor, c0: Tensor | None) -> Outputs:
         self.x, self.weights = x, weights
@@ -397,7 +425,11 @@ class OnStored:
         w_ih, w_hh, bias, b_hh, w_hr, _ = weights
         h = self.value("h_prev", t, state[0])
         others = [self.value(f"c_prev {j}", t, c) for j, c in enumerate(state[1:])]
-        gx, gh = self.product(self.x[t], w_ih), self.product(h, w_hh)
+        entering = h
+        if self.noise.dropout is not None:
+            dropped = h * self.noise.dropout
+            entering = _with_value(dropped, dropped.to(self.case.dtype).to(h.dtype))
+        gx, gh = self.product(self.x[t], w_ih), self.product(entering, w_hh)
         if bias is not None and b_hh is not None:
             if self.case.cell.additive:  # their sum is stored
                 both = bias + b_hh
@@ -410,8 +442,10 @@ class OnStored:
         gh = self.gradient("dgh", t, gh)
         new = self.cell(t, gx.unflatten(-1, planes), gh.unflatten(-1, planes), (h, *others), params)
         if w_hr is not None:
-            h = self.product(self.value("m", t, new[0]), w_hr)
-            new = (self.gradient("dh", t, h), *new[1:])
+            projected = self.product(self.value("m", t, new[0]), w_hr)
+            new = (self.gradient("dh", t, projected), *new[1:])
+        if self.noise.zoneout:
+            new = reference.zoned(self.noise, t, (h, *others), new)
         return new
 
     def cell(

@@ -25,6 +25,8 @@ class Request(NamedTuple):
     cell_states: bool = False
     empty: bool = False  # x has no elements
     cell_update: bool = False  # the cell alone is asked for, see reference.cell_update
+    recurrent_dropout: bool = False
+    zoneout: bool = False
 
 
 class Weights(NamedTuple):
@@ -57,6 +59,32 @@ class Sequence(NamedTuple):
         return x.masked_fill((steps >= self.lengths).unsqueeze(-1), 0)
 
 
+class Noise(NamedTuple):
+    """What regularises a recurrence from within; as it stands here: nothing."""
+
+    # [B,P] in the dtype of computation: what h is multiplied by on its way into W_hh (Gal &
+    # Ghahramani 2016).
+    dropout: Tensor | None = None
+    # Zoneout (Krueger et al. 2017): [T,B,P] and [T,B,H] uint8, 0 where h and c keep the values they
+    # had before the step; or, without, the new values' shares.
+    renew_h: Tensor | None = None
+    renew_c: Tensor | None = None
+    rate_h: float = 1.0
+    rate_c: float = 1.0
+
+    @property
+    def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.dropout, self.renew_h, self.renew_c
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        return self.rate_h, self.rate_c
+
+    @property
+    def zoneout(self) -> bool:
+        return self._replace(dropout=None) != Noise()
+
+
 class Call(NamedTuple):
     """One layer and direction over a sequence; S is the number of the cell's states."""
 
@@ -68,6 +96,7 @@ class Call(NamedTuple):
     seq: Sequence
     reverse: bool
     cell_states: bool  # whether the cell state of every step is asked for
+    noise: Noise = Noise()
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

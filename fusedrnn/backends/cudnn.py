@@ -56,7 +56,14 @@ class Cudnn:
             return "needs a hidden size of at least 1"
         if request.empty:
             return "needs a batch and an input size of at least 1"
-        for name in ("lengths", "resets", "cell_states", "cell_update"):
+        for name in (
+            "lengths",
+            "resets",
+            "cell_states",
+            "cell_update",
+            "recurrent_dropout",
+            "zoneout",
+        ):
             if getattr(request, name):
                 return f"has no {name.replace('_', ' ')}"
         return None
@@ -65,7 +72,7 @@ class Cudnn:
         return "cuDNN's choice"
 
     def forward(self, call: Call, training: bool) -> Run:
-        cell, x, weights, h0, c0, _, reverse, _ = call
+        cell, x, weights, h0, c0, _, reverse, *_ = call
         given = _given(weights)
         output, h_n, c_n, reserve, _ = torch.ops.aten._cudnn_rnn(
             _in_time(x, reverse), given, len(given), _packed(cell, x, weights), *_states(h0, c0),
@@ -79,7 +86,7 @@ class Cudnn:
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
-        cell, x, weights, h0, c0, _, reverse, _ = call
+        cell, x, weights, h0, c0, _, reverse, *_ = call
         output, saved = reserve
         given = _given(weights)
         dy = torch.zeros_like(output) if upstream.y is None else _in_time(upstream.y, reverse)

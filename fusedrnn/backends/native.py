@@ -154,6 +154,8 @@ class Ops:
             return "needs a hidden size of at least 1"
         if request.initial:
             return "enters zeros at resets"
+        if request.recurrent_dropout or request.zoneout:
+            return f"has no {'zoneout' if request.zoneout else 'recurrent dropout'}"
         return None
 
     def forward(self, call: Call, training: bool) -> Run:
@@ -161,7 +163,7 @@ class Ops:
 
     def _forward(self, call: Call, training: bool, bfloat16: bool) -> Run:
         """``bfloat16``: float32 tensors hold bfloat16 values, and h may be rounded to them."""
-        cell, x, weights, h0, c0, seq, reverse, cell_states = call
+        cell, x, weights, h0, c0, seq, reverse, cell_states, _ = call
         tensors = (x, *weights, h0, c0, *seq.masks)
         y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
             *(None if t is None else t.contiguous() for t in tensors),
@@ -176,7 +178,7 @@ class Ops:
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
-        cell, x, weights, _, c0, seq, reverse, _ = call
+        cell, x, weights, _, c0, seq, reverse, _, _ = call
         dy, dh_n, dc_n, dc = upstream
         w_ih, w_hh, _, _, w_hr, params = weights
         tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, params, *reserve, *seq.masks)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedrnn.backends.backend import Call, Request
+from fusedrnn.backends.backend import Call, Noise, Request
 from fusedrnn.cells import Cell
 
 States = list[tuple[Tensor, ...]]  # made by each step, by time
@@ -61,7 +61,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def recurrence(call: Call) -> tuple[Tensor, ...]:
     """``y, h_n`` then ``c_n`` and ``c`` as they apply, in the shapes of :class:`Run`."""
-    cell, x, weights, h0, c0, seq, reverse, cell_states = call
+    cell, x, weights, h0, c0, seq, reverse, cell_states, noise = call
     x = seq.without_padding(x)
     storage, compute = x.dtype, compute_dtype(x.dtype)
     w_ih, w_hh, b_ih, b_hh, w_hr, params = (None if w is None else w.to(compute) for w in weights)
@@ -81,10 +81,13 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
         if seq.resets is not None and begins < steps:
             anew = seq.resets[begins].unsqueeze(-1)
             state = tuple(torch.where(anew, i, s) for i, s in zip(initial, state, strict=True))
-        gh = F.linear(state[0], w_hh, b_hh).unflatten(-1, planes)
+        h = state[0] if noise.dropout is None else state[0] * noise.dropout
+        gh = F.linear(h, w_hh, b_hh).unflatten(-1, planes)
         new = cell.step(gx[t], gh, state, *of_units)
         if w_hr is not None:
             new = (F.linear(new[0], w_hr), *new[1:])
+        if noise.zoneout:
+            new = zoned(noise, t, state, new)
         new = (new[0].to(storage).to(compute), *new[1:])
         y[t], c[t], states[t] = new[0], new[-1], new
         if seq.lengths is not None:
@@ -100,6 +103,15 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     if cell_states:
         out.append(torch.stack(c))
     return tuple(o.to(storage) for o in out)
+
+
+def zoned(
+    noise: Noise, t: int, state: tuple[Tensor, ...], new: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The states h and c after zoneout of step t."""
+    renewals = ((noise.renew_h, noise.rate_h), (noise.renew_c, noise.rate_c))
+    shares = [rate if mask is None else mask[t] for mask, rate in renewals]
+    return tuple(s * n + (1 - s) * o for s, n, o in zip(shares, new, state, strict=False))
 
 
 def cell_update(

@@ -49,6 +49,8 @@ class Triton:
             return "enters zeros at resets"
         if request.proj_size:
             return "has no projection"
+        if request.recurrent_dropout or request.zoneout:
+            return f"has no {'zoneout' if request.zoneout else 'recurrent dropout'}"
         if request.cell_update and request.cell.params:
             return f"has no cell update of the cell {request.cell.name}"
         return None
@@ -66,7 +68,7 @@ class Triton:
         return f"{arithmetic}, forward {forward}, backward {backward}"
 
     def forward(self, call: Call, training: bool) -> Run:
-        cell, x, weights, h0, c0, seq, reverse, cell_states = call
+        cell, x, weights, h0, c0, seq, reverse, cell_states, _ = call
         w_ih, w_hh, b_ih, b_hh, _, params = weights
         tensors = _contiguous(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq.masks)
         y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.triton_forward(
@@ -77,7 +79,7 @@ class Triton:
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
-        cell, x, weights, _, c0, seq, reverse, _ = call
+        cell, x, weights, _, c0, seq, reverse, _, _ = call
         dy, dh_n, dc_n, dc = upstream
         tensors = (dy, dc, dh_n, dc_n, x, weights.w_ih, weights.w_hh, weights.params)
         found = torch.ops.fusedrnn.triton_backward(
