@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The ops: schemas, and the CPU engine behind them.
 #include "bindings.h"
-#include "cpu/mask.h"
 #include "cpu/team.h"
 #include "cuda/plan.h"
 
@@ -35,14 +34,33 @@ void prefer_huge_pages(const std::tuple<Tensors...>& results) {
   std::apply([&](const auto&... tensor) { (prefer(tensor), ...); }, results);
 }
 
+template <class Args>
+void set_noise(Args& args, const frnn::CellFacts& cell, const Check& check,
+               const OptionalTensor& dropout, const OptionalTensor& renew_h,
+               const OptionalTensor& renew_c, double rate_h, double rate_c) {
+  using T = std::remove_const_t<std::remove_pointer_t<decltype(args.noise.dropout)>>;
+  check("dropout", dropout, {args.b, args.p});
+  check("renew_h", renew_h, {args.t, args.b, args.p}, ScalarType::Byte);
+  check("renew_c", renew_c, {args.t, args.b, args.h}, ScalarType::Byte);
+  STD_TORCH_CHECK(cell.states > 1 || (!renew_c && rate_c == 1), "renew_c or rate_c is given, but ",
+                  cell.name, " has only one state");
+  read(args.noise.dropout, dropout);
+  read(args.noise.renew_h, renew_h);
+  read(args.noise.renew_c, renew_c);
+  args.noise.rate_h = static_cast<T>(rate_h);
+  args.noise.rate_c = static_cast<T>(rate_c);
+}
+
 ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
                                  OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor params,
                                  Tensor h0, OptionalTensor c0, OptionalTensor lengths,
-                                 OptionalTensor resets, int64_t cell_index, bool reverse,
-                                 bool training, bool cell_states, bool bfloat16) {
+                                 OptionalTensor resets, OptionalTensor dropout,
+                                 OptionalTensor renew_h, OptionalTensor renew_c, int64_t cell_index,
+                                 bool reverse, bool training, bool cell_states, bool bfloat16,
+                                 double rate_h, double rate_c) {
   return dispatch("x", x, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
-    frnn::ForwardArgs<T> args{};
+    frnn::cpu::ForwardArgs<T> args{};
     ForwardResult result =
         prepare_forward(args, cell, x.scalar_type(), "x", x, w_hh, b_hh, w_hr, params, h0, c0,
                         lengths, resets, reverse, training, cell_states);
@@ -57,6 +75,7 @@ ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTen
     read(args.x, x);
     read(args.w_ih, w_ih);
     read(args.b_ih, b_ih);
+    set_noise(args, cell, check, dropout, renew_h, renew_c, rate_h, rate_c);
     frnn::cpu::forward(static_cast<int>(cell_index), args, torch_pool());
     return result;
   });
@@ -70,7 +89,9 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
                                    OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh,
                                    OptionalTensor w_hr, OptionalTensor params, Tensor h_prev,
                                    Tensor c_prev, Tensor saved, Tensor m, OptionalTensor lengths,
-                                   OptionalTensor resets, int64_t cell_index, bool reverse,
+                                   OptionalTensor resets, OptionalTensor dropout,
+                                   OptionalTensor renew_h, OptionalTensor renew_c,
+                                   int64_t cell_index, bool reverse, double rate_h, double rate_c,
                                    bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih,
                                    bool want_b_hh, bool want_w_hr) {
   return dispatch("h_prev", h_prev, [&]<class T>() {
@@ -86,6 +107,7 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
     check("x", x, {args.t, args.b, args.i});
     check("w_ih", w_ih, {gates, args.i});
     if (w_hr) check("m", m, {args.t, args.b, args.h});
+    set_noise(args, cell, check, dropout, renew_h, renew_c, rate_h, rate_c);
     want_w_hr = want_w_hr && w_hr;
 
     const Allocator make{h_prev};
@@ -180,16 +202,18 @@ std::tuple<Tensor, Tensor, Tensor> cell_update_backward(Tensor gates, Tensor c,
 Tensor mask(Tensor like, Tensor seed, int64_t threshold, double scale, int64_t place,
             int64_t kind) {
   Check{like}("seed", seed, {1}, ScalarType::Long);
-  return dispatch("like", like, [&]<class T>() {
+  const auto fill = [&]<class T>() {
     const Tensor result = torch::stable::new_empty(like, like.sizes(), like.scalar_type());
     const int64_t key = *static_cast<const int64_t*>(seed.const_data_ptr());
-    frnn::cpu::mask(
-        {static_cast<T*>(result.mutable_data_ptr()), result.numel(), static_cast<uint64_t>(key),
-         static_cast<uint64_t>(threshold), static_cast<T>(scale), static_cast<uint32_t>(place),
-         static_cast<uint32_t>(kind)},
-        torch_pool());
+    const frnn::cpu::MaskArgs<T> args{
+        static_cast<T*>(result.mutable_data_ptr()), result.numel(), static_cast<uint64_t>(key),
+        static_cast<uint64_t>(threshold), static_cast<T>(scale), static_cast<uint32_t>(place),
+        static_cast<uint32_t>(kind)};
+    frnn::cpu::mask(args, torch_pool());
     return result;
-  });
+  };
+  if (like.scalar_type() == ScalarType::Byte) return fill.template operator()<uint8_t>();
+  return dispatch("like", like, fill);
 }
 
 }  // namespace
@@ -198,15 +222,15 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
   library.def(
       "recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? params, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
-      "int cell, bool reverse, bool training, bool cell_states, bool bfloat16) -> (Tensor y, "
-      "Tensor h_n, "
+      "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, int cell, bool reverse, bool training, "
+      "bool cell_states, bool bfloat16, float rate_h, float rate_c) -> (Tensor y, Tensor h_n, "
       "Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m)");
   library.def(
       "recurrence_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor x, "
       "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? params, Tensor h_prev, Tensor c_prev, "
-      "Tensor saved, Tensor m, Tensor? lengths, Tensor? resets, int cell, bool reverse, "
-      "bool want_x, "
-      "bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) -> "
+      "Tensor saved, Tensor m, Tensor? lengths, Tensor? resets, Tensor? dropout, "
+      "Tensor? renew_h, Tensor? renew_c, int cell, bool reverse, float rate_h, float rate_c, "
+      "bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) -> "
       "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
       "Tensor dparams, Tensor dh0, Tensor dc0)");
   library.def(

@@ -48,6 +48,8 @@ inline const char* text(ScalarType type) {
       return "int64";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Byte:
+      return "uint8";
     default:
       return "another dtype";
   }

@@ -100,6 +100,23 @@ FRNN_FN void store(S* p, V v, int) {
   *p = static_cast<S>(v);
 }
 
+// n bytes as numbers, the other lanes 0.
+template <class V>
+FRNN_FN V load_bytes(const uint8_t* p, int n) {
+  constexpr int kLanes = Value<V>::kLanes;
+  if constexpr (kLanes == 1) {
+    return static_cast<V>(*p);
+  } else {
+    Vector<uint8_t, kLanes> bytes{};
+    if (n == kLanes) {
+      __builtin_memcpy(&bytes, p, kLanes);
+    } else {
+      __builtin_memcpy(&bytes, p, n);
+    }
+    return __builtin_convertvector(__builtin_convertvector(bytes, Vector<int32_t, kLanes>), V);
+  }
+}
+
 template <class V>
 FRNN_FN V broadcast(Scalar<V> x) {
   return x - V{};  // x + V{} would turn -0 into 0

@@ -76,6 +76,16 @@ struct BackwardArgs : SequenceArgs<S> {
   A* dparams;  // [K, B, H] out, or null if K == 0: of each row, summed over its steps
 };
 
+// What regularises a recurrence from within, on the CPU alone. A new value's share is 1 where there
+// is no zoneout.
+template <class S>
+struct Noise {
+  const S* dropout;        // [B, P] in, or null: what h is multiplied by on its way into W_hh
+  const uint8_t* renew_h;  // [T, B, P] in, or null: 0 where h keeps the value it had before, else 1
+  const uint8_t* renew_c;  // [T, B, H] in, or null: likewise the second state
+  S rate_h, rate_c;        // the new values' share where there is no such array
+};
+
 // Where a step leaves the gradients that products take up.
 template <class S>
 struct StepGradients {
@@ -93,6 +103,11 @@ struct Pool {
   void (*run)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 };
 
+template <class S>
+struct ForwardArgs : frnn::ForwardArgs<S> {
+  Noise<S> noise;
+};
+
 // Backward with the products that follow it; results that are not wanted are null.
 template <class S>
 struct BackwardArgs : frnn::BackwardArgs<S> {
@@ -100,6 +115,7 @@ struct BackwardArgs : frnn::BackwardArgs<S> {
   const S* x;     // [T, B, I] in; what it holds at steps not computed reaches no result
   const S* w_ih;  // [G*H, I] in
   const S* m;     // [T, B, H] in, as forward left it, or null without projection
+  Noise<S> noise;
 
   S* dx;     // [T, B, I] out, or null
   S* dw_ih;  // [G*H, I] out, or null
@@ -127,6 +143,17 @@ struct UpdateArgs {
   S* dparams;  // [K, B, H] out, or null if K == 0: of each row
 };
 
+// A mask of dropout or zoneout, by philox.h.
+template <class T>
+struct MaskArgs {
+  T* mask;  // [count] out: element i is from word i % 4 of the counter (i / 4, place, kind)
+  int64_t count;
+  uint64_t seed;
+  uint64_t threshold;  // a word under it gives 0
+  T scale;             // what others give
+  uint32_t place, kind;
+};
+
 void forward(int cell, const ForwardArgs<float>& args, const Pool& pool);
 void forward(int cell, const ForwardArgs<double>& args, const Pool& pool);
 void backward(int cell, const BackwardArgs<float>& args, const Pool& pool);
@@ -134,6 +161,9 @@ void backward(int cell, const BackwardArgs<double>& args, const Pool& pool);
 // False, and nothing done, if the cell has no such step.
 bool update(int cell, bool backward, const UpdateArgs<float>& args, const Pool& pool);
 bool update(int cell, bool backward, const UpdateArgs<double>& args, const Pool& pool);
+void mask(const MaskArgs<float>& args, const Pool& pool);
+void mask(const MaskArgs<double>& args, const Pool& pool);
+void mask(const MaskArgs<uint8_t>& args, const Pool& pool);
 
 // The instruction set in use ("base", "avx2", "avx512"), those this machine can use (separated by
 // spaces), and a way for tests to choose; set_isa is false and changes nothing if it cannot be.

@@ -49,15 +49,49 @@ FRNN_FN Params<Cell, V> read_params(const S* params, int64_t hidden, const Place
   return of_units;
 }
 
-template <class Cell, class V, class S, class A>
+// What zoneout does to the states h and c. Where it is not kThere the compiler leaves it out.
+template <class V, class S, bool kThere>
+class Zoneout {
+ public:
+  FRNN_FN explicit Zoneout(const Noise<S>* noise)
+      : n_(noise),
+        h_(kThere && (noise->renew_h || noise->rate_h != S(1))),
+        c_(kThere && (noise->renew_c || noise->rate_c != S(1))) {}
+
+  FRNN_FN bool of_h() const { return kThere && h_; }
+  FRNN_FN bool of_c() const { return kThere && c_; }
+
+  // The share of the new value, of n units from an offset on in [T, B, P] or [T, B, H].
+  FRNN_FN V share_h(int64_t offset, int n) const {
+    return n_->renew_h ? load_bytes<V>(n_->renew_h + offset, n) : broadcast<V>(n_->rate_h);
+  }
+  FRNN_FN V share_c(int64_t offset, int n) const {
+    return n_->renew_c ? load_bytes<V>(n_->renew_c + offset, n) : broadcast<V>(n_->rate_c);
+  }
+
+ private:
+  const Noise<S>* n_;
+  bool h_, c_;
+};
+
+template <class Cell, class V, class S, class A, bool kNoise = false>
 class ForwardSteps {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
 
  public:
   // What a driver provides when backward will not ask for it: h [2, B, P] and states [S-1, B, H]
-  // between steps, both null if it carries them; m [B, H].
-  FRNN_FN ForwardSteps(const ForwardArgs<S, A>& args, S* h, A* states, S* m)
-      : a_(args), timeline_(args), h_(h), states_(states), m_(m) {}
+  // between steps, both null if it carries them; m [B, H]. With noise, `dropped` [2, B, P] is for
+  // what the product takes in place of h, or null without dropout.
+  FRNN_FN ForwardSteps(const ForwardArgs<S, A>& args, S* h, A* states, S* m,
+                       const Noise<S>* noise = nullptr, S* dropped = nullptr)
+      : a_(args),
+        timeline_(args),
+        h_(h),
+        states_(states),
+        m_(m),
+        zoneout_(noise),
+        dropout_(kNoise ? noise->dropout : nullptr),
+        dropped_(dropped) {}
 
   FRNN_FN const Timeline<S>& timeline() const { return timeline_; }
 
@@ -67,6 +101,9 @@ class ForwardSteps {
     return a_.h_prev ? a_.h_prev + timeline_.time(s) * a_.b * a_.p : h_ + s % 2 * a_.b * a_.p;
   }
 
+  // What of it enters the product with W_hh.
+  FRNN_FN const S* product_in(int64_t s) const { return drops() ? dropped_in(s) : h_in(s); }
+
   // The output of the cell before its projection, [B, H].
   FRNN_FN S* m_at(int64_t s) const { return a_.m ? a_.m + timeline_.time(s) * a_.b * a_.h : m_; }
 
@@ -74,6 +111,7 @@ class ForwardSteps {
   // other states at p, within [B, H].
   FRNN_FN void start_h(const Place& p) const {
     start(p, a_.h0, keeps(0) ? h_in(0) : nullptr, a_.h_n);
+    if (drops()) drop(0, p, entering(timeline_.entry(0, p.row), p, a_.h0, V{}));
   }
   FRNN_FN void start_others(const Place& p) const {
     for (int j = 1; j < kStates; ++j) {
@@ -113,7 +151,15 @@ class ForwardSteps {
   FRNN_FN void finish_cell(int64_t s, const Place& p, const V* gx, const V* gh,
                            const Inputs& in) const {
     const bool computed = kPlain || timeline_.computed(s, p.row);
-    keep<kPlain>(s, p, computed ? compute(gx, gh, in) : Outcome{});
+    Outcome result = computed ? compute(gx, gh, in) : Outcome{};
+    if constexpr (kStates > 1) {
+      if (zoneout_.of_c() && computed) {
+        const V share =
+            zoneout_.share_c(timeline_.time(s) * a_.b * a_.h + p.offset, p.n);
+        result.out[1] = share * result.out[1] + (1.0f - share) * in.state[1];
+      }
+    }
+    keep<kPlain>(s, p, result);
   }
 
   // In place of it at an idle step, for a driver whose products pass by rows that are not computed:
@@ -176,9 +222,16 @@ class ForwardSteps {
   // The output of step s, after the projection if there is one.
   template <bool kPlain>
   FRNN_FN void finish_output(int64_t s, const Place& p, V h) const {
+    const int64_t offset = timeline_.time(s) * a_.b * a_.p + p.offset;
+    if (zoneout_.of_h()) {
+      const V share = zoneout_.share_h(offset, p.n);
+      h = share * h + (1.0f - share) * load<V>(h_in(s) + p.offset, p.n);
+    }
     if (!kPlain && !timeline_.computed(s, p.row)) h = V{};
-    store(a_.y + timeline_.time(s) * a_.b * a_.p + p.offset, h, p.n);
-    pass_on<kPlain>(s, p, h, a_.h0, keeps(s + 1) ? h_in(s + 1) : nullptr, a_.h_n);
+    store(a_.y + offset, h, p.n);
+    S* next = keeps(s + 1) ? h_in(s + 1) : nullptr;
+    const V entered = pass_on<kPlain>(s, p, h, a_.h0, next, a_.h_n);
+    if (drops() && next) drop(s + 1, p, entered);
   }
 
  private:
@@ -188,6 +241,12 @@ class ForwardSteps {
     const int64_t plane = a_.b * a_.h;
     return a_.h_prev ? a_.c_prev + ((j - 1) * a_.t + timeline_.time(s)) * plane
                      : states_ + (j - 1) * plane;
+  }
+
+  FRNN_FN bool drops() const { return kNoise && dropout_; }
+  FRNN_FN S* dropped_in(int64_t s) const { return dropped_ + s % 2 * a_.b * a_.p; }
+  FRNN_FN void drop(int64_t s, const Place& p, V h) const {
+    store(dropped_in(s) + p.offset, h * load<V>(dropout_ + p.offset, p.n), p.n);
   }
 
   // Whether what enters step s has a place in an array.
@@ -207,13 +266,15 @@ class ForwardSteps {
   }
 
   // Sends a state computed at step s to where it goes: into the next step, to the final states.
+  // Returns what enters the next step.
   template <bool kPlain, class E>
-  FRNN_FN void pass_on(int64_t s, const Place& p, V x, const S* initial, E* next, S* final) const {
+  FRNN_FN V pass_on(int64_t s, const Place& p, V x, const S* initial, E* next, S* final) const {
     if (!kPlain) {
       if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) store(final + p.offset, x, p.n);
       x = entering(timeline_.entry(s + 1, p.row), p, initial, x);
     }
     if (next) store(next + p.offset, x, p.n);
+    return x;
   }
 
   const ForwardArgs<S, A>& a_;
@@ -221,18 +282,25 @@ class ForwardSteps {
   S* const h_;
   A* const states_;
   S* const m_;
+  const Zoneout<V, S, kNoise> zoneout_;
+  const S* const dropout_;
+  S* const dropped_;
 };
 
 // Steps run from s = T-1 down to -1. At step s the gradient of its h is gathered: dy, the gradient
 // of the final state, and what flows back from the step after, dgh @ W_hh + ds. Step -1 only
 // gathers what belongs to h0. dh0 and dc0 double as the running ds: what a step leaves there is
 // either taken up by the step before or is the row's result.
-template <class Cell, class V, class S, class A>
+template <class Cell, class V, class S, class A, bool kNoise = false>
 class BackwardSteps {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
 
  public:
-  FRNN_FN explicit BackwardSteps(const BackwardArgs<S, A>& args) : a_(args), timeline_(args) {}
+  FRNN_FN explicit BackwardSteps(const BackwardArgs<S, A>& args, const Noise<S>* noise = nullptr)
+      : a_(args),
+        timeline_(args),
+        zoneout_(noise),
+        dropout_(kNoise ? noise->dropout : nullptr) {}
 
   FRNN_FN const Timeline<S>& timeline() const { return timeline_; }
 
@@ -274,14 +342,14 @@ class BackwardSteps {
 
   // What the gradient of h at step s is made of, beside the product.
   struct OfH {
-    V carried;  // from the step after, if the cell reads h
+    V carried;  // from the step after, if the cell reads h or h is in zones
     V last;     // the gradient of the final state
     V dy;
   };
   template <bool kPlain>
   FRNN_FN OfH read_h(int64_t s, const Place& p) const {
     OfH in{};
-    if (Cell::kReadsH) in.carried = load<V>(a_.dh0 + p.offset, p.n);
+    if (carries_h()) in.carried = load<V>(a_.dh0 + p.offset, p.n);
     if (!kPlain) {
       if (s < 0 || !timeline_.computed(s, p.row)) return in;
       if (timeline_.last(s, p.row)) in.last = load_or_zero<V>(a_.dh_n, p.offset, p.n);
@@ -295,6 +363,7 @@ class BackwardSteps {
     V saved[Cell::kSaved], state[kStates];
     V dout[kStates];     // from outside, of the other states
     V carried[kStates];  // from the step after, of the other states; 0 at a row's last step
+    V share_c;           // of the new c, if it is in zones
     Params<Cell, V> params;
   };
   template <bool kPlain>
@@ -314,6 +383,7 @@ class BackwardSteps {
       if (last) in.dout[j] = load_or_zero<V>(a_.dc_n, (j - 1) * plane + p.offset, p.n);
     }
     if (kStates > 1) in.dout[kStates > 1] += load_or_zero<V>(a_.dc, t * plane + p.offset, p.n);
+    if (zoneout_.of_c()) in.share_c = zoneout_.share_c(t * plane + p.offset, p.n);
     return in;
   }
 
@@ -363,8 +433,14 @@ class BackwardSteps {
   template <bool kPlain>
   FRNN_FN void finish_gather(int64_t s, const Place& p, V product, const OfH& h, const OfCell& cell,
                              const StepGradients<S>& to) const {
-    const V dh =
-        gradient_of_h(kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row), p, product, h);
+    if (kNoise && dropout_) product *= load<V>(dropout_ + p.offset, p.n);
+    V dh = gradient_of_h(kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row), p, product, h);
+    if (zoneout_.of_h() && (kPlain || (s >= 0 && timeline_.computed(s, p.row)))) {
+      const V share = zoneout_.share_h(timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
+      const bool ends = !kPlain && timeline_.entry(s, p.row) == Entry::kZero;
+      store(a_.dh0 + p.offset, ends ? V{} : (1.0f - share) * dh, p.n);
+      dh *= share;
+    }
     if (kPlain || gathers_cells(s)) {
       finish_cell<kPlain>(s, p, dh, cell, to);
     } else if (s >= 0) {
@@ -414,8 +490,18 @@ class BackwardSteps {
     V dout[kStates];
     dout[0] = dh;
     for (int j = 1; j < kStates; ++j) dout[j] = in.dout[j] + in.carried[j];
+    V kept{};
+    if constexpr (kStates > 1) {
+      if (zoneout_.of_c()) {
+        kept = (1.0f - in.share_c) * dout[1];
+        dout[1] *= in.share_c;
+      }
+    }
     Cell::backward(in.state, in.saved, in.params.value, dout, result.dgx, result.dgh,
                    result.carried, result.dparams.value);
+    if constexpr (kStates > 1) {
+      if (zoneout_.of_c()) result.carried[1] += kept;
+    }
     return result;
   }
   FRNN_FN void cut(Entry entry, Outcome& result) const {
@@ -434,7 +520,11 @@ class BackwardSteps {
   template <bool kPlain>
   FRNN_FN void keep_carried(int64_t s, const Place& p, const Outcome& result) const {
     if (!kPlain && !timeline_.computed(s, p.row)) return;
-    if (Cell::kReadsH) store(a_.dh0 + p.offset, result.carried[0], p.n);
+    if (Cell::kReadsH) {
+      V carried = result.carried[0];
+      if (zoneout_.of_h()) carried += load<V>(a_.dh0 + p.offset, p.n);
+      store(a_.dh0 + p.offset, carried, p.n);
+    }
     for (int j = 1; j < kStates; ++j) {
       store(a_.dc0 + (j - 1) * a_.b * a_.h + p.offset, result.carried[j], p.n);
     }
@@ -444,18 +534,23 @@ class BackwardSteps {
   // into the initial state is stored there. It means nothing at a step that is not computed.
   FRNN_FN V gradient_of_h(Entry next, const Place& p, V product, const OfH& in) const {
     V back = product;
-    if (Cell::kReadsH) back += in.carried;
+    if (carries_h()) back += in.carried;
     if (next == Entry::kInitial) store(a_.dh0 + p.offset, back, p.n);
     return next == Entry::kCarried ? back + in.last + in.dy : in.last + in.dy;
   }
 
  private:
+  // Whether the gradient of h has a path to the step before that does not pass through W_hh.
+  FRNN_FN bool carries_h() const { return Cell::kReadsH || zoneout_.of_h(); }
+
   FRNN_FN A* dparams(int k, const Place& p) const {
     return a_.dparams + k * a_.b * a_.h + p.offset;
   }
 
   const BackwardArgs<S, A>& a_;
   const Timeline<S> timeline_;
+  const Zoneout<V, S, kNoise> zoneout_;
+  const S* const dropout_;
 };
 
 }  // namespace frnn

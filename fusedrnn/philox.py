@@ -34,7 +34,7 @@ def mask(like: Tensor, seed: Tensor, p: float, place: int, kind: int) -> Tensor:
     threshold, scale = round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p)
     if dtype == torch.uint8:
         scale = 1.0
-    if like.is_cpu and _has_native and like.is_floating_point():
+    if like.is_cpu and _has_native and not like.is_complex():
         out: Tensor = torch.ops.fusedrnn.mask(like, seed, threshold, scale, place, kind)
         return out.to(dtype)
     index = torch.arange(-(-like.numel() // 4), device=like.device)

@@ -76,6 +76,37 @@ def test_features(cell, feature, dtype, runner):
     check(Case(cell, T=9, B=5, I=4, H=19, dtype=dtype, **feature), runner)
 
 
+NOISE = {
+    "dropout": {"dropout": True},
+    "zoneout": {"zoneout": "training"},
+    "zoneout-eval": {"zoneout": "eval"},
+    "dropout-zoneout": {"dropout": True, "zoneout": "training"},
+}
+
+
+@pytest.mark.parametrize("noise", NOISE.values(), ids=list(NOISE))
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_noise(cell, feature, noise, runner):
+    """Dropout of h within the recurrence, and zoneout."""
+    check(Case(cell, T=9, B=5, I=4, H=19, **feature, **noise), runner)
+
+
+@pytest.mark.parametrize("noise", NOISE.values(), ids=list(NOISE))
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+def test_noise_of_other_shapes(cell, noise, runner):
+    """Many rows and units, few rows, 16 bits, a projection, cell states."""
+    if isinstance(runner, Reference):
+        pytest.skip("other shapes are nothing new to it")
+    check(Case(cell, 70, 9, 33, 40, lengths=True, reverse=True, **noise), runner)
+    check(Case(cell, 2, 3, 5, 290, dtype=torch.bfloat16, **noise), runner)
+    check(Case(cell, 1, 3, 5, 33, dtype=torch.float64, **noise), runner)
+    if len(cell.states) > 1:
+        case = Case(cell, 7, 33, 5, 40, cell_states=True, lengths=True, resets=True, **noise)
+        check(replace(case, P=19), runner)
+        check(replace(case, reverse=True), runner)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("proj", [0, 1, 7], ids=lambda p: f"P{p}")
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))

@@ -8,7 +8,7 @@
 template <class Cell, class T>
 class Backward {
   using V = Vec<T>;
-  using Steps = frnn::BackwardSteps<Cell, V, T, T>;
+  using Steps = frnn::BackwardSteps<Cell, V, T, T, true>;
   static constexpr int kGates = Cell::kGates;
 
  public:
@@ -47,7 +47,7 @@ class Backward {
         plan_(plan),
         timeline_(args),
         computed_(args, carver),
-        steps_(args),
+        steps_(args, &args.noise),
         chunk_(a_.b < Outer<T>::kDepth ? Outer<T>::kDepth / (a_.b > 0 ? a_.b : 1) : 1) {
     const int64_t lanes = kLanes<T>, gates = kGates * a_.h;
     const int64_t rows = min(a_.t, 2 * chunk_) * a_.b;
@@ -219,7 +219,7 @@ class Backward {
     if (a_.dx) multiply_dx(slice, g.dgx, all);
     const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
     const Range units = share(slice, gates);
-    const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih}, dw_hh{h_prev, a_.p, a_.dw_hh};
+    const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih}, dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
     if (Cell::kAdditive) {
       outer.add(g.dgx, gates, units, rows, {dw_ih, dw_hh});
     } else {

@@ -100,5 +100,8 @@ bool update(int cell, bool backward, const UpdateArgs<float>& args, const Pool& 
 bool update(int cell, bool backward, const UpdateArgs<double>& args, const Pool& pool) {
   return engine().load()->update_f64(cell, backward, args, pool);
 }
+void mask(const MaskArgs<float>& args, const Pool& pool) { engine().load()->mask_f32(args, pool); }
+void mask(const MaskArgs<double>& args, const Pool& pool) { engine().load()->mask_f64(args, pool); }
+void mask(const MaskArgs<uint8_t>& args, const Pool& pool) { engine().load()->mask_u8(args, pool); }
 
 }  // namespace frnn::cpu

@@ -14,6 +14,9 @@ struct Engine {
   void (*backward_f64)(int cell, const BackwardArgs<double>&, const Pool&);
   bool (*update_f32)(int cell, bool backward, const UpdateArgs<float>&, const Pool&);
   bool (*update_f64)(int cell, bool backward, const UpdateArgs<double>&, const Pool&);
+  void (*mask_f32)(const MaskArgs<float>&, const Pool&);
+  void (*mask_f64)(const MaskArgs<double>&, const Pool&);
+  void (*mask_u8)(const MaskArgs<uint8_t>&, const Pool&);
 };
 
 extern const Engine kBaseEngine;

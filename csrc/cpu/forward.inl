@@ -14,7 +14,7 @@ class Forward {
   static constexpr int64_t kPackedRows = 4;
 
  public:
-  static void run(const frnn::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+  static void run(const frnn::cpu::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
     const auto plan = plan_of(args, kGates, pool.threads);
     Carver measure(nullptr);
     Forward(args, plan, measure);
@@ -41,14 +41,15 @@ class Forward {
   }
 
  private:
-  Forward(const frnn::ForwardArgs<T>& args, const frnn::cpu::Plan& plan, Carver& carver)
+  Forward(const frnn::cpu::ForwardArgs<T>& args, const frnn::cpu::Plan& plan, Carver& carver)
       : a_(args),
         plan_(plan),
         timeline_(args),
         computed_(args, carver),
         steps_(args, carver.take<T>(a_.h_prev ? 0 : 2 * a_.b * a_.p),
                carver.take<T>(a_.h_prev ? 0 : (kStates - 1) * a_.b * a_.h),
-               carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0)),
+               carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0), &args.noise,
+               carver.take<T>(args.noise.dropout ? 2 * a_.b * a_.p : 0)),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(a_.t * a_.b >= kPackedRows),
         tiles_(kHasTiles && sizeof(T) == 4 && a_.bfloat16 && a_.h >= kTileUnits &&
@@ -189,7 +190,7 @@ class Forward {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
     const auto finish = [&](const Tile& tile, const V* gh) { finish_cells(s, tile, gx, gh); };
-    const T* h = steps_.h_in(s);
+    const T* h = steps_.product_in(s);
     if constexpr (kHasTiles && sizeof(T) == 4) {
       if (tiles_) {
         return product_of_tiles<kGates>(h, a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2,
@@ -291,11 +292,11 @@ class Forward {
     }
   }
 
-  const frnn::ForwardArgs<T>& a_;
+  const frnn::cpu::ForwardArgs<T>& a_;
   const frnn::cpu::Plan plan_;
   const frnn::Timeline<T> timeline_;
   const Computed computed_;
-  const frnn::ForwardSteps<Cell, V, T, T> steps_;
+  const frnn::ForwardSteps<Cell, V, T, T, true> steps_;
   const int64_t chunk_;  // steps of a chunk of the input projection
   const bool packed_;    // whether the weights are packed
   const bool tiles_;     // .. for bfloat16 products

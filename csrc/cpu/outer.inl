@@ -12,6 +12,8 @@ struct OuterProduct {
   const T* b;
   int64_t n;
   T* c;  // null: not wanted
+  const T* scale = nullptr;  // [period, N], or null: what row r of b is multiplied by, at r % period
+  int64_t period = 1;
 };
 
 template <class T>
@@ -60,6 +62,16 @@ class Outer {
     if (columns.size() == 0) return;
     const Range blocks{0, blocks_of<T>(columns.size())};
     pack_columns(p.b + columns.begin, p.n, columns.size(), rows, blocks, to);
+    if (p.scale == nullptr) return;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const T* scale = p.scale + rows[i] % p.period * p.n + columns.begin;
+      for (int64_t block = 0; block < blocks.end; ++block) {
+        const int64_t u = block * kLanes<T>;
+        const int n = static_cast<int>(min(kLanes<T>, columns.size() - u));
+        T* at = to + (block * rows.count + i) * kLanes<T>;
+        frnn::store(at, frnn::load<V>(at) * frnn::load<V>(scale + u, n));
+      }
+    }
   }
 
   // Rows of a [.., M] -> [units / kRows][rows][kRows]

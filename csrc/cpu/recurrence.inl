@@ -9,6 +9,7 @@
 #include "cpu/engine.h"
 #include "cpu/plan.h"
 #include "cpu/team.h"
+#include "philox.h"
 #include "recurrence.h"
 #include "steps.h"
 
@@ -160,10 +161,11 @@ void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Po
 
 #include "cpu/backward.inl"
 #include "cpu/forward.inl"
+#include "cpu/mask.inl"
 #include "cpu/update.inl"
 
 template <class T>
-void run_forward(int cell, const frnn::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+void run_forward(int cell, const frnn::cpu::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
   frnn::Cells::dispatch(cell, [&]<class Cell>() { Forward<Cell, T>::run(args, pool); });
 }
 
@@ -192,7 +194,10 @@ constexpr frnn::cpu::Engine make_engine(const char* name) {
           run_backward<float>,
           run_backward<double>,
           run_update<float>,
-          run_update<double>};
+          run_update<double>,
+          run_mask<float>,
+          run_mask<double>,
+          run_mask<uint8_t>};
 }
 
 }  // namespace

@@ -94,6 +94,8 @@ class Cuda(Ops):
     def supports(self, request: Request) -> str | None:
         if request.cell_update:
             return "has no cell update"
+        if request.recurrent_dropout or request.zoneout:
+            return f"has no {'zoneout' if request.zoneout else 'recurrent dropout'}"
         return _missing or unfit(request) or unfit_dtype(request) or self._lacks(request)
 
     def algorithm(self, request: Request, rows: int) -> str:
@@ -130,11 +132,16 @@ def _forward(
     c0: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    dropout: None,
+    renew_h: None,
+    renew_c: None,
     cell: int,
     reverse: bool,
     training: bool,
     cell_states: bool,
     bfloat16: bool,
+    rate_h: float,
+    rate_c: float,
 ) -> tuple[Tensor, ...]:
     additive = facts_of(cell).additive
     gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), additive, _product)
@@ -161,8 +168,13 @@ def _backward(
     m: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
+    dropout: None,
+    renew_h: None,
+    renew_c: None,
     cell: int,
     reverse: bool,
+    rate_h: float,
+    rate_c: float,
     want_x: bool,
     want_w_ih: bool,
     want_w_hh: bool,

@@ -154,8 +154,6 @@ class Ops:
             return "needs a hidden size of at least 1"
         if request.initial:
             return "enters zeros at resets"
-        if request.recurrent_dropout or request.zoneout:
-            return f"has no {'zoneout' if request.zoneout else 'recurrent dropout'}"
         return None
 
     def forward(self, call: Call, training: bool) -> Run:
@@ -163,8 +161,8 @@ class Ops:
 
     def _forward(self, call: Call, training: bool, bfloat16: bool) -> Run:
         """``bfloat16``: float32 tensors hold bfloat16 values, and h may be rounded to them."""
-        cell, x, weights, h0, c0, seq, reverse, cell_states, _ = call
-        tensors = (x, *weights, h0, c0, *seq.masks)
+        cell, x, weights, h0, c0, seq, reverse, cell_states, noise = call
+        tensors = (x, *weights, h0, c0, *seq.masks, *noise.masks)
         y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
@@ -172,20 +170,23 @@ class Ops:
             training,
             cell_states,
             bfloat16,
+            *noise.rates,
         )
         return Run(y, h_n, c_n, c, (h_prev, c_prev, saved, m))
 
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
-        cell, x, weights, _, c0, seq, reverse, _, _ = call
+        cell, x, weights, _, c0, seq, reverse, _, noise = call
         dy, dh_n, dc_n, dc = upstream
         w_ih, w_hh, _, _, w_hr, params = weights
-        tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, params, *reserve, *seq.masks)
+        masks = *seq.masks, *noise.masks
+        tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, params, *reserve, *masks)
         found = torch.ops.fusedrnn.recurrence_backward(
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
             reverse,
+            *noise.rates,
             *wanted[:6],
         )
         given = (*wanted[:7], True, c0 is not None)
@@ -340,11 +341,16 @@ def _fake_forward(
     c0: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    dropout: Tensor | None,
+    renew_h: Tensor | None,
+    renew_c: Tensor | None,
     cell: int,
     reverse: bool,
     training: bool,
     cell_states: bool,
     bfloat16: bool,
+    rate_h: float,
+    rate_c: float,
 ) -> tuple[Tensor, ...]:
     facts = facts_of(cell)
     return empty_run(x, w_hh, w_hr, c0, facts.gates, facts.saved, training, cell_states)
@@ -366,8 +372,13 @@ def _fake_backward(
     m: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
+    dropout: Tensor | None,
+    renew_h: Tensor | None,
+    renew_c: Tensor | None,
     cell: int,
     reverse: bool,
+    rate_h: float,
+    rate_c: float,
     want_x: bool,
     want_w_ih: bool,
     want_w_hh: bool,

@@ -2,7 +2,7 @@
 
 It runs on every device and dtype, under every transform (torch.func, forward-mode AD, double
 backward), and is what all other backends are tested against. In float16 and bfloat16 it rounds
-what a layer stores (x, weights, h), and computes everything else, c included, in float32.
+what a layer stores (x, weights, h, what dropout leaves of it), and computes everything else, c included, in float32.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
         if seq.resets is not None and begins < steps:
             anew = seq.resets[begins].unsqueeze(-1)
             state = tuple(torch.where(anew, i, s) for i, s in zip(initial, state, strict=True))
-        h = state[0] if noise.dropout is None else state[0] * noise.dropout
+        h = state[0]
+        if noise.dropout is not None:
+            h = (h * noise.dropout).to(storage).to(compute)
         gh = F.linear(h, w_hh, b_hh).unflatten(-1, planes)
         new = cell.step(gx[t], gh, state, *of_units)
         if w_hr is not None:
