@@ -31,6 +31,8 @@ from torch import Tensor
 from workload import largest
 
 import fusedrnn
+from fusedrnn.backends import Weights
+from fusedrnn.regularisers import Rates, regularised
 
 DEFAULT = (Shape("lstm", 100, 32, 128, 128), Shape("lstm", 100, 8, 256, 256))
 # And what is in the list of shapes as a plain LSTM.
@@ -59,7 +61,7 @@ class Variant:
     """A layer of these options, called with these arguments."""
 
     name: str
-    options: dict[str, bool] = field(default_factory=dict)
+    options: dict[str, float] = field(default_factory=dict)
     arguments: Callable[[Shape], dict[str, Tensor]] = lambda _: {}
 
 
@@ -67,6 +69,8 @@ VARIANTS = (
     Variant("peephole", {"peephole": True}),
     Variant("coupled gates", {"coupled_gates": True}),
     Variant("coupled gates, peephole", {"coupled_gates": True, "peephole": True}),
+    Variant("recurrent dropout", {"recurrent_dropout": 0.25}),
+    Variant("zoneout", {"zoneout": 0.1}),
     Variant("lengths 1..T", arguments=lambda shape: {"lengths": all_lengths(shape)}),
     Variant("lengths T/2", arguments=lambda s: {"lengths": torch.full((s.B,), s.T // 2)}),
     Variant("resets", arguments=lambda shape: {"resets": some_resets(shape)}),
@@ -78,10 +82,13 @@ def eager(layer: fusedrnn.LSTM, x: Tensor) -> Tensor:
     w_ih, w_hh, b_ih, b_hh, *peepholes = layer.parameters()
     if peepholes:
         *p_i, p_f, p_o = peepholes[0].chunk(2 if layer.coupled_gates else 3)
+    rates = Rates(layer.weight_dropout, layer.recurrent_dropout, layer.zoneout)
+    _, (noise,) = regularised(rates, x, [Weights(w_ih, w_hh, b_ih, b_hh)], 2, True)
     h = c = x.new_zeros(x.shape[1], layer.hidden_size)
     y = []
-    for gx in F.linear(x, w_ih, b_ih + b_hh):
-        gates = gx + F.linear(h, w_hh)
+    for t, gx in enumerate(F.linear(x, w_ih, b_ih + b_hh)):
+        before = h, c
+        gates = gx + F.linear(h if noise.dropout is None else h * noise.dropout, w_hh)
         if layer.coupled_gates:
             f, g, o = gates.chunk(3, -1)
             f = (f + p_f * c if peepholes else f).sigmoid()
@@ -92,6 +99,9 @@ def eager(layer: fusedrnn.LSTM, x: Tensor) -> Tensor:
             i = (i + p_i[0] * c if peepholes else i).sigmoid()
         c = f * c + i * g.tanh()
         h = (o + p_o * c if peepholes else o).sigmoid() * c.tanh()
+        if noise.renew_h is not None and noise.renew_c is not None:
+            h = torch.where(noise.renew_h[t].bool(), h, before[0])
+            c = torch.where(noise.renew_c[t].bool(), c, before[1])
         y.append(h)
     return torch.stack(y)
 
@@ -102,6 +112,7 @@ def training(layer: fusedrnn.LSTM, x: Tensor, dy: Tensor, forward: Forward) -> S
     wanted = [x, *layer.parameters()]
 
     def step() -> list[Tensor]:
+        torch.manual_seed(0)  # the masks of all that is compared are the same
         y = forward(layer, x)
         return [y, *torch.autograd.grad(y, wanted, dy)]
 

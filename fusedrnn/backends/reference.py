@@ -2,7 +2,8 @@
 
 It runs on every device and dtype, under every transform (torch.func, forward-mode AD, double
 backward), and is what all other backends are tested against. In float16 and bfloat16 it rounds
-what a layer stores (x, weights, h, what dropout leaves of it), and computes everything else, c included, in float32.
+what a layer stores (x, weights, h, what dropout leaves of it), and computes everything else, c
+included, in float32.
 """
 
 from __future__ import annotations
