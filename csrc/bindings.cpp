@@ -51,12 +51,52 @@ void set_noise(Args& args, const frnn::CellFacts& cell, const Check& check,
   args.noise.rate_c = static_cast<T>(rate_c);
 }
 
-ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
+// The norms of a call, with gains and, for the second state, a bias.
+struct NormTensors {
+  OptionalTensor ih, hh, c, c_bias;
+};
+
+// What backward reads of them lies in one array: the hats of W_ih x, W_hh h and c, and the scales.
+int64_t size_of_norms(const NormTensors& norms, int64_t t, int64_t b, int64_t gates, int64_t h) {
+  return norms.ih ? t * b * (2 * gates + (norms.c ? h : 0) + 3) : 0;
+}
+
+template <class T, class E>
+void set_norm(frnn::Norm<T, E>& norm, const NormTensors& norms, const frnn::CellFacts& cell,
+              const Check& check, int64_t t, int64_t b, int64_t h, E* memory) {
+  const int64_t gates = cell.gates * h;
+  check("norm_ih", norms.ih, {gates});
+  check("norm_hh", norms.hh, {gates});
+  check("norm_c", norms.c, {h});
+  check("norm_c_bias", norms.c_bias, {h});
+  STD_TORCH_CHECK(norms.ih.has_value() == norms.hh.has_value() &&
+                      norms.c.has_value() == norms.c_bias.has_value() && (norms.ih || !norms.c),
+                  "norm_ih and norm_hh, and norm_c and norm_c_bias with them, belong together");
+  STD_TORCH_CHECK(!norms.c || cell.normalises_state, "norm_c is given, but ", cell.name,
+                  " has no state to normalise");
+  read(norm.gain_ih, norms.ih);
+  read(norm.gain_hh, norms.hh);
+  read(norm.gain_c, norms.c);
+  read(norm.bias_c, norms.c_bias);
+  if (!norms.ih || memory == nullptr) return;
+  norm.hat_ih = memory;
+  norm.hat_hh = norm.hat_ih + t * b * gates;
+  norm.hat_c = norm.hat_hh + t * b * gates;
+  norm.scale = norm.hat_c + (norms.c ? t * b * h : 0);
+}
+
+// And what norms keep for backward.
+using ForwardResultWithNorms = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                          Tensor, Tensor>;
+
+ForwardResultWithNorms recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
                                  OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor params,
                                  Tensor h0, OptionalTensor c0, OptionalTensor lengths,
                                  OptionalTensor resets, OptionalTensor dropout,
-                                 OptionalTensor renew_h, OptionalTensor renew_c, int64_t cell_index,
-                                 bool reverse, bool training, bool cell_states, bool bfloat16,
+                                 OptionalTensor renew_h, OptionalTensor renew_c,
+                                 OptionalTensor norm_ih, OptionalTensor norm_hh,
+                                 OptionalTensor norm_c, OptionalTensor norm_c_bias,
+                                 int64_t cell_index, bool reverse, bool training, bool cell_states, bool bfloat16,
                                  double rate_h, double rate_c) {
   return dispatch("x", x, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
@@ -76,14 +116,22 @@ ForwardResult recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTen
     read(args.w_ih, w_ih);
     read(args.b_ih, b_ih);
     set_noise(args, cell, check, dropout, renew_h, renew_c, rate_h, rate_c);
+    const NormTensors norms{norm_ih, norm_hh, norm_c, norm_c_bias};
+    const Allocator make{x};
+    const int64_t size = size_of_norms(norms, args.t, args.b, cell.gates * args.h, args.h);
+    const Tensor kept = make({training ? size : 0});
+    set_norm(args.norm, norms, cell, check, args.t, args.b, args.h,
+             training ? static_cast<T*>(kept.mutable_data_ptr()) : nullptr);
+    prefer_huge_pages<T>(std::tuple{kept});
     frnn::cpu::forward(static_cast<int>(cell_index), args, torch_pool());
-    return result;
+    return std::tuple_cat(result, std::tuple{kept});
   });
 }
 
-// dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dparams of each row, dh0, dc0
-using BackwardResult =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dparams of each row, dnorm_ih, dnorm_hh, those of norm_c
+// and norm_c_bias of each row, dh0, dc0
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                  Tensor, Tensor, Tensor, Tensor>;
 
 BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n,
                                    OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh,
@@ -91,6 +139,8 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
                                    Tensor c_prev, Tensor saved, Tensor m, OptionalTensor lengths,
                                    OptionalTensor resets, OptionalTensor dropout,
                                    OptionalTensor renew_h, OptionalTensor renew_c,
+                                   OptionalTensor norm_ih, OptionalTensor norm_hh,
+                                   OptionalTensor norm_c, OptionalTensor norm_c_bias, Tensor kept,
                                    int64_t cell_index, bool reverse, double rate_h, double rate_c,
                                    bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih,
                                    bool want_b_hh, bool want_w_hr) {
@@ -108,6 +158,10 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
     check("w_ih", w_ih, {gates, args.i});
     if (w_hr) check("m", m, {args.t, args.b, args.h});
     set_noise(args, cell, check, dropout, renew_h, renew_c, rate_h, rate_c);
+    const NormTensors norms{norm_ih, norm_hh, norm_c, norm_c_bias};
+    check("kept", kept, {size_of_norms(norms, args.t, args.b, gates, args.h)});
+    set_norm(args.norm, norms, cell, check, args.t, args.b, args.h,
+             static_cast<const T*>(kept.const_data_ptr()));
     want_w_hr = want_w_hr && w_hr;
 
     const Allocator make{h_prev};
@@ -118,6 +172,9 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
                                 make(want_b_hh, {gates}),
                                 make(want_w_hr, {args.p, args.h}),
                                 dparams,
+                                make(norm_ih.has_value(), {gates}),
+                                make(norm_ih.has_value(), {gates}),
+                                make(norm_c.has_value(), {2, args.b, args.h}),
                                 dh0,
                                 dc0};
     prefer_huge_pages<T>(result);
@@ -130,6 +187,9 @@ BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, Optiona
     write(args.db_ih, want_b_ih, std::get<3>(result));
     write(args.db_hh, want_b_hh, std::get<4>(result));
     write(args.dw_hr, want_w_hr, std::get<5>(result));
+    write(args.dgain_ih, norm_ih.has_value(), std::get<7>(result));
+    write(args.dgain_hh, norm_ih.has_value(), std::get<8>(result));
+    write(args.dnorm_c, norm_c.has_value(), std::get<9>(result));
     frnn::cpu::backward(static_cast<int>(cell_index), args, torch_pool());
     return result;
   });
@@ -222,17 +282,20 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
   library.def(
       "recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? params, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
-      "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, int cell, bool reverse, bool training, "
+      "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, Tensor? norm_ih, Tensor? norm_hh, "
+      "Tensor? norm_c, Tensor? norm_c_bias, int cell, bool reverse, bool training, "
       "bool cell_states, bool bfloat16, float rate_h, float rate_c) -> (Tensor y, Tensor h_n, "
-      "Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m)");
+      "Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, "
+      "Tensor kept)");
   library.def(
       "recurrence_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor x, "
       "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? params, Tensor h_prev, Tensor c_prev, "
       "Tensor saved, Tensor m, Tensor? lengths, Tensor? resets, Tensor? dropout, "
-      "Tensor? renew_h, Tensor? renew_c, int cell, bool reverse, float rate_h, float rate_c, "
+      "Tensor? renew_h, Tensor? renew_c, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
+      "Tensor? norm_c_bias, Tensor kept, int cell, bool reverse, float rate_h, float rate_c, "
       "bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) -> "
       "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
-      "Tensor dparams, Tensor dh0, Tensor dc0)");
+      "Tensor dparams, Tensor dnorm_ih, Tensor dnorm_hh, Tensor dnorm_c, Tensor dh0, Tensor dc0)");
   library.def(
       "cell_update(Tensor gates, Tensor c, Tensor? params, int cell) -> (Tensor h, Tensor c_new)");
   library.def(

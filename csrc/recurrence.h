@@ -17,6 +17,7 @@ struct CellFacts {
   int gates, states, saved, params;
   bool additive;  // gx and gh only meet as their sum, so that dgx == dgh
   bool reads_h;   // h_prev reaches h around W_hh too; excludes a projection
+  bool normalises_state;  // the second state may be normalised on its way into h
 };
 
 int cell_count();
@@ -86,12 +87,30 @@ struct Noise {
   S rate_h, rate_c;        // the new values' share where there is no such array
 };
 
+// Layer norm (Ba et al. 2016), on the CPU alone: W_ih x and W_hh h, each over all G*H numbers of a
+// row and step, are shifted and scaled to a mean of 0 and a variance of 1 (their hat), and have gains
+// in place; so, with a bias too, has the second state on its way into h, over its H. E is S, const
+// in backward.
+template <class S, class E>
+struct Norm {
+  const S* gain_ih;  // [G*H] in, or null: there is no norm
+  const S* gain_hh;  // [G*H] in
+  const S* gain_c;   // [H] in, or null: the second state is taken as it is
+  const S* bias_c;   // [H] in
+
+  // For backward, all or none.
+  E* hat_ih;  // [T, B, G*H] out
+  E* hat_hh;  // [T, B, G*H] out
+  E* hat_c;   // [T, B, H] out, if it is normalised
+  E* scale;   // [3, T, B] out: one over the standard deviation of each of them
+};
+
 // Where a step leaves the gradients that products take up.
 template <class S>
 struct StepGradients {
   S* dgx;  // [B, G*H] out, at rows not computed 0, or on the CPU unset
   S* dgh;  // [B, G*H] out; the same pointer as dgx for additive cells
-  S* dh;   // [B, P] out, or null without projection: the whole gradient of h
+  S* dh;   // [B, P] out, or null if the cells are not apart: the whole gradient of h
 };
 
 namespace cpu {
@@ -106,6 +125,7 @@ struct Pool {
 template <class S>
 struct ForwardArgs : frnn::ForwardArgs<S> {
   Noise<S> noise;
+  Norm<S, S> norm;
 };
 
 // Backward with the products that follow it; results that are not wanted are null.
@@ -116,6 +136,7 @@ struct BackwardArgs : frnn::BackwardArgs<S> {
   const S* w_ih;  // [G*H, I] in
   const S* m;     // [T, B, H] in, as forward left it, or null without projection
   Noise<S> noise;
+  Norm<S, const S> norm;
 
   S* dx;     // [T, B, I] out, or null
   S* dw_ih;  // [G*H, I] out, or null
@@ -123,6 +144,10 @@ struct BackwardArgs : frnn::BackwardArgs<S> {
   S* db_ih;  // [G*H] out, or null
   S* db_hh;  // [G*H] out, or null
   S* dw_hr;  // [P, H] out, or null
+
+  S* dgain_ih;  // [G*H] out, or null without norm
+  S* dgain_hh;  // [G*H] out, or null without norm
+  S* dnorm_c;   // [2, B, H] out, or null: of gain_c and bias_c, of each row
 };
 
 // One step of a cell alone that has the states h and c, is additive and does not read h.

@@ -4,6 +4,9 @@
 // timeline.h; the drivers of all devices share it and bring the products, the order and the
 // threads.
 //
+// kVariants: there may be noise, or norms, which come between parts of a step. Where it is false the
+// compiler leaves out what has to do with them.
+//
 // V is the value type the cell computes in, S the type of storage, A that of what must not be
 // rounded to S: cell states and running gradients.
 //
@@ -49,7 +52,7 @@ FRNN_FN Params<Cell, V> read_params(const S* params, int64_t hidden, const Place
   return of_units;
 }
 
-// What zoneout does to the states h and c. Where it is not kThere the compiler leaves it out.
+// What zoneout does to the states h and c.
 template <class V, class S, bool kThere>
 class Zoneout {
  public:
@@ -74,7 +77,7 @@ class Zoneout {
   bool h_, c_;
 };
 
-template <class Cell, class V, class S, class A, bool kNoise = false>
+template <class Cell, class V, class S, class A, bool kVariants = false>
 class ForwardSteps {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
 
@@ -90,7 +93,7 @@ class ForwardSteps {
         states_(states),
         m_(m),
         zoneout_(noise),
-        dropout_(kNoise ? noise->dropout : nullptr),
+        dropout_(kVariants ? noise->dropout : nullptr),
         dropped_(dropped) {}
 
   FRNN_FN const Timeline<S>& timeline() const { return timeline_; }
@@ -151,15 +154,9 @@ class ForwardSteps {
   FRNN_FN void finish_cell(int64_t s, const Place& p, const V* gx, const V* gh,
                            const Inputs& in) const {
     const bool computed = kPlain || timeline_.computed(s, p.row);
-    Outcome result = computed ? compute(gx, gh, in) : Outcome{};
-    if constexpr (kStates > 1) {
-      if (zoneout_.of_c() && computed) {
-        const V share =
-            zoneout_.share_c(timeline_.time(s) * a_.b * a_.h + p.offset, p.n);
-        result.out[1] = share * result.out[1] + (1.0f - share) * in.state[1];
-      }
-    }
-    keep<kPlain>(s, p, result);
+    const Outcome result = computed ? compute(gx, gh, in) : Outcome{};
+    keep_cell<kPlain>(s, p, in, result);
+    keep_output<kPlain>(s, p, result.out[0]);
   }
 
   // In place of it at an idle step, for a driver whose products pass by rows that are not computed:
@@ -187,6 +184,21 @@ class ForwardSteps {
   }
   template <bool kPlain>
   FRNN_FN void keep(int64_t s, const Place& p, const Outcome& result) const {
+    keep_states<kPlain>(s, p, result);
+    keep_output<kPlain>(s, p, result.out[0]);
+  }
+  template <bool kPlain>
+  FRNN_FN void keep_cell(int64_t s, const Place& p, const Inputs& in, Outcome result) const {
+    if constexpr (kStates > 1) {
+      if (zoneout_.of_c() && (kPlain || timeline_.computed(s, p.row))) {
+        const V share = zoneout_.share_c(timeline_.time(s) * a_.b * a_.h + p.offset, p.n);
+        result.out[1] = share * result.out[1] + (1.0f - share) * in.state[1];
+      }
+    }
+    keep_states<kPlain>(s, p, result);
+  }
+  template <bool kPlain>
+  FRNN_FN void keep_states(int64_t s, const Place& p, const Outcome& result) const {
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
     if (a_.saved) {
       for (int r = 0; r < Cell::kSaved; ++r) {
@@ -199,10 +211,14 @@ class ForwardSteps {
       A* next = keeps(s + 1) ? state_in(s + 1, j) : nullptr;
       pass_on<kPlain>(s, p, result.out[j], a_.c0 + offset, next, a_.c_n + offset);
     }
+  }
+  // Of the cell's h.
+  template <bool kPlain>
+  FRNN_FN void keep_output(int64_t s, const Place& p, V h) const {
     if (a_.w_hr) {
-      store(m_at(s) + p.offset, result.out[0], p.n);
+      store(m_at(s) + p.offset, h, p.n);
     } else {
-      finish_output<kPlain>(s, p, result.out[0]);
+      finish_output<kPlain>(s, p, h);
     }
   }
 
@@ -243,7 +259,7 @@ class ForwardSteps {
                      : states_ + (j - 1) * plane;
   }
 
-  FRNN_FN bool drops() const { return kNoise && dropout_; }
+  FRNN_FN bool drops() const { return kVariants && dropout_; }
   FRNN_FN S* dropped_in(int64_t s) const { return dropped_ + s % 2 * a_.b * a_.p; }
   FRNN_FN void drop(int64_t s, const Place& p, V h) const {
     store(dropped_in(s) + p.offset, h * load<V>(dropout_ + p.offset, p.n), p.n);
@@ -282,7 +298,7 @@ class ForwardSteps {
   S* const h_;
   A* const states_;
   S* const m_;
-  const Zoneout<V, S, kNoise> zoneout_;
+  const Zoneout<V, S, kVariants> zoneout_;
   const S* const dropout_;
   S* const dropped_;
 };
@@ -291,16 +307,19 @@ class ForwardSteps {
 // of the final state, and what flows back from the step after, dgh @ W_hh + ds. Step -1 only
 // gathers what belongs to h0. dh0 and dc0 double as the running ds: what a step leaves there is
 // either taken up by the step before or is the row's result.
-template <class Cell, class V, class S, class A, bool kNoise = false>
+template <class Cell, class V, class S, class A, bool kVariants = false>
 class BackwardSteps {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
 
  public:
-  FRNN_FN explicit BackwardSteps(const BackwardArgs<S, A>& args, const Noise<S>* noise = nullptr)
+  // `apart`: something comes between the gradient of h and the cell, be there a projection or not.
+  FRNN_FN explicit BackwardSteps(const BackwardArgs<S, A>& args, const Noise<S>* noise = nullptr,
+                                 bool apart = false)
       : a_(args),
         timeline_(args),
+        apart_(kVariants && apart),
         zoneout_(noise),
-        dropout_(kNoise ? noise->dropout : nullptr) {}
+        dropout_(kVariants ? noise->dropout : nullptr) {}
 
   FRNN_FN const Timeline<S>& timeline() const { return timeline_; }
 
@@ -427,13 +446,15 @@ class BackwardSteps {
   }
 
   // Whether the gradient of h at step s goes through the cell at once, not to a projection first.
-  FRNN_FN bool gathers_cells(int64_t s) const { return s >= 0 && a_.w_hr == nullptr; }
+  FRNN_FN bool gathers_cells(int64_t s) const {
+    return s >= 0 && a_.w_hr == nullptr && !(kVariants && apart_);
+  }
 
   // Step s from its share of dgh @ W_hh; `cell` is read only if it gathers_cells.
   template <bool kPlain>
   FRNN_FN void finish_gather(int64_t s, const Place& p, V product, const OfH& h, const OfCell& cell,
                              const StepGradients<S>& to) const {
-    if (kNoise && dropout_) product *= load<V>(dropout_ + p.offset, p.n);
+    if (kVariants && dropout_) product *= load<V>(dropout_ + p.offset, p.n);
     V dh = gradient_of_h(kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row), p, product, h);
     if (zoneout_.of_h() && (kPlain || (s >= 0 && timeline_.computed(s, p.row)))) {
       const V share = zoneout_.share_h(timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
@@ -469,13 +490,19 @@ class BackwardSteps {
                            const StepGradients<S>& to) const {
     Outcome result{};
     if (kPlain || timeline_.computed(s, p.row)) result = compute(dh, in);
-    if (!kPlain) cut(timeline_.entry(s, p.row), result);
-    keep_gates(p, result, to);
-    keep_carried<kPlain>(s, p, result);
-    for (int k = 0; k < Cell::kParams; ++k) {
-      A* sum = dparams(k, p);
-      store(sum, load<V>(sum, p.n) + result.dparams.value[k], p.n);
-    }
+    keep<kPlain>(s, p, result, to);
+  }
+
+  // Where c is normalised on its way into h: from the gradients of what h takes of o and of c.
+  FRNN_FN void finish_gates(int64_t s, const Place& p, V d_o, V dc, const OfCell& in,
+                            const StepGradients<S>& to) const {
+    Outcome result{};
+    V of_c[2] = {V{}, in.dout[1] + in.carried[1]};
+    const V kept = zone_c(in, of_c);
+    Cell::backward_of_gates(in.state, in.saved, in.params.value, d_o, of_c[1] + dc, result.dgx,
+                            result.dgh, result.carried, result.dparams.value);
+    result.carried[1] += kept;
+    keep<false>(s, p, result, to);
   }
 
   // What the cell makes of it; what remains of that at a step with such an entry; and its way to
@@ -485,18 +512,23 @@ class BackwardSteps {
     V carried[kStates];  // to the step before; that of h only if the cell reads it
     Params<Cell, V> dparams;
   };
+  template <bool kPlain>
+  FRNN_FN void keep(int64_t s, const Place& p, Outcome result, const StepGradients<S>& to) const {
+    if (!kPlain) cut(timeline_.entry(s, p.row), result);
+    keep_gates(p, result, to);
+    keep_carried<kPlain>(s, p, result);
+    for (int k = 0; k < Cell::kParams; ++k) {
+      A* sum = dparams(k, p);
+      store(sum, load<V>(sum, p.n) + result.dparams.value[k], p.n);
+    }
+  }
+
   FRNN_FN Outcome compute(V dh, const OfCell& in) const {
     Outcome result{};
     V dout[kStates];
     dout[0] = dh;
     for (int j = 1; j < kStates; ++j) dout[j] = in.dout[j] + in.carried[j];
-    V kept{};
-    if constexpr (kStates > 1) {
-      if (zoneout_.of_c()) {
-        kept = (1.0f - in.share_c) * dout[1];
-        dout[1] *= in.share_c;
-      }
-    }
+    const V kept = zone_c(in, dout);
     Cell::backward(in.state, in.saved, in.params.value, dout, result.dgx, result.dgh,
                    result.carried, result.dparams.value);
     if constexpr (kStates > 1) {
@@ -540,6 +572,18 @@ class BackwardSteps {
   }
 
  private:
+  // Leaves of the gradient of c what goes to the new one; the rest is the old one's.
+  FRNN_FN V zone_c(const OfCell& in, V* dout) const {
+    V kept{};
+    if constexpr (kStates > 1) {
+      if (zoneout_.of_c()) {
+        kept = (1.0f - in.share_c) * dout[1];
+        dout[1] *= in.share_c;
+      }
+    }
+    return kept;
+  }
+
   // Whether the gradient of h has a path to the step before that does not pass through W_hh.
   FRNN_FN bool carries_h() const { return Cell::kReadsH || zoneout_.of_h(); }
 
@@ -549,7 +593,8 @@ class BackwardSteps {
 
   const BackwardArgs<S, A>& a_;
   const Timeline<S> timeline_;
-  const Zoneout<V, S, kNoise> zoneout_;
+  const bool apart_;
+  const Zoneout<V, S, kVariants> zoneout_;
   const S* const dropout_;
 };
 

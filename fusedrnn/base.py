@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import functional
+from fusedrnn.arguments import truth
 from fusedrnn.backends import Names, Sequence, Weights, check_names
 from fusedrnn.cells import PLAIN, Cell
 from fusedrnn.functional import Lengths
@@ -47,9 +48,12 @@ def weights_of(module: nn.RNNBase) -> list[Weights]:
     """The parameters as they are now: read by name at each call, never cached."""
     names = module._flat_weights_names
     if isinstance(module, Layers):
-        names = names + module._params_names()
+        names = names + module._params_names() + module._norm_names()
     params = [getattr(module, name) for name in names]
-    return functional.group(cell_of(module), params, module.bias, module.proj_size > 0)
+    return functional.group(
+        cell_of(module), params, module.bias, module.proj_size > 0,
+        isinstance(module, Layers) and module.layer_norm,
+    )  # fmt: skip
 
 
 def run_module(
@@ -201,11 +205,17 @@ def _check_shapes(module: nn.RNNBase, input: Tensor, hx: Any, batch_sizes: Tenso
 INITIAL_STATES = ("zeros", "learned", "random")
 
 
+def fill_norm(name: str, parameter: Tensor) -> None:
+    """A gain is 1 at first, a bias 0."""
+    nn.init.constant_(parameter, 0.0 if name.startswith("norm_c_bias") else 1.0)
+
+
 class Layers(nn.RNNBase):
     """What the three layers share. A layer is an nn.RNNBase, with its parameters, initialisation,
     state_dict and checks, but not an nn.LSTM: torch.compile breaks the graph on those."""
 
     backend: Names = None
+    layer_norm = False
     weight_dropout: float = 0.0
     recurrent_dropout: float = 0.0
     zoneout: Zoneout = 0.0
@@ -217,6 +227,7 @@ class Layers(nn.RNNBase):
         *args: Any,
         backend: Names,
         initial_state: str,
+        layer_norm: bool = False,
         weight_dropout: float,
         recurrent_dropout: float,
         zoneout: Zoneout,
@@ -229,7 +240,8 @@ class Layers(nn.RNNBase):
             )
         super().__init__(mode, *args, **kwargs)
         rates = Rates.checked(len(self._cell.states), weight_dropout, recurrent_dropout, zoneout)
-        given = {"backend": backend} if backend is not None else {}
+        given: dict[str, Any] = {"backend": backend} if backend is not None else {}
+        given |= {"layer_norm": True} if truth("layer_norm", layer_norm) else {}
         given |= {name: rate for name, rate in rates._asdict().items() if rate}
         for name, value in given.items():  # else the class's
             setattr(self, name, value)
@@ -261,6 +273,20 @@ class Layers(nn.RNNBase):
         for name in self._params_names():
             params = weight.new_empty(len(self._cell.params) * self.hidden_size)
             self.register_parameter(name, nn.Parameter(params.uniform_(-bound, bound)))
+        for name in self._norm_names():
+            size = self.hidden_size * (1 if "norm_c" in name else len(self._cell.gates))
+            self.register_parameter(name, nn.Parameter(weight.new_empty(size)))
+        self._reset_norms()
+
+    def _norm_names(self) -> list[str]:
+        """Of the norms' gains and biases, by layer and direction."""
+        ends = [names[0].removeprefix("weight_ih") for names in self._all_weights]
+        names = functional.norm_names(self._cell, self.layer_norm)
+        return [name + end for end in ends for name in names]
+
+    def _reset_norms(self) -> None:
+        for name in self._norm_names():
+            fill_norm(name, getattr(self, name))
 
     def _register_initial_states(self) -> None:
         weight: Any = self.weight_ih_l0
@@ -285,8 +311,9 @@ class Layers(nn.RNNBase):
     def reset_parameters(self) -> None:
         bound = 1 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters():
-            if name not in ("h0", "c0"):  # as torch.nn, by the same random numbers
+            if name not in ("h0", "c0", *self._norm_names()):  # as torch.nn, by the same numbers
                 nn.init.uniform_(parameter, -bound, bound)
+        self._reset_norms()
         self._reset_initial_states()
 
     @property
@@ -305,7 +332,7 @@ class Layers(nn.RNNBase):
 
     def extra_repr(self) -> str:
         own = {
-            "peephole": False, "coupled_gates": False, "forget_bias": None,
+            "peephole": False, "coupled_gates": False, "layer_norm": False, "forget_bias": None,
             "initial_state": "zeros", **NO_RATES._asdict(), "backend": None,
         }  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in own.items()}

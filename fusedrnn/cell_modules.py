@@ -11,6 +11,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from fusedrnn import arguments, functional
 from fusedrnn.arguments import truth
 from fusedrnn.backends import Names, Weights, check_names
+from fusedrnn.base import fill_norm
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, lstm
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout
 
@@ -55,6 +56,8 @@ def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ..
         params: Any = module.weight_peephole
         of_units = functional.by_unit(cell, params, module.weight_hh)
         weights = weights._replace(params=of_units)
+    if isinstance(module, _CellModule):
+        weights = weights._replace(**{name: getattr(module, name) for name in module._norm_names()})
     wish, rates = wish_of(module), rates_of(module)
     new = functional.step(cell, input, hx, weights, wish, rates, module.training)
     return new if batched else tuple(s.squeeze(0) for s in new)
@@ -110,9 +113,12 @@ def fill_forget_gate(cell: Cell, bias: Tensor, value: float | None) -> None:
 
 class _CellModule(RNNCellBase):
     backend: Names = None
+    layer_norm = False
     zoneout: Zoneout = 0.0
 
-    def __init__(self, *args: Any, backend: Names, zoneout: Zoneout, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, backend: Names, zoneout: Zoneout, layer_norm: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         check_names(backend)
         if backend is not None:  # else the class's
@@ -120,10 +126,33 @@ class _CellModule(RNNCellBase):
         states = 2 if isinstance(self, LSTMCell) else 1
         if Rates.checked(states, 0.0, 0.0, zoneout) != NO_RATES:
             self.zoneout = zoneout
+        if truth("layer_norm", layer_norm):
+            self.layer_norm = True
+
+    def _norm_names(self) -> tuple[str, ...]:
+        return functional.norm_names(cell_of(self), self.layer_norm)
+
+    def _register_norms(self) -> None:
+        gates = len(cell_of(self).gates)
+        for name in self._norm_names():
+            size = self.hidden_size * (1 if "norm_c" in name else gates)
+            self.register_parameter(name, nn.Parameter(self.weight_ih.new_empty(size)))
+        self._reset_norms()
+
+    def _reset_norms(self) -> None:
+        for name in self._norm_names():
+            if name in self._parameters:  # not while torch.nn's own are made
+                fill_norm(name, getattr(self, name))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_norms()
 
     def extra_repr(self) -> str:
-        own = {"peephole": False, "coupled_gates": False, "forget_bias": None, "zoneout": 0.0,
-               "backend": None}  # fmt: skip
+        own = {
+            "peephole": False, "coupled_gates": False, "layer_norm": False, "forget_bias": None,
+            "zoneout": 0.0, "backend": None,
+        }  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in own.items()}
         changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]
         return super().extra_repr() + "".join(changed)
@@ -132,7 +161,7 @@ class _CellModule(RNNCellBase):
 class LSTMCell(_CellModule):
     """One LSTM step, a drop-in for :class:`torch.nn.LSTMCell`; see :mod:`fusedrnn.cells.lstm`.
 
-    ``peephole``, ``coupled_gates``, ``forget_bias`` and ``zoneout`` are those of
+    ``peephole``, ``coupled_gates``, ``layer_norm``, ``forget_bias`` and ``zoneout`` are those of
     :class:`fusedrnn.LSTM`.
 
     Args (forward):
@@ -166,6 +195,7 @@ class LSTMCell(_CellModule):
         *,
         peephole: bool = False,
         coupled_gates: bool = False,
+        layer_norm: bool = False,
         forget_bias: float | None = None,
         zoneout: Zoneout = 0.0,
         backend: Names = None,
@@ -178,12 +208,13 @@ class LSTMCell(_CellModule):
         cell = lstm(peephole=peephole, coupled_gates=coupled_gates)
         super().__init__(
             input_size, hidden_size, bias, num_chunks=len(cell.gates), device=device, dtype=dtype,
-            backend=backend, zoneout=zoneout,
+            backend=backend, zoneout=zoneout, layer_norm=layer_norm,
         )  # fmt: skip
         if cell.params:
             params = self.weight_ih.new_empty(len(cell.params) * hidden_size)
             bound = 1 / math.sqrt(hidden_size)
             self.weight_peephole = nn.Parameter(params.uniform_(-bound, bound))
+        self._register_norms()
 
     @property
     def forget_bias(self) -> float | None:
@@ -206,7 +237,7 @@ class LSTMCell(_CellModule):
 class GRUCell(_CellModule):
     """One GRU step, a drop-in for :class:`torch.nn.GRUCell`; see :mod:`fusedrnn.cells.gru`.
 
-    ``zoneout``, of h, is that of :class:`fusedrnn.GRU`.
+    ``layer_norm`` and ``zoneout``, of h, are those of :class:`fusedrnn.GRU`.
 
     Args (forward):
         input: ``[B,I]`` or ``[I]``.
@@ -232,13 +263,15 @@ class GRUCell(_CellModule):
         device: Any = None,
         dtype: Any = None,
         *,
+        layer_norm: bool = False,
         zoneout: Zoneout = 0.0,
         backend: Names = None,
     ) -> None:
         super().__init__(
             input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype,
-            backend=backend, zoneout=zoneout,
+            backend=backend, zoneout=zoneout, layer_norm=layer_norm,
         )  # fmt: skip
+        self._register_norms()
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return step_module(self, input, hx)[0]

@@ -70,7 +70,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
         cell, dtype, data.device, module.hidden_size, proj_size,
         lengths=isinstance(x, PackedSequence), empty=data.numel() == 0,
         recurrent_dropout=rates.recurrent_dropout > 0 and module.training,
-        zoneout=any(rates.zones),
+        zoneout=any(rates.zones), layer_norm=getattr(module, "layer_norm", False),
     )  # fmt: skip
     reasons: dict[str, str] = {}
     for name, reason in weigh(request, wish).items():

@@ -41,6 +41,7 @@ def lstm(
     proj_size: int = 0,
     peephole: bool = False,
     coupled_gates: bool = False,
+    layer_norm: bool = False,
     weight_dropout: float = 0.0,
     recurrent_dropout: float = 0.0,
     zoneout: Zoneout = 0.0,
@@ -55,7 +56,7 @@ def lstm(
         x: ``[T,B,I]``, or ``[B,T,I]`` with batch_first.
         hx: ``(h_0 [L*D,B,P], c_0 [L*D,B,H])``; None: zeros.
         params: flat, in the order of the module's state_dict.
-        peephole, coupled_gates, weight_dropout, recurrent_dropout, zoneout: as of
+        peephole, coupled_gates, layer_norm, weight_dropout, recurrent_dropout, zoneout: as of
             :class:`fusedrnn.LSTM`.
         lengths: ``[B]`` int64 or a list; steps ``t >= lengths[b]`` are not computed.
         resets: ``[T,B]`` bool (``[B,T]`` with batch_first); true where a new sequence begins.
@@ -87,6 +88,7 @@ def lstm(
         training=training, rates=Rates.checked(2, weight_dropout, recurrent_dropout, zoneout),
         bidirectional=bidirectional, batch_first=batch_first, proj_size=proj_size, lengths=lengths,
         resets=resets, cell_states=return_cell_states, backend=backend,
+        layer_norm=truth("layer_norm", layer_norm),
     )  # fmt: skip
     if return_cell_states:
         assert stack.c is not None
@@ -105,6 +107,7 @@ def gru(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
+    layer_norm: bool = False,
     weight_dropout: float = 0.0,
     recurrent_dropout: float = 0.0,
     zoneout: Zoneout = 0.0,
@@ -126,7 +129,7 @@ def gru(
         num_layers=num_layers, dropout=dropout, training=training,
         rates=Rates.checked(1, weight_dropout, recurrent_dropout, zoneout),
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,
-        backend=backend,
+        backend=backend, layer_norm=truth("layer_norm", layer_norm),
     )  # fmt: skip
     return stack.y, stack.h_n
 
@@ -242,19 +245,21 @@ def _run_flat(
     num_layers: int,
     bidirectional: bool,
     proj_size: int = 0,
+    layer_norm: bool = False,
     **options: Any,
 ) -> Stack:
     """:func:`checked_run` on the flat parameters of torch.nn's order."""
     if num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
     directions = 2 if bidirectional else 1
-    each = _tensors(cell, has_biases, proj_size > 0)
+    each = 2 + 2 * has_biases + (proj_size > 0) + bool(cell.params)
+    each += len(norm_names(cell, layer_norm))
     if len(params) != each * directions * num_layers:
         raise ValueError(
             f"params should hold {each} tensors for each of {num_layers} layers and {directions} "
             f"directions, got {len(params)} in all"
         )
-    weights = group(cell, params, has_biases, proj_size > 0)
+    weights = group(cell, params, has_biases, proj_size > 0, layer_norm)
     return checked_run(
         cell, x, hx, weights, bidirectional=bidirectional, proj_size=proj_size, **options
     )
@@ -291,7 +296,8 @@ def checked_run(
     for k, w in enumerate(weights):
         inputs = x.shape[2] if k < directions else out * directions
         of_units = len(cell.params), hidden
-        expected = ((rows, inputs), (rows, out), (rows,), (rows,), (out, hidden), of_units)
+        norms = ((rows,), (rows,), (hidden,), (hidden,))
+        expected = ((rows, inputs), (rows, out), (rows,), (rows,), (out, hidden), of_units, *norms)
         for name, tensor, shape in zip(Weights._fields, w, expected, strict=True):
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(
@@ -326,24 +332,30 @@ def to_batch_first(stack: Stack) -> Stack:
     return stack._replace(y=stack.y.transpose(0, 1), c=c)
 
 
-def _tensors(cell: Cell, has_biases: bool, has_projection: bool) -> int:
-    """The number of parameters of a layer and direction."""
-    return 2 + 2 * has_biases + has_projection + bool(cell.params)
+def norm_names(cell: Cell, layer_norm: bool) -> tuple[str, ...]:
+    """The parameters of a layer and direction that layer norm adds."""
+    of_state = ("norm_c", "norm_c_bias") if "c" in cell.states else ()
+    return ("norm_ih", "norm_hh", *of_state) if layer_norm else ()
 
 
-def group(cell: Cell, params: Seq[Tensor], has_biases: bool, has_projection: bool) -> list[Weights]:
-    """The flat parameters by layer and direction: those of torch.nn in its order, then, if the cell
-    has params, one tensor ``[K*H]`` for each layer and direction."""
-    layers = len(params) // _tensors(cell, has_biases, has_projection)
-    flat = iter(params)
-    of_cell = iter(params[-layers:])
+def group(
+    cell: Cell, params: Seq[Tensor], has_biases: bool, has_projection: bool, layer_norm: bool
+) -> list[Weights]:
+    """The flat parameters by layer and direction: those of torch.nn in its order; then, if the cell
+    has params, one tensor ``[K*H]`` for each layer and direction; then likewise those of norms."""
+    names, plain = norm_names(cell, layer_norm), 2 + 2 * has_biases + has_projection
+    layers = len(params) // (plain + bool(cell.params) + len(names))
+    flat = iter(params[: plain * layers])
+    more = params[plain * layers :]
+    of_cell, of_norms = iter(more), iter(more[layers if cell.params else 0 :])
 
     def weights() -> Weights:
         w_ih, w_hh = next(flat), next(flat)
         b_ih, b_hh = (next(flat), next(flat)) if has_biases else (None, None)
         w_hr = next(flat) if has_projection else None
         of_units = by_unit(cell, next(of_cell), w_hh) if cell.params else None
-        return Weights(w_ih, w_hh, b_ih, b_hh, w_hr, of_units)
+        norms = {name: next(of_norms) for name in names}
+        return Weights(w_ih, w_hh, b_ih, b_hh, w_hr, of_units, **norms)
 
     return [weights() for _ in range(layers)]
 

@@ -30,6 +30,7 @@ def request_of(
         cell, x.dtype, x.device, hidden, proj, seq.lengths is not None, seq.resets is not None,
         seq.resets is not None and seq.initial is not None, cell_states, empty,
         recurrent_dropout=noise.dropout is not None, zoneout=noise.zoneout,
+        layer_norm=weights.norm_ih is not None,
     )  # fmt: skip
 
 

@@ -28,6 +28,9 @@ class LSTM(Layers):
             ``weight_peephole_l0 [3*H]``, those of i, f and o (Gers & Schmidhuber 2000).
         coupled_gates: there is no input gate, and ``1 - s(f)`` stands for it (Greff et al. 2017):
             weights and biases have 3*H rows, gates f g o, peepholes 2*H, those of f and o.
+        layer_norm: ``W_ih x`` and ``W_hh h`` are normalised, each over all gates' units together,
+            with gains ``norm_ih_l0`` and ``norm_hh_l0 [G*H]`` before the biases, and so is c on its
+            way into h, with ``norm_c_l0`` and ``norm_c_bias_l0 [H]`` (Ba et al. 2016; eps 1e-5).
         forget_bias: what ``reset_parameters`` sets the forget gate's ``bias_ih`` to (Gers et al.
             2000; Jozefowicz et al. 2015); None: as the other biases.
         initial_state: what hx is if none is given, and enters at resets: "zeros"; "learned",
@@ -91,6 +94,7 @@ class LSTM(Layers):
         *,
         peephole: bool = False,
         coupled_gates: bool = False,
+        layer_norm: bool = False,
         forget_bias: float | None = None,
         initial_state: str = "zeros",
         weight_dropout: float = 0.0,
@@ -107,6 +111,7 @@ class LSTM(Layers):
             "GRU" if coupled_gates else "LSTM",  # whose weights have rows for as many gates
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
             proj_size, device, dtype, backend=backend, initial_state=initial_state,
+            layer_norm=layer_norm,
             weight_dropout=weight_dropout, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
         )  # fmt: skip
         self.mode = "LSTM"
@@ -154,8 +159,8 @@ class GRU(Layers):
     """A stack of GRU layers, a drop-in for :class:`torch.nn.GRU`.
 
     Equations and paper: :mod:`fusedrnn.cells.gru`. Arguments as :class:`LSTM`, but for those of its
-    gates (peephole, coupled_gates, forget_bias). The only state is h: hx is ``[L*D,B,H]``, and
-    forward returns ``y [T,B,D*H]`` and ``h_n [L*D,B,H]``.
+    gates (peephole, coupled_gates, forget_bias); with layer_norm there is no ``norm_c``. The only
+    state is h: hx is ``[L*D,B,H]``, and forward returns ``y [T,B,D*H]`` and ``h_n [L*D,B,H]``.
 
     Example:
         >>> import fusedrnn, torch
@@ -176,6 +181,7 @@ class GRU(Layers):
         device: Any = None,
         dtype: Any = None,
         *,
+        layer_norm: bool = False,
         initial_state: str = "zeros",
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
@@ -187,6 +193,7 @@ class GRU(Layers):
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype, backend=backend, initial_state=initial_state,
+            layer_norm=layer_norm,
             weight_dropout=weight_dropout, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
         )  # fmt: skip
 
@@ -205,8 +212,8 @@ class RNN(Layers):
     """A stack of Elman RNN layers, a drop-in for :class:`torch.nn.RNN`.
 
     Equations and paper: :mod:`fusedrnn.cells.rnn`. Arguments as :class:`LSTM`, but for those of its
-    gates (peephole, coupled_gates, forget_bias). The only state is h: hx is ``[L*D,B,H]``, and
-    forward returns ``y [T,B,D*H]`` and ``h_n [L*D,B,H]``.
+    gates (peephole, coupled_gates, forget_bias) and layer_norm. The only state is h: hx is
+    ``[L*D,B,H]``, and forward returns ``y [T,B,D*H]`` and ``h_n [L*D,B,H]``.
 
     Example:
         >>> import fusedrnn, torch

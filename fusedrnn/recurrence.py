@@ -84,6 +84,10 @@ class RecurrenceFunction(torch.autograd.Function):
         b_hh: Tensor | None,
         w_hr: Tensor | None,
         params: Tensor | None,
+        norm_ih: Tensor | None,
+        norm_hh: Tensor | None,
+        norm_c: Tensor | None,
+        norm_c_bias: Tensor | None,
         h0: Tensor,
         c0: Tensor | None,
         lengths: Tensor | None,
@@ -100,7 +104,10 @@ class RecurrenceFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
-        weights, seq = Weights(w_ih, w_hh, b_ih, b_hh, w_hr, params), Sequence(lengths, resets)
+        weights = Weights(
+            w_ih, w_hh, b_ih, b_hh, w_hr, params, norm_ih, norm_hh, norm_c, norm_c_bias
+        )
+        seq = Sequence(lengths, resets)
         noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
         call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states, noise)
         run = backend.forward(call, True)
@@ -113,9 +120,9 @@ class RecurrenceFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *others: Tensor | None) -> Any:
         cell_key, backend_name, reverse, cell_states, rates = ctx.constants
         inputs, (lengths, resets, *masks), reserve = (
-            ctx.saved_tensors[:9],
-            ctx.saved_tensors[9:14],
-            ctx.saved_tensors[14:],
+            ctx.saved_tensors[:13],
+            ctx.saved_tensors[13:18],
+            ctx.saved_tensors[18:],
         )
         x, *of_layer, h0, c0 = inputs
         if torch.is_autocast_enabled(x.device.type):  # products in the dtype they had in forward
@@ -130,7 +137,7 @@ class RecurrenceFunction(torch.autograd.Function):
         dc = others[-1] if cell_states else None
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
-        wanted = Wanted(*ctx.needs_input_grad[:9])
+        wanted = Wanted(*ctx.needs_input_grad[:13])
         found = backend.backward(call, Upstream(dy, dh_n, dc_n, dc), reserve, wanted)
         return (*found, *(None,) * 11)
 

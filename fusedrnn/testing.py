@@ -48,9 +48,10 @@ class Case:
     cell_states: bool = False
     dropout: bool = False  # of h, on its way into W_hh
     zoneout: str = ""  # "training" or "eval"
+    layer_norm: bool = False
 
     def __str__(self) -> str:
-        names = ("reverse", "lengths", "resets", "cell_states", "dropout")
+        names = ("reverse", "lengths", "resets", "cell_states", "dropout", "layer_norm")
         flags = [name for name in names if getattr(self, name)]
         flags += [] if self.bias else ["nobias"]
         flags += [f"zoneout-{self.zoneout}"] if self.zoneout else []
@@ -126,6 +127,15 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
             resets &= torch.arange(case.T).unsqueeze(-1) < lengths
     if case.cell.params:
         weights = weights._replace(params=uniform(len(case.cell.params), case.H))
+    if case.layer_norm:
+
+        def about(mean: float, size: int) -> Tensor:
+            x = torch.randn(size, generator=random, dtype=torch.float64)
+            return (mean + 0.3 * x).to(case.dtype)
+
+        of_state = (about(1, case.H), about(0, case.H)) if "c" in case.cell.states else (None,) * 2
+        weights = weights._replace(norm_ih=about(1, gates), norm_hh=about(1, gates),
+                                   norm_c=of_state[0], norm_c_bias=of_state[1])  # fmt: skip
     others = len(case.cell.states) - 1
     grads = {"y": normal(case.T, case.B, out), "h_n": normal(case.B, out)}
     if others:
@@ -260,10 +270,38 @@ def check_case(
             out = run_case(case, inputs.on(device), backend)
         operand = to_tf32 if tf32 else unrounded
         return assert_stored(case, inputs, here(out), here(stored), operand)
-    ref = run_case(case, inputs, Reference())
     ref64 = run_case(case, inputs.to(torch.float64), Reference())
+    ref = run_case(case, inputs, Reference())
+    if case.layer_norm:
+        errors = _errors_with_norms(case, inputs)
+        ref = {name: x + errors[name] for name, x in ref64.items()}
     out = run_case(case, inputs.on(device), backend)
     assert_as_accurate(case, here(out), ref, ref64)
+
+
+def _errors_with_norms(case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    """How far results are from exact ones, in the reference or, if that is more, where every input
+    moves by its rounding: norms, with their cancelling gradients, may make more of an error than
+    :func:`floor` and a single run know of. In float64 as much smaller as it is finer."""
+    if case.dtype == torch.float64:
+        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        single = replace(case, dtype=torch.float32)
+        errors = _errors_with_norms(single, inputs.to(torch.float32))
+        return {name: ratio * error for name, error in errors.items()}
+    eps = torch.finfo(reference.compute_dtype(case.dtype)).eps
+    random = torch.Generator().manual_seed(0)
+
+    def move(t: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, t.shape, generator=random) * 2 - 1
+        return t.to(torch.float64) * (1 + eps * signs)
+
+    exact = run_case(case, inputs.to(torch.float64), Reference())
+    runs = [run_case(case, inputs, Reference())]
+    runs += [run_case(case, inputs._map(move, lambda t: t), Reference()) for _ in range(3)]
+    return {
+        name: torch.stack([(run[name].double() - exact[name]).abs() for run in runs]).amax(0)
+        for name in exact
+    }
 
 
 # ---- Where values are rounded on the way, right runs may end further apart than a wrong one: a
@@ -422,7 +460,7 @@ class OnStored:
         self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], *params: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         t, planes, weights = next(self.times), gx.shape[-2:], self.weights
-        w_ih, w_hh, bias, b_hh, w_hr, _ = weights
+        w_ih, w_hh, bias, b_hh, w_hr, *_ = weights
         h = self.value("h_prev", t, state[0])
         others = [self.value(f"c_prev {j}", t, c) for j, c in enumerate(state[1:])]
         entering = h

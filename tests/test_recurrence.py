@@ -107,6 +107,32 @@ def test_noise_of_other_shapes(cell, noise, runner):
         check(replace(case, reverse=True), runner)
 
 
+NORMED = [cell for cell in CELLS.values() if cell.name == "gru" or "c" in cell.states]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("cell", NORMED, ids=lambda c: c.name)
+def test_layer_norm(cell, feature, dtype, runner):
+    check(Case(cell, T=9, B=5, I=4, H=19, dtype=dtype, layer_norm=True, **feature), runner)
+
+
+@pytest.mark.parametrize("cell", NORMED, ids=lambda c: c.name)
+def test_layer_norm_of_other_shapes(cell, runner):
+    """Many rows and units, few rows, 16 bits, a projection, cell states, noise."""
+    if isinstance(runner, Reference):
+        pytest.skip("other shapes are nothing new to it")
+    case = Case(cell, 7, 33, 5, 40, lengths=True, resets=True, layer_norm=True)
+    noise = {"dropout": True, "zoneout": "training"}
+    check(case, runner)
+    check(replace(case, T=70, B=9, reverse=True, **noise), runner)
+    check(replace(case, T=2, B=3, H=290, dtype=torch.bfloat16), runner)
+    check(replace(case, T=1, B=3, dtype=torch.float64, lengths=False), runner)
+    if len(cell.states) > 1:
+        check(replace(case, cell_states=True, P=19), runner)
+        check(replace(case, cell_states=True, P=19, reverse=True, **noise), runner)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("proj", [0, 1, 7], ids=lambda p: f"P{p}")
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))

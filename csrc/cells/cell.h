@@ -12,6 +12,9 @@
 //       ds[0] is only the path from h_prev to out that does not pass through W_hh; a cell with
 //       kReadsH = false has none and leaves ds[0] alone. dp: what this step adds to the gradients
 //       of p.
+//
+// A cell with a constant kOutput has the states h = saved[kOutput] tanh(c) and c, so that c can be
+// normalised in between, and a function backward_of_gates for that.
 #pragma once
 
 #include <concepts>
@@ -34,6 +37,9 @@ concept CellPolicy = requires(const double* in, double* out) {
   C::template forward<double>(in, in, in, in, out, out);
   C::template backward<double>(in, in, in, in, out, out, out, out);
 } && C::kGates >= 1 && C::kStates >= 1 && C::kSaved >= 1;
+
+template <class C>
+concept NormalisesState = requires { C::kOutput; };
 
 template <CellPolicy... C>
 struct CellList {

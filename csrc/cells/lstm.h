@@ -38,11 +38,20 @@ struct LstmCell {
   template <class V>
   FRNN_FN static void backward(const V* s, const V* saved, const V* p, const V* dout, V* dgx,
                                V* dgh, V* ds, V* dp) {
+    const V tanh_c = tanh(new_c(s, saved));
+    const V dc = dout[1] + dout[0] * saved[kO] * (1.0f - tanh_c * tanh_c);
+    backward_of_gates(s, saved, p, V(dout[0] * tanh_c), dc, dgx, dgh, ds, dp);
+  }
+
+  // The rest, for a driver that normalises c on its way into h = saved[kOutput] tanh(c): from the
+  // gradients of that plane and of c.
+  static constexpr int kOutput = kCoupled ? 2 : 3;
+  template <class V>
+  FRNN_FN static void backward_of_gates(const V* s, const V* saved, const V* p, V d_o, V dc, V* dgx,
+                                        V* dgh, V* ds, V* dp) {
     const V f = saved[kF], g = saved[kG], o = saved[kO];
     const V i = kCoupled ? V(1.0f - f) : saved[kI];
-    const V c = new_c(s, saved), tanh_c = tanh(c);
-    V dc = dout[1] + dout[0] * o * (1.0f - tanh_c * tanh_c);
-    dgx[kO] = dout[0] * tanh_c * (o * (1.0f - o));
+    dgx[kO] = d_o * (o * (1.0f - o));
     if constexpr (kPeephole) dc += dgx[kO] * p[kPO];
     if constexpr (kCoupled) {
       dgx[kF] = dc * (s[1] - g) * (f * i);
@@ -58,7 +67,7 @@ struct LstmCell {
         ds[1] += dgx[k] * p[k];
         dp[k] = dgx[k] * s[1];
       }
-      dp[kPO] = dgx[kO] * c;
+      dp[kPO] = dgx[kO] * new_c(s, saved);
     }
   }
 

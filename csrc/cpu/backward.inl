@@ -35,8 +35,25 @@ class Backward {
         each([&](int i) { run_cells(slice(i), s); });
         if (plan_.by_units) meet();
       }
+      if (normalises()) {
+        if (a_.norm.gain_c) {
+          each([&](int i) { gather_outputs(slice(i), s); });
+          if (plan_.by_units) meet();
+          each([&](int i) { run_gates(slice(i), s); });
+        }
+        each([&](int i) { describe_products(slice(i), s); });
+        if (plan_.by_units) meet();
+        each([&](int i) { unnormalise_products(slice(i), s); });
+        if (plan_.by_units) meet();
+      }
       if (s % chunk_ != 0) continue;
       if (!plan_.by_units) meet();
+      if (normalises()) {
+        each([&](int i) { add_gains(slice(i), s); });
+        meet();
+        each([&](int i) { unnormalise_inputs(slice(i), s); });
+        meet();
+      }
       each([&](int i) { multiply(slice(i), s); });
     }
   }
@@ -47,7 +64,10 @@ class Backward {
         plan_(plan),
         timeline_(args),
         computed_(args, carver),
-        steps_(args, &args.noise),
+        steps_(args, &args.noise, args.norm.gain_c != nullptr),
+        of_hh_(normalises() ? a_.b : 0, a_.h, carver),
+        of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
+        outputs_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
         chunk_(a_.b < Outer<T>::kDepth ? Outer<T>::kDepth / (a_.b > 0 ? a_.b : 1) : 1) {
     const int64_t lanes = kLanes<T>, gates = kGates * a_.h;
     const int64_t rows = min(a_.t, 2 * chunk_) * a_.b;
@@ -56,7 +76,9 @@ class Backward {
     if (a_.dx) w_ih_ = carver.take<T>(blocks_of<T>(a_.i) * lanes * gates);
     gradients_.dgx = carver.take<T>(rows * gates);
     gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<T>(rows * gates);
-    gradients_.dh = a_.w_hr ? carver.take<T>(rows * a_.p) : nullptr;
+    gradients_.dh = a_.w_hr || a_.norm.gain_c ? carver.take<T>(rows * a_.p) : nullptr;
+    products_ = normalises() ? carver.take<T>(rows * gates) : gradients_.dgh;
+    if (a_.w_hr && a_.norm.gain_c) dm_ = carver.take<T>(a_.b * a_.h);
     outer_ = carver.take<T>(plan.slices * Outer<T>::kScratch);
     names_ = carver.take<int>(plan.slices * chunk_ * a_.b);
   }
@@ -94,6 +116,9 @@ class Backward {
     clear(slice, kGates * a_.h, 1, a_.db_ih);
     clear(slice, kGates * a_.h, 1, a_.db_hh);
     if (a_.w_hr) clear(slice, a_.p, a_.h, a_.dw_hr);
+    clear(slice, kGates * a_.h, 1, a_.dgain_ih);
+    clear(slice, kGates * a_.h, 1, a_.dgain_hh);
+    clear(slice, 2 * a_.b, a_.h, a_.dnorm_c);
   }
 
   // A slice's share of w [units, columns].
@@ -124,13 +149,154 @@ class Backward {
     return row(c.gradients, (timeline_.time(s) - c.time) * a_.b);
   }
 
+  // The gradients of W_hh h itself, [B, G*H] of a step.
+  T* products(int64_t s) const { return products_ + (gradients(s).dgh - gradients_.dgh); }
+
+  bool normalises() const { return a_.norm.gain_hh != nullptr; }
+  T scale(int which, int64_t r) const { return a_.norm.scale[which * a_.t * a_.b + r]; }
+
+  // Calls f(place, row of [T*B]) for the slice's units of the rows that are computed at step s.
+  template <class F>
+  void each_place(const Slice& slice, int64_t s, const F& f) const {
+    for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+      if (!timeline_.computed(s, row)) continue;
+      const auto of_row = f(row, timeline_.time(s) * a_.b + row);
+      for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
+        of_row(block, place<kLanes<T>>(row, block, a_.h));
+      }
+    }
+  }
+
+  // Where c is normalised: from the gradient of the cell's h to those of the gate that h takes and
+  // of c's hat.
+  void gather_outputs(const Slice& slice, int64_t s) const {
+    if constexpr (frnn::NormalisesState<Cell>) {
+      const int64_t plane = a_.b * a_.h, t = timeline_.time(s);
+      const T* dm = a_.w_hr ? dm_ : gradients(s).dh;
+      const T* o = a_.saved + (Cell::kOutput * a_.t + t) * plane;
+      each_place(slice, s, [&](int64_t row, int64_t) {
+        return [&, row](int64_t block, const Place& p) {
+          const V dh = frnn::load<V>(dm + p.offset, p.n);
+          const V hat = frnn::load<V>(a_.norm.hat_c + t * plane + p.offset, p.n);
+          const V gain = frnn::load<V>(a_.norm.gain_c + p.unit, p.n);
+          const V tanh_c =
+              frnn::tanh(V(hat * gain + frnn::load<V>(a_.norm.bias_c + p.unit, p.n)));
+          const V d = dh * frnn::load<V>(o + p.offset, p.n) * (1.0f - tanh_c * tanh_c);
+          outputs_.at(row, block)[0] = dh * tanh_c;
+          outputs_.at(row, block)[1] = d * gain;
+          of_c_.at(row, block)[0] = d * gain;
+          of_c_.at(row, block)[1] = d * gain * hat;
+          if (a_.dnorm_c == nullptr) return;
+          add(a_.dnorm_c + p.offset, d * hat, p.n);
+          add(a_.dnorm_c + plane + p.offset, d, p.n);
+        };
+      });
+    }
+  }
+
+  static void add(T* to, V more, int n) { frnn::store(to, frnn::load<V>(to, n) + more, n); }
+
+  void run_gates(const Slice& slice, int64_t s) const {
+    if constexpr (frnn::NormalisesState<Cell>) {
+      const StepGradients<T> to = gradients(s);
+      each_place(slice, s, [&](int64_t row, int64_t r) {
+        const auto means = of_c_.means(row, 1);
+        const T scale = this->scale(2, r);
+        return [&, row, r, means, scale](int64_t block, const Place& p) {
+          const V hat = frnn::load<V>(a_.norm.hat_c + r * a_.h + p.unit, p.n);
+          const V* output = outputs_.at(row, block);
+          const V dc = scale * (output[1] - means.first - hat * means.second);
+          steps_.finish_gates(s, p, output[0], dc, steps_.template read_cell<false>(s, p), to);
+        };
+      });
+    }
+  }
+
+  void describe_products(const Slice& slice, int64_t s) const {
+    const T* dgh = gradients(s).dgh;
+    each_place(slice, s, [&](int64_t row, int64_t r) {
+      return [&, row, r](int64_t block, const Place& p) {
+        V sums[2] = {};
+        for (int g = 0; g < kGates; ++g) {
+          const int64_t offset = g * a_.h + p.unit;
+          const V d = frnn::load<V>(dgh + row * kGates * a_.h + offset, p.n) *
+                      frnn::load<V>(a_.norm.gain_hh + offset, p.n);
+          sums[0] += d;
+          sums[1] += d * frnn::load<V>(a_.norm.hat_hh + r * kGates * a_.h + offset, p.n);
+        }
+        of_hh_.at(row, block)[0] = sums[0];
+        of_hh_.at(row, block)[1] = sums[1];
+      };
+    });
+  }
+
+  void unnormalise_products(const Slice& slice, int64_t s) const {
+    const T* dgh = gradients(s).dgh;
+    T* to = products(s);
+    each_place(slice, s, [&](int64_t row, int64_t r) {
+      const auto means = of_hh_.means(row, kGates);
+      const T scale = this->scale(1, r);
+      return [&, row, r, means, scale](int64_t, const Place& p) {
+        for (int g = 0; g < kGates; ++g) {
+          const int64_t offset = g * a_.h + p.unit, at = row * kGates * a_.h + offset;
+          const V d = frnn::load<V>(dgh + at, p.n) * frnn::load<V>(a_.norm.gain_hh + offset, p.n);
+          const V hat = frnn::load<V>(a_.norm.hat_hh + r * kGates * a_.h + offset, p.n);
+          frnn::store(to + at, scale * (d - means.first - hat * means.second), p.n);
+        }
+      };
+    });
+  }
+
+  // Of the chunk that begins at step s, for a share of the units: gradients of gains and biases.
+  void add_gains(const Slice& slice, int64_t s) const {
+    const Chunk c = chunk(s);
+    const int64_t first = c.time * a_.b, gates = kGates * a_.h;
+    const Rows rows = computed_.of({first, first + c.steps * a_.b},
+                                   names_ + slice.index * chunk_ * a_.b);
+    const Range units = share(slice, gates);
+    const StepGradients<T>& g = c.gradients;
+    add_rows(g.dgx, gates, units, rows, a_.dgain_ih, a_.norm.hat_ih + first * gates);
+    add_rows(g.dgh, gates, units, rows, a_.dgain_hh, a_.norm.hat_hh + first * gates);
+    add_rows(g.dgx, gates, units, rows, a_.db_ih);
+    add_rows(g.dgh, gates, units, rows, a_.db_hh);
+  }
+
+  // For a share of its rows: dgx becomes the gradient of W_ih x itself.
+  void unnormalise_inputs(const Slice& slice, int64_t s) const {
+    const Chunk c = chunk(s);
+    const int64_t first = c.time * a_.b, gates = kGates * a_.h;
+    const Range rows = share(slice, c.steps * a_.b);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      if (!computed_[first + i]) continue;
+      T* dgx = c.gradients.dgx + i * gates;
+      const T* hats = a_.norm.hat_ih + (first + i) * gates;
+      V sums[2] = {};
+      const auto each = [&](const auto& f) {
+        for (int64_t j = 0; j < gates; j += kLanes<T>) {
+          const int n = static_cast<int>(min(kLanes<T>, gates - j));
+          f(j, n, frnn::load<V>(dgx + j, n) * frnn::load<V>(a_.norm.gain_ih + j, n),
+            frnn::load<V>(hats + j, n));
+        }
+      };
+      each([&](int64_t, int, V d, V hat) {
+        sums[0] += d;
+        sums[1] += d * hat;
+      });
+      const T mean = sum_of_lanes<T>(sums[0]) / T(gates), slope = sum_of_lanes<T>(sums[1]) / T(gates);
+      const T scale = this->scale(0, first + i);
+      each([&](int64_t j, int n, V d, V hat) {
+        frnn::store(dgx + j, scale * (d - mean - hat * slope), n);
+      });
+    }
+  }
+
   void gather(const Slice& slice, int64_t s) const {
     if (all_of(slice.rows, [&](int64_t row) { return idle(s, row); })) return;
     const auto flows_back = [&](int64_t row) { return steps_.flows_back(s, row); };
     const StepGradients<T> to = gradients(s < 0 ? 0 : s);
     const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum, to); };
     const int64_t k = kGates * a_.h;
-    const T* dgh = gradients(min(s + 1, a_.t - 1)).dgh;
+    const T* dgh = products(min(s + 1, a_.t - 1));
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
     };
@@ -141,10 +307,22 @@ class Backward {
   void run_cells(const Slice& slice, int64_t s) const {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const StepGradients<T> to = gradients(s);
-    const auto finish = [&](const Tile& tile, const V* sum) { finish_cells(s, tile, sum, to); };
+    const auto finish = [&](const Tile& tile, const V* sum) {
+      if (dm_) return keep_dm(tile, sum);
+      finish_cells(s, tile, sum, to);
+    };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
     product<1, T>(to.dh, a_.p, slice.rows, a_.p, packed(w_hr_, a_.p), slice.hidden, s % 2, computed,
                   fetch, finish);
+  }
+
+  void keep_dm(const Tile& tile, const V* sum) const {
+    for (int i = 0; i < tile.rows; ++i) {
+      for (int j = 0; j < tile.blocks; ++j) {
+        const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.h);
+        frnn::store(dm_ + p.offset, *sum++, p.n);
+      }
+    }
   }
 
   void fetch_step(int64_t s, int64_t row, int64_t block) const {
@@ -162,7 +340,7 @@ class Backward {
 
   // After the product; plain ones as in Forward::finish_cells.
   void finish_gather(int64_t s, const Tile& tile, const V* sum, const StepGradients<T>& to) const {
-    const int64_t whole = a_.w_hr ? 0 : a_.p / kLanes<T>;  // blocks
+    const int64_t whole = a_.w_hr || a_.norm.gain_c ? 0 : a_.p / kLanes<T>;  // blocks
     if (timeline_.full() && s >= 0 && s + 1 < a_.t && tile.block + tile.blocks <= whole) {
       return finish_gather_tile<true>(s, tile, sum, to);
     }
@@ -220,14 +398,16 @@ class Backward {
     const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
     const Range units = share(slice, gates);
     const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih}, dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
-    if (Cell::kAdditive) {
+    if (Cell::kAdditive && !normalises()) {
       outer.add(g.dgx, gates, units, rows, {dw_ih, dw_hh});
     } else {
       outer.add(g.dgx, gates, units, rows, {dw_ih, none});
-      outer.add(g.dgh, gates, units, rows, {dw_hh, none});
+      outer.add(products_ + (g.dgh - gradients_.dgh), gates, units, rows, {dw_hh, none});
     }
-    add_rows(g.dgx, gates, units, rows, a_.db_ih);
-    add_rows(g.dgh, gates, units, rows, a_.db_hh);
+    if (!normalises()) {
+      add_rows(g.dgx, gates, units, rows, a_.db_ih);
+      add_rows(g.dgh, gates, units, rows, a_.db_hh);
+    }
     if (a_.w_hr) {
       const OuterProduct<T> dw_hr{a_.m + first * a_.h, a_.h, a_.dw_hr};
       outer.add(g.dh, a_.p, share(slice, a_.p), rows, {dw_hr, none});
@@ -253,13 +433,18 @@ class Backward {
                   share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
   }
 
-  // sum [columns] += the sum over rows of a [.., columns], for some of the columns.
-  static void add_rows(const T* a, int64_t columns, Range some, const Rows& rows, T* sum) {
+  // sum [columns] += the sum over rows of a [.., columns], or of a times b, for some of the columns.
+  static void add_rows(const T* a, int64_t columns, Range some, const Rows& rows, T* sum,
+                       const T* b = nullptr) {
     if (sum == nullptr) return;
     for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
       const int n = static_cast<int>(min(kLanes<T>, some.end - j));
       V total = frnn::load<V>(sum + j, n);
-      for (int64_t i = 0; i < rows.count; ++i) total += frnn::load<V>(a + rows[i] * columns + j, n);
+      for (int64_t i = 0; i < rows.count; ++i) {
+        const int64_t offset = rows[i] * columns + j;
+        const V value = frnn::load<V>(a + offset, n);
+        total += b ? value * frnn::load<V>(b + offset, n) : value;
+      }
       frnn::store(sum + j, total, n);
     }
   }
@@ -269,11 +454,15 @@ class Backward {
   const frnn::Timeline<T> timeline_;
   const Computed computed_;
   const Steps steps_;
+  const Pairs<T> of_hh_, of_c_;  // of a step
+  const Pairs<T> outputs_;       // .. the gradients of the gate that h takes, and of c's hat
   const int64_t chunk_;              // steps of a chunk
   T* w_hh_ = nullptr;                // packed
   T* w_hr_ = nullptr;                // packed
   T* w_ih_ = nullptr;                // packed
   StepGradients<T> gradients_ = {};  // of two chunks, which take turns
+  T* products_ = nullptr;            // likewise the gradients of W_hh h: dgh, if it is not normalised
+  T* dm_ = nullptr;                  // of a step, the cell's h, where c is normalised before a projection
   T* outer_ = nullptr;               // scratch of each slice
   int* names_ = nullptr;             // of a chunk's computed rows, by each slice
 };

@@ -7,6 +7,7 @@
 template <class Cell, class T>
 class Forward {
   using V = Vec<T>;
+  using Steps = frnn::ForwardSteps<Cell, V, T, T, true>;
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
   // Rows of a chunk of the input projection: enough for W_ih to be read seldom.
   static constexpr int64_t kInputRows = 192;
@@ -31,9 +32,21 @@ class Forward {
     each([&](int i) { start(slice(i)); });
     meet();
     for (int64_t s = 0; s < a_.t; ++s) {
-      if (s % chunk_ == 0) each([&](int i) { project_input(slice(i), s); });
+      if (s % chunk_ == 0) {
+        each([&](int i) { project_input(slice(i), s); });
+        if (normalises() && plan_.by_units) meet();
+        if (normalises()) each([&](int i) { normalise_input(slice(i), s); });
+      }
       each([&](int i) { run_cells(slice(i), s); });
       if (plan_.by_units) meet();
+      if (normalises()) {
+        each([&](int i) { normalise_cells(slice(i), s); });
+        if (plan_.by_units) meet();
+      }
+      if (a_.norm.gain_c) {
+        each([&](int i) { normalise_outputs(slice(i), s); });
+        if (plan_.by_units) meet();
+      }
       if (a_.w_hr == nullptr) continue;
       each([&](int i) { project(slice(i), s); });
       if (plan_.by_units) meet();
@@ -55,10 +68,15 @@ class Forward {
         tiles_(kHasTiles && sizeof(T) == 4 && a_.bfloat16 && a_.h >= kTileUnits &&
                a_.p >= kTileUnits && packed_),
         once_ih_(!tiles_ && plan.by_units && a_.t <= chunk_),
-        once_hh_(!tiles_ && plan.by_units && a_.t == 1) {
+        once_hh_(!tiles_ && plan.by_units && a_.t == 1),
+        of_ih_(normalises() ? min(chunk_, a_.t) * a_.b : 0, a_.h, carver),
+        of_hh_(normalises() ? a_.b : 0, a_.h, carver),
+        of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
+        outputs_(a_.norm.gain_c ? a_.b : 0, a_.h, carver) {
     const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;
     const int64_t some = plan.slices * kMostBlocks<kGates> * lanes;  // units of the slices' blocks
     gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
+    if (normalises()) products_ = carver.take<T>(a_.b * units * kGates);
     if (!packed_) return;
     if (tiles_) {
       const int64_t of_i = tiles_along(a_.i), of_p = tiles_along(a_.p),
@@ -136,14 +154,17 @@ class Forward {
       const auto fetch = [](int64_t, int64_t) {};
       const auto finish = [&](const Tile& tile, const V* sum) {
         for (int j = 0; j < tile.blocks; ++j) {
-          V bias[kGates];
-          for (int g = 0; g < kGates; ++g) bias[g] = input_bias(g, tile.block + j);
+          V bias[kGates] = {};
+          for (int g = 0; g < kGates && !normalises(); ++g) bias[g] = input_bias(g, tile.block + j);
           for (int i = 0; i < tile.rows; ++i) {
             const int64_t r = tile.row + i;
             if (!wanted(r)) continue;
             const V* product = sum + (i * tile.blocks + j) * kGates;
             V* gx = to.at(begin + r / a_.b, r % a_.b, tile.block + j);
             for (int g = 0; g < kGates; ++g) gx[g] = product[g] + bias[g];
+            if (normalises()) {
+              of_ih_.describe((begin - to.first) * a_.b + r, tile.block + j, gx, kGates);
+            }
           }
         }
       };
@@ -173,6 +194,46 @@ class Forward {
     }
   }
 
+  bool normalises() const { return a_.norm.gain_hh != nullptr; }
+
+  // Keeps one over the standard deviation of row r of [T*B] for backward; which: 0, 1, 2 for W_ih x,
+  // W_hh h and c. Of all slices with that row the first one does it.
+  void keep_scale(const Slice& slice, int which, int64_t r, T scale) const {
+    if (a_.norm.scale && slice.hidden.begin == 0) {
+      a_.norm.scale[which * a_.t * a_.b + r] = scale;
+    }
+  }
+
+  // G vectors of a row r of [T*B], which are normalised in place and have their gains; `hats`, if
+  // any, keeps them without these.
+  static void normalise(V* values, const typename Pairs<T>::Moments& moments, const T* gains,
+                        T* hats, int64_t h, int64_t r, const Place& p) {
+    for (int g = 0; g < kGates; ++g) {
+      const V hat = (values[g] - moments.mean) * moments.scale;
+      if (hats) frnn::store(hats + (r * kGates + g) * h + p.unit, hat, p.n);
+      values[g] = hat * frnn::load<V>(gains + g * h + p.unit, p.n);
+    }
+  }
+
+  // W_ih x of the chunk that begins at step s0.
+  void normalise_input(const Slice& slice, int64_t s0) const {
+    const Input to = input(slice, s0);
+    const int64_t steps = min(chunk_, a_.t - s0);
+    for (int64_t i = 0; i < steps * slice.rows.size(); ++i) {
+      const int64_t t = to.first + i / slice.rows.size();
+      const int64_t row = slice.rows.begin + i % slice.rows.size(), r = t * a_.b + row;
+      if (!computed_[r]) continue;
+      const auto moments = of_ih_.moments(r - to.first * a_.b, kGates);
+      keep_scale(slice, 0, r, moments.scale);
+      for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
+        V* gx = to.at(t, row, block);
+        const Place p = place<kLanes<T>>(row, block, a_.h);
+        normalise(gx, moments, a_.norm.gain_ih, a_.norm.hat_ih, a_.h, r, p);
+        for (int g = 0; g < kGates; ++g) gx[g] += input_bias(g, block);
+      }
+    }
+  }
+
   // What is added to W_ih x: the biases that only meet there.
   V input_bias(int g, int64_t block) const {
     const Place p = place<kLanes<T>>(0, block, a_.h);
@@ -181,15 +242,117 @@ class Forward {
     return more ? bias + frnn::load<V>(more + g * a_.h + p.unit, p.n) : bias;
   }
 
+  // W_hh h of a row and block, as the product of this step left it.
+  V* product_at(int64_t row, int64_t block) const {
+    return reinterpret_cast<V*>(products_) + (row * blocks_of<T>(a_.h) + block) * kGates;
+  }
+
+  void keep_products(int64_t s, const Tile& tile, const V* gh) const {
+    for (int i = 0; i < tile.rows; ++i) {
+      const int64_t row = tile.row + i;
+      for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
+        if (!timeline_.computed(s, row)) continue;
+        V* to = product_at(row, tile.block + j);
+        for (int g = 0; g < kGates; ++g) to[g] = gh[g];
+        of_hh_.describe(row, tile.block + j, gh, kGates);
+      }
+    }
+  }
+
+  // The cells, or, where c is normalised, as far as c.
+  void normalise_cells(const Slice& slice, int64_t s) const {
+    const Input gx = input(slice, s - s % chunk_);
+    const Range& blocks = slice.hidden;
+    for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+      if (timeline_.idle(s, row)) {
+        pad(s, {row, blocks.begin, 1, static_cast<int>(blocks.size())});
+        continue;
+      }
+      typename Pairs<T>::Moments moments{};
+      if (timeline_.computed(s, row)) {
+        moments = of_hh_.moments(row, kGates);
+        keep_scale(slice, 1, timeline_.time(s) * a_.b + row, moments.scale);
+      }
+      const int64_t whole = timeline_.goes_on(s, row) ? a_.h / kLanes<T> : 0;
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        if (block < whole) {
+          normalise_cell<true>(s, row, block, gx, moments);
+        } else {
+          normalise_cell<false>(s, row, block, gx, moments);
+        }
+      }
+    }
+  }
+
+  template <bool kPlain>
+  __attribute__((noinline)) void normalise_cell(int64_t s, int64_t row, int64_t block,
+                                                const Input& input,
+                                                const typename Pairs<T>::Moments& moments) const {
+    const int64_t t = timeline_.time(s);
+    const Place p = place<kLanes<T>, kPlain>(row, block, a_.h);
+    const bool computed = kPlain || timeline_.computed(s, row);
+    V* gh = product_at(row, block);
+    if (computed) {
+      normalise(gh, moments, a_.norm.gain_hh, a_.norm.hat_hh, a_.h, t * a_.b + row, p);
+    }
+    const auto in = steps_.read_cell(s, p);
+    const V* gx = input.at(t, row, block);
+    if constexpr (frnn::NormalisesState<Cell>) {
+      if (a_.norm.gain_c) {
+        auto result = computed ? steps_.compute(gx, gh, in) : typename Steps::Outcome{};
+        of_c_.describe(row, block, &result.out[1], 1);
+        outputs_.at(row, block)[0] = result.saved[Cell::kOutput];
+        outputs_.at(row, block)[1] = result.out[1];
+        return steps_.template keep_cell<kPlain>(s, p, in, result);
+      }
+    }
+    steps_.template finish_cell<kPlain>(s, p, gx, gh, in);
+  }
+
+  // From c on.
+  void normalise_outputs(const Slice& slice, int64_t s) const {
+    const int64_t t = timeline_.time(s);
+    for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+      if (timeline_.idle(s, row)) continue;
+      const bool computed = timeline_.computed(s, row), plain = timeline_.goes_on(s, row);
+      const int64_t r = t * a_.b + row;
+      typename Pairs<T>::Moments moments{};
+      if (computed) {
+        moments = of_c_.moments(row, 1);
+        keep_scale(slice, 2, r, moments.scale);
+      }
+      for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
+        const Place p = place<kLanes<T>>(row, block, a_.h);
+        V h{};
+        if (computed) {
+          const V* output = outputs_.at(row, block);
+          const V hat = (output[1] - moments.mean) * moments.scale;
+          if (a_.norm.hat_c) frnn::store(a_.norm.hat_c + t * a_.b * a_.h + p.offset, hat, p.n);
+          const V gain = frnn::load<V>(a_.norm.gain_c + p.unit, p.n);
+          h = output[0] * frnn::tanh(V(hat * gain + frnn::load<V>(a_.norm.bias_c + p.unit, p.n)));
+        }
+        if (plain) {
+          steps_.template keep_output<true>(s, p, h);
+        } else {
+          steps_.template keep_output<false>(s, p, h);
+        }
+      }
+    }
+  }
+
   void run_cells(const Slice& slice, int64_t s) const {
     if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) {
+      if (normalises()) return;
       return pad(s, {slice.rows.begin, slice.hidden.begin, static_cast<int>(slice.rows.size()),
                      static_cast<int>(slice.hidden.size())});
     }
     const Input gx = input(slice, s - s % chunk_);
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
-    const auto finish = [&](const Tile& tile, const V* gh) { finish_cells(s, tile, gx, gh); };
+    const auto finish = [&](const Tile& tile, const V* gh) {
+      if (normalises()) return keep_products(s, tile, gh);
+      finish_cells(s, tile, gx, gh);
+    };
     const T* h = steps_.product_in(s);
     if constexpr (kHasTiles && sizeof(T) == 4) {
       if (tiles_) {
@@ -296,14 +459,17 @@ class Forward {
   const frnn::cpu::Plan plan_;
   const frnn::Timeline<T> timeline_;
   const Computed computed_;
-  const frnn::ForwardSteps<Cell, V, T, T, true> steps_;
+  const Steps steps_;
   const int64_t chunk_;  // steps of a chunk of the input projection
   const bool packed_;    // whether the weights are packed
   const bool tiles_;     // .. for bfloat16 products
   const bool once_ih_;   // .. not beforehand, since all of them are needed only once
   const bool once_hh_;
+  const Pairs<T> of_ih_, of_hh_, of_c_;  // of a chunk's rows, and of a step's
+  const Pairs<T> outputs_;               // of a step, what h takes of the gates, and c
   T* w_ih_ = nullptr;  // packed
   T* gx_ = nullptr;    // one chunk
+  T* products_ = nullptr;  // of a step, if they are normalised
   T* w_hh_ = nullptr;  // packed
   T* w_hr_ = nullptr;  // packed
   T* rows_ = nullptr;  // tiles of rows, of each slice

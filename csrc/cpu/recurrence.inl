@@ -159,6 +159,8 @@ void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Po
   }
 }
 
+#include "cpu/norm.inl"
+
 #include "cpu/backward.inl"
 #include "cpu/forward.inl"
 #include "cpu/mask.inl"

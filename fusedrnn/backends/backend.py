@@ -27,6 +27,7 @@ class Request(NamedTuple):
     cell_update: bool = False  # the cell alone is asked for, see reference.cell_update
     recurrent_dropout: bool = False
     zoneout: bool = False
+    layer_norm: bool = False
 
 
 class Weights(NamedTuple):
@@ -38,6 +39,16 @@ class Weights(NamedTuple):
     b_hh: Tensor | None  # [G*H]
     w_hr: Tensor | None = None  # [P, H]
     params: Tensor | None = None  # [K, H] those of the cell
+    # Layer norm (Ba et al. 2016): gains of W_ih x and of W_hh h, and a gain and a bias of the
+    # second state on its way into h; none where nothing is normalised.
+    norm_ih: Tensor | None = None  # [G*H]
+    norm_hh: Tensor | None = None  # [G*H]
+    norm_c: Tensor | None = None  # [H]
+    norm_c_bias: Tensor | None = None  # [H]
+
+    @property
+    def norms(self) -> tuple[Tensor | None, ...]:
+        return self[6:]
 
 
 class Sequence(NamedTuple):
@@ -138,6 +149,10 @@ class Gradients(NamedTuple):
     b_hh: Tensor | None
     w_hr: Tensor | None
     params: Tensor | None
+    norm_ih: Tensor | None
+    norm_hh: Tensor | None
+    norm_c: Tensor | None
+    norm_c_bias: Tensor | None
     h0: Tensor | None
     c0: Tensor | None
 
@@ -152,6 +167,10 @@ class Wanted(NamedTuple):
     b_hh: bool
     w_hr: bool
     params: bool
+    norm_ih: bool
+    norm_hh: bool
+    norm_c: bool
+    norm_c_bias: bool
     h0: bool
     c0: bool
 

@@ -96,6 +96,8 @@ class Cuda(Ops):
             return "has no cell update"
         if request.recurrent_dropout or request.zoneout:
             return f"has no {'zoneout' if request.zoneout else 'recurrent dropout'}"
+        if request.layer_norm:
+            return "has no layer norm"
         return _missing or unfit(request) or unfit_dtype(request) or self._lacks(request)
 
     def algorithm(self, request: Request, rows: int) -> str:
@@ -135,6 +137,10 @@ def _forward(
     dropout: None,
     renew_h: None,
     renew_c: None,
+    norm_ih: None,
+    norm_hh: None,
+    norm_c: None,
+    norm_c_bias: None,
     cell: int,
     reverse: bool,
     training: bool,
@@ -149,7 +155,7 @@ def _forward(
         gx, w_hh, b_hh, w_hr, h0, c0, lengths, resets, cell, reverse, training, cell_states,
         uses_tf32(x.dtype, precision()),
     )  # fmt: skip
-    return out
+    return (*out, x.new_empty(0))
 
 
 def _backward(
@@ -171,6 +177,11 @@ def _backward(
     dropout: None,
     renew_h: None,
     renew_c: None,
+    norm_ih: None,
+    norm_hh: None,
+    norm_c: None,
+    norm_c_bias: None,
+    kept: Tensor,
     cell: int,
     reverse: bool,
     rate_h: float,
@@ -193,10 +204,11 @@ def _backward(
     run = products.Recurrent(h_prev, m, dgx, dgx if additive else dgh, dh, dh0, dc0)
     weights = Weights(w_ih, w_hh, None, None, w_hr)
     wanted = Wanted(
-        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, False, True, True
+        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, *(False,) * 5, True, True
     )
     found = products.gradients(x, weights, run, wanted, _product)
-    return tuple(x.new_empty(0) if d is None else d for d in found)
+    found_by_op = (*found[:10], *found[11:])  # norm_c has one gradient of two rows
+    return tuple(x.new_empty(0) if d is None else d for d in found_by_op)
 
 
 if _missing is None:

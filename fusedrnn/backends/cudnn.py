@@ -63,6 +63,7 @@ class Cudnn:
             "cell_update",
             "recurrent_dropout",
             "zoneout",
+            "layer_norm",
         ):
             if getattr(request, name):
                 return f"has no {name.replace('_', ' ')}"

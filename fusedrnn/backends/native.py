@@ -162,8 +162,8 @@ class Ops:
     def _forward(self, call: Call, training: bool, bfloat16: bool) -> Run:
         """``bfloat16``: float32 tensors hold bfloat16 values, and h may be rounded to them."""
         cell, x, weights, h0, c0, seq, reverse, cell_states, noise = call
-        tensors = (x, *weights, h0, c0, *seq.masks, *noise.masks)
-        y, h_n, c_n, c, h_prev, c_prev, saved, m = torch.ops.fusedrnn.recurrence_forward(
+        tensors = (x, *weights[:6], h0, c0, *seq.masks, *noise.masks, *weights.norms)
+        y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.recurrence_forward(
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
             reverse,
@@ -172,16 +172,19 @@ class Ops:
             bfloat16,
             *noise.rates,
         )
-        return Run(y, h_n, c_n, c, (h_prev, c_prev, saved, m))
+        return Run(y, h_n, c_n, c, tuple(reserve))
 
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
         cell, x, weights, _, c0, seq, reverse, _, noise = call
         dy, dh_n, dc_n, dc = upstream
-        w_ih, w_hh, _, _, w_hr, params = weights
-        masks = *seq.masks, *noise.masks
-        tensors = (dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, params, *reserve, *masks)
+        w_ih, w_hh, _, _, w_hr, params, *norms = weights
+        *of_run, kept = reserve
+        tensors = (
+            dy, dc, dh_n, dc_n, x, w_ih, w_hh, w_hr, params, *of_run, *seq.masks, *noise.masks,
+            *norms, kept,
+        )  # fmt: skip
         found = torch.ops.fusedrnn.recurrence_backward(
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
@@ -189,9 +192,17 @@ class Ops:
             *noise.rates,
             *wanted[:6],
         )
-        given = (*wanted[:7], True, c0 is not None)
-        asked = Gradients(*(d if g else None for d, g in zip(found, given, strict=True)))
-        return asked if asked.params is None else asked._replace(params=asked.params.sum(1))
+        *of_weights, dparams, dnorm_ih, dnorm_hh, dnorm_c, dh0, dc0 = found
+        norms = [None] * 4
+        if weights.norm_ih is not None:
+            norms[:2] = dnorm_ih, dnorm_hh
+        if weights.norm_c is not None:
+            norms[2:] = dnorm_c.sum(1)
+        if weights.params is not None:
+            dparams = dparams.sum(1)
+        given = (*wanted[:11], True, c0 is not None)
+        all_of_them = (*of_weights, dparams, *norms, dh0, dc0)
+        return Gradients(*(d if g else None for d, g in zip(all_of_them, given, strict=True)))
 
 
 class Native(Ops):
@@ -344,6 +355,10 @@ def _fake_forward(
     dropout: Tensor | None,
     renew_h: Tensor | None,
     renew_c: Tensor | None,
+    norm_ih: Tensor | None,
+    norm_hh: Tensor | None,
+    norm_c: Tensor | None,
+    norm_c_bias: Tensor | None,
     cell: int,
     reverse: bool,
     training: bool,
@@ -353,7 +368,11 @@ def _fake_forward(
     rate_c: float,
 ) -> tuple[Tensor, ...]:
     facts = facts_of(cell)
-    return empty_run(x, w_hh, w_hr, c0, facts.gates, facts.saved, training, cell_states)
+    run = empty_run(x, w_hh, w_hr, c0, facts.gates, facts.saved, training, cell_states)
+    hidden = w_hh.shape[0] // facts.gates
+    size = 2 * w_hh.shape[0] + (0 if norm_c is None else hidden) + 3
+    kept = x.shape[0] * x.shape[1] * size if training and norm_ih is not None else 0
+    return *run, x.new_empty(kept)
 
 
 def _fake_backward(
@@ -375,6 +394,11 @@ def _fake_backward(
     dropout: Tensor | None,
     renew_h: Tensor | None,
     renew_c: Tensor | None,
+    norm_ih: Tensor | None,
+    norm_hh: Tensor | None,
+    norm_c: Tensor | None,
+    norm_c_bias: Tensor | None,
+    kept: Tensor,
     cell: int,
     reverse: bool,
     rate_h: float,
@@ -389,8 +413,16 @@ def _fake_backward(
     facts = facts_of(cell)
     wanted = want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr
     found = empty_gradients(x, w_ih, w_hh, w_hr, saved, facts.states, wanted)
-    some = (facts.params, *saved.shape[2:]) if facts.params else (0,)
-    return *found[:6], x.new_empty(some), *found[6:]
+    rows = saved.shape[2:]
+    gates = 0 if norm_ih is None else w_hh.shape[0]
+    return (
+        *found[:6],
+        x.new_empty((facts.params, *rows) if facts.params else (0,)),
+        x.new_empty(gates),
+        x.new_empty(gates),
+        x.new_empty((0,) if norm_c is None else (2, *rows)),
+        *found[6:],
+    )
 
 
 def _fake_update(

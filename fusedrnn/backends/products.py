@@ -61,4 +61,6 @@ def gradients(
         db_hh = db_ih.clone() if run.dgx is run.dgh and db_ih is not None else rows_hh.sum(0)
     if wanted.w_hr and run.dh is not None:
         dw_hr = product(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))
-    return Gradients(dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dparams, run.dh0, run.dc0)
+    return Gradients(
+        dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dparams, *(None,) * 4, run.dh0, run.dc0
+    )

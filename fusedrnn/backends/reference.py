@@ -11,6 +11,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,15 +67,21 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     cell, x, weights, h0, c0, seq, reverse, cell_states, noise = call
     x = seq.without_padding(x)
     storage, compute = x.dtype, compute_dtype(x.dtype)
-    w_ih, w_hh, b_ih, b_hh, w_hr, params = (None if w is None else w.to(compute) for w in weights)
+    w_ih, w_hh, b_ih, b_hh, w_hr, params, *norms = (
+        None if w is None else w.to(compute) for w in weights
+    )
     assert w_ih is not None and w_hh is not None
     steps, planes = x.shape[0], (len(cell.gates), w_hh.shape[0] // len(cell.gates))
-    gx = F.linear(x.to(compute), w_ih, b_ih).unflatten(-1, planes)
+    gx = _gates(x.to(compute), w_ih, b_ih, norms[0]).unflatten(-1, planes)
     state = (h0.to(compute), *(() if c0 is None else c0.to(compute).unbind(0)))
     initial = (x.new_zeros((), dtype=compute),) * len(state)
     if seq.initial is not None:
         initial = tuple(s.to(storage).to(compute) for s in seq.initial)
     of_units = () if params is None else (params.unbind(0),)
+    inside: dict[str, Any] = {}
+    if norms[2] is not None:
+        inside["norm"] = partial(F.layer_norm, normalized_shape=planes[1:], weight=norms[2],
+                                 bias=norms[3], eps=NORM_EPSILON)  # fmt: skip
     states = [state] * steps
     y: list[Tensor] = [x] * steps
     c: list[Tensor] = [x] * steps
@@ -85,8 +93,8 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
         h = state[0]
         if noise.dropout is not None:
             h = (h * noise.dropout).to(storage).to(compute)
-        gh = F.linear(h, w_hh, b_hh).unflatten(-1, planes)
-        new = cell.step(gx[t], gh, state, *of_units)
+        gh = _gates(h, w_hh, b_hh, norms[1]).unflatten(-1, planes)
+        new = cell.step(gx[t], gh, state, *of_units, **inside)
         if w_hr is not None:
             new = (F.linear(new[0], w_hr), *new[1:])
         if noise.zoneout:
@@ -106,6 +114,17 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     if cell_states:
         out.append(torch.stack(c))
     return tuple(o.to(storage) for o in out)
+
+
+NORM_EPSILON = 1e-5
+
+
+def _gates(x: Tensor, w: Tensor, b: Tensor | None, gain: Tensor | None) -> Tensor:
+    """What reaches the gates of ``x``, which may be normalised before the bias."""
+    if gain is None:
+        return F.linear(x, w, b)
+    gates = F.layer_norm(F.linear(x, w), gain.shape, gain, eps=NORM_EPSILON)
+    return gates if b is None else gates + b
 
 
 def zoned(

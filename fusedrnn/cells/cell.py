@@ -11,6 +11,7 @@ from torch import Tensor
 
 Keep = Callable[..., tuple[Tensor, ...]]
 Step = Callable[..., tuple[Tensor, ...]]
+Norm = Callable[[Tensor], Tensor]
 
 _registered: dict[str, Cell] = {}
 
@@ -18,6 +19,12 @@ _registered: dict[str, Cell] = {}
 def keep(*saved: Tensor) -> tuple[Tensor, ...]:
     """Marks what a fused backend saves in a step; a check may read the saved planes instead."""
     return saved
+
+
+def no_norm(state: Tensor) -> Tensor:
+    """In place of what may normalise the second state on its way into h: of cells whose step has an
+    argument ``norm``, layer norm may make one of it."""
+    return state
 
 
 def _is_identifier(name: object) -> bool:

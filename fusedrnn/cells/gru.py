@@ -1,6 +1,8 @@
 """GRU (Cho et al. 2014) with the reset gate after the product, as torch.nn and cuDNN; gates r z n.
 
 ``r z = s(gx + gh)``; ``n = tanh(gx_n + r * gh_n)``; ``h = (1 - z) * n + z * h_prev``.
+With layer norm (Ba et al. 2016) ``gx = LN(W_ih x) + b_ih`` and ``gh = LN(W_hh h) + b_hh``, each
+over all gates' units together.
 """
 
 from __future__ import annotations

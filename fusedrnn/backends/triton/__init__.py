@@ -49,6 +49,8 @@ class Triton:
             return "enters zeros at resets"
         if request.proj_size:
             return "has no projection"
+        if request.layer_norm:
+            return "has no layer norm"
         if request.recurrent_dropout or request.zoneout:
             return f"has no {'zoneout' if request.zoneout else 'recurrent dropout'}"
         if request.cell_update and request.cell.params:
@@ -69,7 +71,7 @@ class Triton:
 
     def forward(self, call: Call, training: bool) -> Run:
         cell, x, weights, h0, c0, seq, reverse, cell_states, _ = call
-        w_ih, w_hh, b_ih, b_hh, _, params = weights
+        w_ih, w_hh, b_ih, b_hh, _, params, *_ = weights
         tensors = _contiguous(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq.masks)
         y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.triton_forward(
             *tensors, cell.key, reverse, training, cell_states
@@ -87,7 +89,7 @@ class Triton:
         )
         given = (*wanted[:5], wanted.params, True, c0 is not None)
         asked = [d if g else None for d, g in zip(found, given, strict=True)]
-        return Gradients._make((*asked[:5], None, *asked[5:]))
+        return Gradients._make((*asked[:5], None, asked[5], *(None,) * 4, *asked[6:]))
 
     def cell_update(
         self, cell: Cell, gates: Tensor, c: Tensor, params: Tensor | None

@@ -201,10 +201,14 @@ def _backward(
     dc0 = dc0 if len(facts.states) > 1 else x.new_empty(0)
     of_params = dparams.sum(1).to(x.dtype) if facts.params else None
     run = products.Recurrent(h_prev, m, dgx, dgh, None, dh0, dc0, of_params)
-    wanted = Wanted(want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, True, True)
+    wanted = Wanted(
+        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, *(False,) * 4, True, True
+    )
     weights = Weights(w_ih, w_hh, None, None)
     found = products.gradients(x, weights, run, wanted, products.product)
-    return tuple(x.new_empty(0) if d is None else d for d in (*found[:5], *found[6:]))
+    return tuple(
+        x.new_empty(0) if d is None else d for d in (*found[:5], found.params, found.h0, found.c0)
+    )
 
 
 BLOCK = 512  # elements of a program of update
