@@ -69,6 +69,7 @@ VARIANTS = (
     Variant("peephole", {"peephole": True}),
     Variant("coupled gates", {"coupled_gates": True}),
     Variant("coupled gates, peephole", {"coupled_gates": True, "peephole": True}),
+    Variant("layer norm", {"layer_norm": True}),
     Variant("recurrent dropout", {"recurrent_dropout": 0.25}),
     Variant("zoneout", {"zoneout": 0.1}),
     Variant("lengths 1..T", arguments=lambda shape: {"lengths": all_lengths(shape)}),
@@ -79,16 +80,21 @@ VARIANTS = (
 
 def eager(layer: fusedrnn.LSTM, x: Tensor) -> Tensor:
     """The layer as a loop of PyTorch's own operations; all that can be is done before the loop."""
-    w_ih, w_hh, b_ih, b_hh, *peepholes = layer.parameters()
+    w_ih, w_hh, b_ih, b_hh, *others = layer.parameters()
+    peepholes, norms = ([], others) if layer.layer_norm else (others, [])
     if peepholes:
         *p_i, p_f, p_o = peepholes[0].chunk(2 if layer.coupled_gates else 3)
     rates = Rates(layer.weight_dropout, layer.recurrent_dropout, layer.zoneout)
     _, (noise,) = regularised(rates, x, [Weights(w_ih, w_hh, b_ih, b_hh)], 2, True)
     h = c = x.new_zeros(x.shape[1], layer.hidden_size)
     y = []
-    for t, gx in enumerate(F.linear(x, w_ih, b_ih + b_hh)):
+    of_x = F.linear(x, w_ih, None if norms else b_ih + b_hh)
+    if norms:
+        of_x = F.layer_norm(of_x, norms[0].shape, norms[0], b_ih + b_hh)
+    for t, gx in enumerate(of_x):
         before = h, c
-        gates = gx + F.linear(h if noise.dropout is None else h * noise.dropout, w_hh)
+        of_h = F.linear(h if noise.dropout is None else h * noise.dropout, w_hh)
+        gates = gx + (F.layer_norm(of_h, norms[1].shape, norms[1]) if norms else of_h)
         if layer.coupled_gates:
             f, g, o = gates.chunk(3, -1)
             f = (f + p_f * c if peepholes else f).sigmoid()
@@ -98,7 +104,8 @@ def eager(layer: fusedrnn.LSTM, x: Tensor) -> Tensor:
             f = (f + p_f * c if peepholes else f).sigmoid()
             i = (i + p_i[0] * c if peepholes else i).sigmoid()
         c = f * c + i * g.tanh()
-        h = (o + p_o * c if peepholes else o).sigmoid() * c.tanh()
+        h = F.layer_norm(c, norms[2].shape, norms[2], norms[3]) if norms else c
+        h = (o + p_o * c if peepholes else o).sigmoid() * h.tanh()
         if noise.renew_h is not None and noise.renew_c is not None:
             h = torch.where(noise.renew_h[t].bool(), h, before[0])
             c = torch.where(noise.renew_c[t].bool(), c, before[1])

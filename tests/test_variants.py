@@ -1,4 +1,4 @@
-"""The LSTM's variants as modules: their equations, parameters, and all that plain layers can do."""
+"""Variants as modules: their equations, parameters, and all that plain layers can do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -17,6 +18,8 @@ VARIANTS = {
     "peephole": {"peephole": True},
     "coupled": {"coupled_gates": True},
     "coupled-peephole": {"peephole": True, "coupled_gates": True},
+    "layer-norm": {"layer_norm": True},
+    "all": {"layer_norm": True, "peephole": True, "coupled_gates": True},
 }
 variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=list(VARIANTS))
 backends = pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -31,6 +34,21 @@ def _needs_the_engine(request):
 
 def gates_of(variant):
     return "fgo" if "coupled_gates" in variant else "ifgo"
+
+
+def normed(weights, what, suffix, x):
+    """``x`` with layer norm, if the layer has it there."""
+    gain = weights.get(f"{what}{suffix}")
+    bias = weights.get(f"{what}_bias{suffix}")
+    return x if gain is None else F.layer_norm(x, x.shape, gain, bias)
+
+
+def shaken(module):
+    """With no gain at 1, nor any bias at 0."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return module
 
 
 def by_hand(module, x, suffix, state):
@@ -54,11 +72,15 @@ def by_hand(module, x, suffix, state):
     h, c = state
     out, cells = [], []
     for x_t in x:
-        pre = {k: w_ih[rows(k)] @ x_t + w_hh[rows(k)] @ h + bias[rows(k)] for k in gates}
+        of_x = normed(weights, "norm_ih", suffix, w_ih @ x_t)
+        of_h = normed(weights, "norm_hh", suffix, w_hh @ h)
+        pre = {k: of_x[rows(k)] + of_h[rows(k)] + bias[rows(k)] for k in gates}
         f = 1 / (1 + torch.exp(-(pre["f"] + seen("f", c))))
         i = 1 - f if "i" not in gates else 1 / (1 + torch.exp(-(pre["i"] + seen("i", c))))
         c = f * c + i * torch.tanh(pre["g"])
-        h = torch.tanh(c) / (1 + torch.exp(-(pre["o"] + seen("o", c))))
+        h = torch.tanh(normed(weights, "norm_c", suffix, c)) / (
+            1 + torch.exp(-(pre["o"] + seen("o", c)))
+        )
         if module.proj_size:
             h = weights[f"weight_hr{suffix}"] @ h
         out.append(h)
@@ -72,6 +94,7 @@ def by_hand(module, x, suffix, state):
 def test_equations(variant, proj, backend):
     """Outputs, cell states and every gradient, of one row at a time."""
     module = fusedrnn.LSTM(3, 5, proj_size=proj, dtype=torch.float64, backend=backend, **variant)
+    shaken(module)
     x = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
     hx = torch.randn(1, 2, proj or 5, dtype=x.dtype), torch.randn(1, 2, 5, dtype=x.dtype)
     y, (h_n, c_n), c = module(x, hx, return_cell_states=True)
@@ -127,9 +150,17 @@ def test_parameters(variant):
     gates, peepholes = len(gates_of(variant)), len(gates_of(variant)) - 1
     own = ["_l0", "_l0_reverse", "_l1", "_l1_reverse"] if "peephole" in variant else []
     own = [f"weight_peephole{suffix}" for suffix in own]
+    if "layer_norm" in variant:
+        ends = ("_l0", "_l0_reverse", "_l1", "_l1_reverse")
+        names = ("norm_ih", "norm_hh", "norm_c", "norm_c_bias")
+        own += [name + end for end in ends for name in names]
     assert list(module.state_dict()) == list(plain.state_dict()) + own
     assert [len(w) for w in module.all_weights] == [5] * 4
     for name, p in module.named_parameters():
+        if name.startswith("norm"):
+            assert p.shape == (5 if name.startswith("norm_c") else 5 * gates,)
+            assert (p == (0 if name.startswith("norm_c_bias") else 1)).all()
+            continue
         assert p.abs().max() <= 5**-0.5 and p.any()
         if name in own:
             assert p.shape == (peepholes * 5,)
@@ -159,7 +190,7 @@ def test_backends_agree(variant, feature, proj):
     """Two layers, two directions; the reference is checked by the other tests."""
     if not fusedrnn.backends.native.isas():
         pytest.skip("no native library")
-    module = fusedrnn.LSTM(3, 5, 2, bidirectional=True, proj_size=proj, **variant).double()
+    module = shaken(fusedrnn.LSTM(3, 5, 2, bidirectional=True, proj_size=proj, **variant)).double()
     x = torch.randn(6, 3, 3, dtype=torch.float64, requires_grad=True)
     found = []
     for backend in ("reference", "cpu"):
@@ -197,7 +228,7 @@ def test_lengths_are_what_packing_means(variant, backend):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 def test_cells(variant, bias):
     """A cell stepped by hand is the layer."""
-    cell = fusedrnn.LSTMCell(3, 5, bias=bias, **variant)
+    cell = shaken(fusedrnn.LSTMCell(3, 5, bias=bias, **variant))
     layer = fusedrnn.LSTM(3, 5, bias=bias, **variant)
     assert [f"{name}_l0" for name in cell.state_dict()] == list(layer.state_dict())
     layer.load_state_dict({f"{name}_l0": p for name, p in cell.state_dict().items()})
@@ -259,6 +290,85 @@ def test_second_derivatives(variant):
     assert torch.autograd.gradgradcheck(run, (x, *params.values()))
 
 
+def test_norm_of_numbers_with_an_offset():
+    """The variance of a row lies about its mean: an offset of all of W_ih x, beside which float32
+    keeps few digits, costs these digits and no more."""
+    if not fusedrnn.backends.native.isas():
+        pytest.skip("no native library")
+    layer = fusedrnn.LSTM(1, 40, bias=False, layer_norm=True)
+    x = torch.randn(5, 3, 1)
+    with torch.no_grad():
+        layer.weight_ih_l0.add_(1000.0)  # a common offset of x * 1000
+    with fusedrnn.backend("reference"):
+        expected, _ = layer.double()(x.double())
+    y, _ = layer.float()(x)
+    error = (y - expected).abs().max()
+    std = float(layer.weight_ih_l0.std())
+    # Less the square of the mean, squares would have an error of (1000 / std)^2 eps.
+    assert error < 4 * torch.finfo(torch.float32).eps * 1000 / std, error
+
+
+def gru_by_hand(module, x, h):
+    weights = dict(module.named_parameters())
+    w_ih, w_hh, b_ih, b_hh = (weights[f"{n}_l0"] for n in (
+        "weight_ih", "weight_hh", "bias_ih", "bias_hh"))  # fmt: skip
+    out = []
+    for x_t in x:
+        of_x = normed(weights, "norm_ih", "_l0", w_ih @ x_t) + b_ih
+        of_h = normed(weights, "norm_hh", "_l0", w_hh @ h) + b_hh
+        (xr, xz, xn), (hr, hz, hn) = of_x.chunk(3), of_h.chunk(3)
+        z = torch.sigmoid(xz + hz)
+        h = (1 - z) * torch.tanh(xn + torch.sigmoid(xr + hr) * hn) + z * h
+        out.append(h)
+    return torch.stack(out)
+
+
+@backends
+def test_layer_norm_of_a_gru(backend):
+    """Outputs and every gradient, of one row at a time; and its cell."""
+    module = fusedrnn.GRU(3, 5, layer_norm=True, dtype=torch.float64, backend=backend)
+    assert list(module.state_dict())[4:] == ["norm_ih_l0", "norm_hh_l0"]
+    shaken(module)
+    x = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    h = torch.randn(1, 2, 5, dtype=torch.float64)
+    y, h_n = module(x, h)
+    expected = torch.stack([gru_by_hand(module, x[:, b], h[0, b]) for b in range(2)], 1)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(h_n[0], expected[-1])
+    leaves, weigh = [x, *module.parameters()], torch.randn_like(y)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, leaves, weigh),
+        torch.autograd.grad(expected, leaves, weigh),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    cell = fusedrnn.GRUCell(3, 5, layer_norm=True, dtype=torch.float64, backend=backend)
+    assert [f"{name}_l0" for name in cell.state_dict()] == list(module.state_dict())
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in module.state_dict().items()})
+    torch.testing.assert_close(cell(x[0], h[0]), y[0])
+    params = list(module.parameters())
+    again, _ = fusedrnn.functional.gru(x, h, params, layer_norm=True, backend=backend)
+    assert torch.equal(again, y)
+    with pytest.raises(ValueError, match=r"GRU has layer_norm=True, which torch\.nn has not"):
+        fusedrnn.to_torch(module)
+    assert repr(cell) == f"GRUCell(3, 5, layer_norm=True, backend={backend!r})"
+
+
+@backends
+def test_layer_norm_of_what_is_all_the_same(backend):
+    """No variance: what is normalised is zero, and so are the gradients through it."""
+    layer = fusedrnn.LSTM(3, 4, layer_norm=True, backend=backend)
+    with torch.no_grad():
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            layer.get_parameter(name).fill_(0.5)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    y, _ = layer(x)
+    y.square().sum().backward()
+    for name, p in layer.named_parameters():
+        assert p.grad.isfinite().all(), name
+    assert y.isfinite().all() and x.grad.abs().max() < 1e-3
+
+
 def test_forget_gate_of_coupled_gates():
     for module in (
         fusedrnn.LSTM(3, 5, coupled_gates=True, forget_bias=2.0),
@@ -273,6 +383,10 @@ def test_errors_and_repr():
         fusedrnn.LSTM(3, 4, peephole=1)
     with pytest.raises(TypeError, match="coupled_gates should be of type bool, got: str"):
         fusedrnn.LSTMCell(3, 4, coupled_gates="yes")
+    with pytest.raises(TypeError, match="layer_norm should be of type bool, got: int"):
+        fusedrnn.GRU(3, 4, layer_norm=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'layer_norm'"):
+        fusedrnn.RNN(3, 4, layer_norm=True)
     with pytest.raises(TypeError, match="unexpected keyword argument 'peephole'"):
         fusedrnn.GRU(3, 4, peephole=True)
     module = fusedrnn.LSTM(3, 4, peephole=True, coupled_gates=True)
@@ -291,10 +405,12 @@ def test_errors_and_repr():
 
 @variants
 def test_not_for_torch(variant):
-    name = next(iter(variant))
+    name = "|".join(variant)
     for module in (fusedrnn.LSTM(3, 4, **variant), fusedrnn.LSTMCell(3, 4, **variant)):
         model = nn.Sequential(fusedrnn.GRU(3, 4), module)
-        with pytest.raises(ValueError, match=rf"1 \(LSTM.*\) has {name}=True, which torch.nn has"):
+        with pytest.raises(
+            ValueError, match=rf"1 \(LSTM.*\) has ({name})=True, which torch.nn has"
+        ):
             fusedrnn.to_torch(model)
         assert type(model[0]) is fusedrnn.GRU
     plain = nn.LSTM(3, 4)
