@@ -86,18 +86,16 @@ void set_norm(frnn::Norm<T, E>& norm, const NormTensors& norms, const frnn::Cell
 }
 
 // And what norms keep for backward.
-using ForwardResultWithNorms = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                          Tensor, Tensor>;
+using ForwardResultWithNorms =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-ForwardResultWithNorms recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
-                                 OptionalTensor b_hh, OptionalTensor w_hr, OptionalTensor params,
-                                 Tensor h0, OptionalTensor c0, OptionalTensor lengths,
-                                 OptionalTensor resets, OptionalTensor dropout,
-                                 OptionalTensor renew_h, OptionalTensor renew_c,
-                                 OptionalTensor norm_ih, OptionalTensor norm_hh,
-                                 OptionalTensor norm_c, OptionalTensor norm_c_bias,
-                                 int64_t cell_index, bool reverse, bool training, bool cell_states, bool bfloat16,
-                                 double rate_h, double rate_c) {
+ForwardResultWithNorms recurrence_forward(
+    Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
+    OptionalTensor w_hr, OptionalTensor params, Tensor h0, OptionalTensor c0,
+    OptionalTensor lengths, OptionalTensor resets, OptionalTensor dropout, OptionalTensor renew_h,
+    OptionalTensor renew_c, OptionalTensor norm_ih, OptionalTensor norm_hh, OptionalTensor norm_c,
+    OptionalTensor norm_c_bias, int64_t cell_index, bool reverse, bool training, bool cell_states,
+    bool bfloat16, double rate_h, double rate_c) {
   return dispatch("x", x, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::cpu::ForwardArgs<T> args{};
@@ -133,17 +131,14 @@ ForwardResultWithNorms recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, Op
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                                   Tensor, Tensor, Tensor, Tensor>;
 
-BackwardResult recurrence_backward(OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n,
-                                   OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh,
-                                   OptionalTensor w_hr, OptionalTensor params, Tensor h_prev,
-                                   Tensor c_prev, Tensor saved, Tensor m, OptionalTensor lengths,
-                                   OptionalTensor resets, OptionalTensor dropout,
-                                   OptionalTensor renew_h, OptionalTensor renew_c,
-                                   OptionalTensor norm_ih, OptionalTensor norm_hh,
-                                   OptionalTensor norm_c, OptionalTensor norm_c_bias, Tensor kept,
-                                   int64_t cell_index, bool reverse, double rate_h, double rate_c,
-                                   bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih,
-                                   bool want_b_hh, bool want_w_hr) {
+BackwardResult recurrence_backward(
+    OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
+    Tensor w_ih, Tensor w_hh, OptionalTensor w_hr, OptionalTensor params, Tensor h_prev,
+    Tensor c_prev, Tensor saved, Tensor m, OptionalTensor lengths, OptionalTensor resets,
+    OptionalTensor dropout, OptionalTensor renew_h, OptionalTensor renew_c, OptionalTensor norm_ih,
+    OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias, Tensor kept,
+    int64_t cell_index, bool reverse, double rate_h, double rate_c, bool want_x, bool want_w_ih,
+    bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) {
   return dispatch("h_prev", h_prev, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::cpu::BackwardArgs<T> args{};
@@ -265,10 +260,13 @@ Tensor mask(Tensor like, Tensor seed, int64_t threshold, double scale, int64_t p
   const auto fill = [&]<class T>() {
     const Tensor result = torch::stable::new_empty(like, like.sizes(), like.scalar_type());
     const int64_t key = *static_cast<const int64_t*>(seed.const_data_ptr());
-    const frnn::cpu::MaskArgs<T> args{
-        static_cast<T*>(result.mutable_data_ptr()), result.numel(), static_cast<uint64_t>(key),
-        static_cast<uint64_t>(threshold), static_cast<T>(scale), static_cast<uint32_t>(place),
-        static_cast<uint32_t>(kind)};
+    const frnn::cpu::MaskArgs<T> args{static_cast<T*>(result.mutable_data_ptr()),
+                                      result.numel(),
+                                      static_cast<uint64_t>(key),
+                                      static_cast<uint32_t>(threshold),
+                                      static_cast<T>(scale),
+                                      static_cast<uint32_t>(place),
+                                      static_cast<uint32_t>(kind)};
     frnn::cpu::mask(args, torch_pool());
     return result;
   };
@@ -293,7 +291,8 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "Tensor saved, Tensor m, Tensor? lengths, Tensor? resets, Tensor? dropout, "
       "Tensor? renew_h, Tensor? renew_c, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
       "Tensor? norm_c_bias, Tensor kept, int cell, bool reverse, float rate_h, float rate_c, "
-      "bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) -> "
+      "bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool "
+      "want_w_hr) -> "
       "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
       "Tensor dparams, Tensor dnorm_ih, Tensor dnorm_hh, Tensor dnorm_c, Tensor dh0, Tensor dc0)");
   library.def(

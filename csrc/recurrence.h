@@ -15,8 +15,8 @@ namespace frnn {
 struct CellFacts {
   const char* name;
   int gates, states, saved, params;
-  bool additive;  // gx and gh only meet as their sum, so that dgx == dgh
-  bool reads_h;   // h_prev reaches h around W_hh too; excludes a projection
+  bool additive;          // gx and gh only meet as their sum, so that dgx == dgh
+  bool reads_h;           // h_prev reaches h around W_hh too; excludes a projection
   bool normalises_state;  // the second state may be normalised on its way into h
 };
 
@@ -88,9 +88,9 @@ struct Noise {
 };
 
 // Layer norm (Ba et al. 2016), on the CPU alone: W_ih x and W_hh h, each over all G*H numbers of a
-// row and step, are shifted and scaled to a mean of 0 and a variance of 1 (their hat), and have gains
-// in place; so, with a bias too, has the second state on its way into h, over its H. E is S, const
-// in backward.
+// row and step, are shifted and scaled to a mean of 0 and a variance of 1 (their hat), and have
+// gains in place; so, with a bias too, has the second state on its way into h, over its H. E is S,
+// const in backward.
 template <class S, class E>
 struct Norm {
   const S* gain_ih;  // [G*H] in, or null: there is no norm
@@ -174,7 +174,7 @@ struct MaskArgs {
   T* mask;  // [count] out: element i is from word i % 4 of the counter (i / 4, place, kind)
   int64_t count;
   uint64_t seed;
-  uint64_t threshold;  // a word under it gives 0
+  uint32_t threshold;  // a word under it gives 0
   T scale;             // what others give
   uint32_t place, kind;
 };

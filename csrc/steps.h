@@ -4,8 +4,8 @@
 // timeline.h; the drivers of all devices share it and bring the products, the order and the
 // threads.
 //
-// kVariants: there may be noise, or norms, which come between parts of a step. Where it is false the
-// compiler leaves out what has to do with them.
+// kVariants: there may be noise, or norms, which come between parts of a step. Where it is false
+// the compiler leaves out what has to do with them.
 //
 // V is the value type the cell computes in, S the type of storage, A that of what must not be
 // rounded to S: cell states and running gradients.

@@ -31,9 +31,8 @@ def mask(like: Tensor, seed: Tensor, p: float, place: int, kind: int) -> Tensor:
         kind: one of the constants of this module.
     """
     like, dtype = like.new_empty(like.shape, dtype=compute_dtype(like.dtype)), like.dtype
-    threshold, scale = round(p * 2**32), 0.0 if p == 1 else 1 / (1 - p)
-    if dtype == torch.uint8:
-        scale = 1.0
+    threshold = min(round(p * 2**32), 2**32 - 1)
+    scale = 0.0 if p == 1 else 1.0 if dtype == torch.uint8 else 1 / (1 - p)
     if like.is_cpu and _has_native and not like.is_complex():
         out: Tensor = torch.ops.fusedrnn.mask(like, seed, threshold, scale, place, kind)
         return out.to(dtype)

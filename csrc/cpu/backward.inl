@@ -179,8 +179,7 @@ class Backward {
           const V dh = frnn::load<V>(dm + p.offset, p.n);
           const V hat = frnn::load<V>(a_.norm.hat_c + t * plane + p.offset, p.n);
           const V gain = frnn::load<V>(a_.norm.gain_c + p.unit, p.n);
-          const V tanh_c =
-              frnn::tanh(V(hat * gain + frnn::load<V>(a_.norm.bias_c + p.unit, p.n)));
+          const V tanh_c = frnn::tanh(V(hat * gain + frnn::load<V>(a_.norm.bias_c + p.unit, p.n)));
           const V d = dh * frnn::load<V>(o + p.offset, p.n) * (1.0f - tanh_c * tanh_c);
           outputs_.at(row, block)[0] = dh * tanh_c;
           outputs_.at(row, block)[1] = d * gain;
@@ -251,8 +250,8 @@ class Backward {
   void add_gains(const Slice& slice, int64_t s) const {
     const Chunk c = chunk(s);
     const int64_t first = c.time * a_.b, gates = kGates * a_.h;
-    const Rows rows = computed_.of({first, first + c.steps * a_.b},
-                                   names_ + slice.index * chunk_ * a_.b);
+    const Rows rows =
+        computed_.of({first, first + c.steps * a_.b}, names_ + slice.index * chunk_ * a_.b);
     const Range units = share(slice, gates);
     const StepGradients<T>& g = c.gradients;
     add_rows(g.dgx, gates, units, rows, a_.dgain_ih, a_.norm.hat_ih + first * gates);
@@ -282,7 +281,8 @@ class Backward {
         sums[0] += d;
         sums[1] += d * hat;
       });
-      const T mean = sum_of_lanes<T>(sums[0]) / T(gates), slope = sum_of_lanes<T>(sums[1]) / T(gates);
+      const T mean = sum_of_lanes<T>(sums[0]) / T(gates),
+              slope = sum_of_lanes<T>(sums[1]) / T(gates);
       const T scale = this->scale(0, first + i);
       each([&](int64_t j, int n, V d, V hat) {
         frnn::store(dgx + j, scale * (d - mean - hat * slope), n);
@@ -397,7 +397,8 @@ class Backward {
     if (a_.dx) multiply_dx(slice, g.dgx, all);
     const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
     const Range units = share(slice, gates);
-    const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih}, dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
+    const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih},
+        dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
     if (Cell::kAdditive && !normalises()) {
       outer.add(g.dgx, gates, units, rows, {dw_ih, dw_hh});
     } else {
@@ -433,7 +434,8 @@ class Backward {
                   share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
   }
 
-  // sum [columns] += the sum over rows of a [.., columns], or of a times b, for some of the columns.
+  // sum [columns] += the sum over rows of a [.., columns], or of a times b, for some of the
+  // columns.
   static void add_rows(const T* a, int64_t columns, Range some, const Rows& rows, T* sum,
                        const T* b = nullptr) {
     if (sum == nullptr) return;
@@ -454,15 +456,15 @@ class Backward {
   const frnn::Timeline<T> timeline_;
   const Computed computed_;
   const Steps steps_;
-  const Pairs<T> of_hh_, of_c_;  // of a step
-  const Pairs<T> outputs_;       // .. the gradients of the gate that h takes, and of c's hat
+  const Pairs<T> of_hh_, of_c_;      // of a step
+  const Pairs<T> outputs_;           // .. the gradients of the gate that h takes, and of c's hat
   const int64_t chunk_;              // steps of a chunk
   T* w_hh_ = nullptr;                // packed
   T* w_hr_ = nullptr;                // packed
   T* w_ih_ = nullptr;                // packed
   StepGradients<T> gradients_ = {};  // of two chunks, which take turns
-  T* products_ = nullptr;            // likewise the gradients of W_hh h: dgh, if it is not normalised
-  T* dm_ = nullptr;                  // of a step, the cell's h, where c is normalised before a projection
-  T* outer_ = nullptr;               // scratch of each slice
-  int* names_ = nullptr;             // of a chunk's computed rows, by each slice
+  T* products_ = nullptr;  // likewise the gradients of W_hh h: dgh, if it is not normalised
+  T* dm_ = nullptr;        // of a step, the cell's h, where c is normalised before a projection
+  T* outer_ = nullptr;     // scratch of each slice
+  int* names_ = nullptr;   // of a chunk's computed rows, by each slice
 };

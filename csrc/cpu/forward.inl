@@ -196,8 +196,8 @@ class Forward {
 
   bool normalises() const { return a_.norm.gain_hh != nullptr; }
 
-  // Keeps one over the standard deviation of row r of [T*B] for backward; which: 0, 1, 2 for W_ih x,
-  // W_hh h and c. Of all slices with that row the first one does it.
+  // Keeps one over the standard deviation of row r of [T*B] for backward; which: 0, 1, 2 for W_ih
+  // x, W_hh h and c. Of all slices with that row the first one does it.
   void keep_scale(const Slice& slice, int which, int64_t r, T scale) const {
     if (a_.norm.scale && slice.hidden.begin == 0) {
       a_.norm.scale[which * a_.t * a_.b + r] = scale;
@@ -467,11 +467,11 @@ class Forward {
   const bool once_hh_;
   const Pairs<T> of_ih_, of_hh_, of_c_;  // of a chunk's rows, and of a step's
   const Pairs<T> outputs_;               // of a step, what h takes of the gates, and c
-  T* w_ih_ = nullptr;  // packed
-  T* gx_ = nullptr;    // one chunk
-  T* products_ = nullptr;  // of a step, if they are normalised
-  T* w_hh_ = nullptr;  // packed
-  T* w_hr_ = nullptr;  // packed
-  T* rows_ = nullptr;  // tiles of rows, of each slice
+  T* w_ih_ = nullptr;                    // packed
+  T* gx_ = nullptr;                      // one chunk
+  T* products_ = nullptr;                // of a step, if they are normalised
+  T* w_hh_ = nullptr;                    // packed
+  T* w_hr_ = nullptr;                    // packed
+  T* rows_ = nullptr;                    // tiles of rows, of each slice
   int64_t rows_size_ = 0;
 };

@@ -3,23 +3,24 @@
 
 template <class T>
 class Mask {
-  static constexpr int kCounters = kVectorBytes / sizeof(uint32_t);  // at a time
-  // Vectors of counters from which on a thread more pays.
-  static constexpr int64_t kVectorsPerSlice = 256;
+  // At a time: several vectors, since each multiplication waits for the one before.
+  static constexpr int kCounters = 64;
+  // Groups of them from which on a thread more pays.
+  static constexpr int64_t kGroupsPerSlice = 64;
 
  public:
   static void run(const frnn::cpu::MaskArgs<T>& args, const frnn::cpu::Pool& pool) {
     struct Context {
       const frnn::cpu::MaskArgs<T>& a;
-      int64_t vectors;
+      int64_t groups;
       int slices;
     } context{args, (args.count + 4 * kCounters - 1) / (4 * kCounters), 1};
-    const int64_t most = 1 + context.vectors / kVectorsPerSlice;
+    const int64_t most = 1 + context.groups / kGroupsPerSlice;
     context.slices = static_cast<int>(min(most, pool.threads));
     const auto body = [](int64_t begin, int64_t end, void* pointer) {
       const Context& c = *static_cast<const Context*>(pointer);
-      const int64_t last = part(c.vectors, static_cast<int>(end - 1), c.slices).end;
-      for (int64_t i = part(c.vectors, static_cast<int>(begin), c.slices).begin; i < last; ++i) {
+      const int64_t last = part(c.groups, static_cast<int>(end - 1), c.slices).end;
+      for (int64_t i = part(c.groups, static_cast<int>(begin), c.slices).begin; i < last; ++i) {
         fill(c.a, i * kCounters);
       }
     };
@@ -42,11 +43,16 @@ class Mask {
       words.word[3][lane] = a.kind;
     }
     frnn::philox(words, a.seed);
-    T values[4 * kCounters];
-    for (int lane = 0; lane < kCounters; ++lane) {
-      for (int k = 0; k < 4; ++k) {
-        values[4 * lane + k] = words.word[k][lane] < a.threshold ? T(0) : a.scale;
+    const uint32_t threshold = a.threshold;
+    const T scale = a.scale;
+    T kept[4][kCounters], values[4 * kCounters];
+    for (int k = 0; k < 4; ++k) {
+      for (int lane = 0; lane < kCounters; ++lane) {
+        kept[k][lane] = words.word[k][lane] < threshold ? T(0) : scale;
       }
+    }
+    for (int lane = 0; lane < kCounters; ++lane) {
+      for (int k = 0; k < 4; ++k) values[4 * lane + k] = kept[k][lane];
     }
     const int64_t n = min(int64_t{4} * kCounters, a.count - 4 * first);
     __builtin_memcpy(a.mask + 4 * first, values, n * sizeof(T));

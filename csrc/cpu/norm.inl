@@ -37,7 +37,9 @@ class Pairs {
   Pairs(int64_t rows, int64_t units, Carver& carver)
       : units_(units), data_(reinterpret_cast<V*>(carver.take<T>(2 * size(rows)))) {}
 
-  V* at(int64_t row, int64_t block) const { return data_ + 2 * (row * blocks_of<T>(units_) + block); }
+  V* at(int64_t row, int64_t block) const {
+    return data_ + 2 * (row * blocks_of<T>(units_) + block);
+  }
 
   // For moments(): of n vectors, lane by lane, the mean and the sum of squares about it.
   void describe(int64_t row, int64_t block, const V* values, int n) const {

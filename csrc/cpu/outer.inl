@@ -12,7 +12,8 @@ struct OuterProduct {
   const T* b;
   int64_t n;
   T* c;  // null: not wanted
-  const T* scale = nullptr;  // [period, N], or null: what row r of b is multiplied by, at r % period
+  const T* scale =
+      nullptr;  // [period, N], or null: what row r of b is multiplied by, at r % period
   int64_t period = 1;
 };
 
