@@ -126,6 +126,24 @@ def test_other_cells(machine, algorithm, name, feature, arithmetic):
     machine.check(case)
 
 
+NOISES = {
+    "dropout": {"dropout": True},
+    "zoneout": {"zoneout": "training"},
+    "both": {"dropout": True, "zoneout": "training"},
+    "both-eval": {"dropout": True, "zoneout": "eval"},
+}
+WAYS = ({}, {"reverse": True}, {"lengths": True}, {"resets": True}, FEATURES["lengths-resets-reverse"])
+
+
+@pytest.mark.parametrize("noise", NOISES.values(), ids=list(NOISES))
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", "lstm_peephole"])
+@pytest.mark.parametrize("arithmetic, way", zip(ARITHMETICS, WAYS, strict=True), ids=ARITHMETICS)
+def test_noise(machine, algorithm, arithmetic, way, name, noise):
+    cell, dtype = CELLS[name], machine.choose(arithmetic)
+    c = len(cell.states) > 1
+    machine.check(Case(cell, 3, 17, 4, 20, dtype=dtype, cell_states=c, **noise, **way))
+
+
 def test_readme_s_cell(machine, tmp_path, monkeypatch):
     """Runs as it stands there, in fewer than 40 lines, and is right."""
     readme = Path(__file__).parents[1] / "README.md"

@@ -64,11 +64,12 @@ TENSOR = {
 }
 UNSPECIALISED = {"T", "B", "first", "last", "N"}
 # Arrays by the type of their elements: that of x, that of states.
+NOISE = ("dropout", "renew_h", "renew_c")
 STORED = (
-    "gx w_t w_hh b_hh parameters h0 resets y c dy dc h_prev saved dgx dgh "
+    "gx w_t w_hh b_hh parameters h0 resets renew_h renew_c y c dy dc h_prev saved dgx dgh "
     "gates dgates h_new c_new dh_new dc_new"
 ).split()
-COMPUTED = "states dstates c_prev dparameters".split()
+COMPUTED = "dropout states dstates c_prev dparameters".split()
 
 
 class Case(NamedTuple):
@@ -78,10 +79,12 @@ class Case(NamedTuple):
     hidden: int
     rows: int
     device: Device
+    noise: bool = False  # with dropout and zoneout
 
     def __str__(self) -> str:
         shape = "" if self.alone else f", {self.hidden} x {self.rows}"
-        return f"{self.kernel}<{self.cell}, {self.arithmetic}{shape}>"
+        noise = ", noise" if self.noise else ""
+        return f"{self.kernel}<{self.cell}, {self.arithmetic}{shape}{noise}>"
 
     @property
     def alone(self) -> bool:
@@ -131,9 +134,11 @@ def cases() -> list[Case]:
                 shapes.append((2048, 4096))
                 if arithmetic == "bf16":
                     shapes.append((100, 8))
+            both = ("forward", "backward")
             for shape in shapes:
-                both = ("forward", "backward")
                 found += [Case(k, cell, arithmetic, *shape, d) for k in both for d in DEVICES]
+            for shape in shapes if cell in ("lstm", "gru") else ():
+                found += [Case(k, cell, arithmetic, *shape, d, True) for k in both for d in DEVICES]
         if arithmetic != "tf32":  # which is of products
             both = ("update", "update_backward")
             found += [Case(k, "lstm", arithmetic, 1, 1, d) for k in both for d in DEVICES]
@@ -149,8 +154,10 @@ def source(case: Case) -> ASTSource:
     else:
         fixed = constants(
             cell, dtype, case.arithmetic == "tf32", case.hidden, False, case.kernel == "backward",
-            case.plan,
+            case.plan, case.noise,
         )  # fmt: skip
+        if not case.noise:
+            fixed |= dict.fromkeys(NOISE)
         if cell.additive:
             fixed["b_hh"] = None
         if not cell.params:
@@ -159,7 +166,10 @@ def source(case: Case) -> ASTSource:
             fixed["counters"] = None
         if case.plan.algorithm != "step" or case.cell != "lstm":
             fixed |= {"c": None, "dc": None}
+        if len(cell.states) == 1:
+            fixed["renew_c"] = None
     types = {"lengths": "*i64", "counters": "*i32", "H": "i32"}
+    types |= {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
     types |= dict.fromkeys(UNSPECIALISED, "i32")
     storage = {2: case.arithmetic, 4: "fp32", 8: "fp64"}[dtype.itemsize]
     types |= dict.fromkeys(STORED, f"*{storage}")
