@@ -5,9 +5,9 @@
 It needs no GPU. The baseline has a row for each kernel<cell, arithmetic, hidden size x rows> and a
 column for each GPU: registers / bytes spilled, as ptxas tells them / bytes of shared memory. It
 belongs to the version of Triton in its first line; --write makes it anew. Whatever it says,
-"sequence" may spill only in float32 and float64, shared memory must suffice, products must be on
-the tensor cores that their arithmetic is for, and the numbers of steps and rows must not be
-compiled in.
+"sequence" may spill only in float32 and float64, or up to 16 bytes with noise, shared memory must
+suffice, products must be on the tensor cores that their arithmetic is for, and the numbers of steps
+and rows must not be compiled in.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ def cases() -> list[Case]:
             both = ("forward", "backward")
             for shape in shapes:
                 found += [Case(k, cell, arithmetic, *shape, d) for k in both for d in DEVICES]
-            for shape in shapes if cell in ("lstm", "gru") else ():
+            with_noise = cell in ("lstm", "gru") and arithmetic in ("bf16", "tf32", "fp64")
+            for shape in shapes[:2] if with_noise else ():
                 found += [Case(k, cell, arithmetic, *shape, d, True) for k in both for d in DEVICES]
         if arithmetic != "tf32":  # which is of products
             both = ("update", "update_backward")
@@ -239,7 +240,7 @@ def violations(case: Case, made: Compiled | str) -> list[str]:
     errors = []
     on_chip = case.alone or case.plan.algorithm == "sequence"
     on_chip = on_chip and case.arithmetic in ("bf16", "fp16", "tf32")
-    if made.spilled and on_chip:
+    if on_chip and made.spilled > (16 if case.noise else 0):
         errors.append(f"{what} spills: {made}")
     if made.shared > case.device.shared_memory:
         errors.append(f"{what} has more shared memory than {case.device.shared_memory}: {made}")

@@ -151,7 +151,7 @@ def cuts(resets, t, T, B, tile, REVERSE: tl.constexpr):
 
 @triton.jit
 def share(renew, rate, o, mask, DTYPE: tl.constexpr):
-    """What zoneout leaves of a new value; the rest is the old one's."""
+    """Of the new value in a state, the rest being of the old one."""
     if renew is None:
         out = tl.cast(rate, DTYPE)
     else:
@@ -160,10 +160,8 @@ def share(renew, rate, o, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def shares(
-    renew_h, renew_c, rate_h, rate_c, o, mask, S: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
-    """Of the states that have zones: h and, if there is one, c."""
+def shares(renew_h, renew_c, rate_h, rate_c, o, mask, S: tl.constexpr, DTYPE: tl.constexpr):
+    """Of the states that have zones, h and c."""
     out = (share(renew_h, rate_h, o, mask, DTYPE),)
     if S > 1:
         out += (share(renew_c, rate_c, o, mask, DTYPE),)
@@ -237,8 +235,7 @@ def forward(
         for g in tl.static_range(G):
             weights += (load_weights(w_t + g * H, tile.o_h, tile.units, tile, G * H, PRECISION),)
         if dropout is not None:
-            p_dropout = dropout + tile.row * H + tile.plane
-            (factor,) = load_planes(p_dropout, 0, tile.mask, 1, COMPUTE)
+            factor = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
 
     for s in range(first, last):
         t = T - 1 - s if REVERSE else s
@@ -278,8 +275,8 @@ def forward(
                 h = tl.where(from_h0[:, None], first_h, h)
                 if dropout is not None:
                     p_dropout = dropout + tile.row * H + tile.o_b[:, None] * H + o_k[None, :]
-                    in_rows = tile.rows[:, None] & in_k[None, :]
-                    (factor,) = load_planes(p_dropout, 0, in_rows, 1, COMPUTE)
+                    k_rows = tile.rows[:, None] & in_k[None, :]
+                    factor = tl.load(p_dropout, mask=k_rows, other=0)
                     h = (h.to(COMPUTE) * factor).to(storage)
                 h = operand(h, PRECISION)
                 sums = ()
@@ -332,8 +329,7 @@ def of_next(
         w = load_weights(w_hh, o_k, in_k, tile, H, PRECISION)
         sum = add_product(sum, operand(d, PRECISION), w, PRECISION)
     if dropout is not None:
-        p_dropout = dropout + tile.row * H + tile.plane
-        (factor,) = load_planes(p_dropout, 0, tile.mask, 1, dh.dtype)
+        factor = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
         sum = dh + sum * factor
     return sum
 
@@ -392,9 +388,6 @@ def backward(
         weights = ()
         for g in tl.static_range(G):
             weights += (load_weights(w_hh + g * H * H, tile.o_h, tile.units, tile, H, PRECISION),)
-        if dropout is not None:
-            p_dropout = dropout + tile.row * H + tile.plane
-            (factor,) = load_planes(p_dropout, 0, tile.mask, 1, COMPUTE)
 
     for s in range(first, last):
         t = s if REVERSE else T - 1 - s
@@ -446,6 +439,7 @@ def backward(
                 d = operand(d_h[g].to(storage), PRECISION)
                 dh = add_product(dh, d, weights[g], PRECISION)
             if dropout is not None:
+                factor = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
                 dh = before[0] + dh * factor
             before = (dh,) + before[1:]
         dstate = select(active, before, dstate, S)
