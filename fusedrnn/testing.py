@@ -371,12 +371,13 @@ def rounding_of_products(inputs: Inputs, stored: dict[str, Tensor]) -> dict[str,
     def rows(name: str) -> Tensor:
         return stored[name].flatten(0, 1)
 
-    x, (w_ih, *_) = inputs.x, inputs.weights
+    x, (w_ih, *_), dropout = inputs.x, inputs.weights, inputs.noise.dropout
+    h = stored["h_prev"] if dropout is None else stored["h_prev"] * dropout
     bounds = {
         "gx": both(x, w_ih.t()),
         "dx": both(stored["dgx"], w_ih),
         "dw_ih": both(rows("dgx").t(), x.flatten(0, 1)),
-        "dw_hh": both(rows("dgh").t(), rows("h_prev")),
+        "dw_hh": both(rows("dgh").t(), h.flatten(0, 1)),
     }
     if "dh" in stored:
         bounds["dw_hr"] = both(rows("dh").t(), rows("m"))
@@ -394,14 +395,14 @@ def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
 
     def forward(*args: Any) -> Run:
         run = forward_itself(*args)
-        _, c_prev, saved, *_ = run.reserve
+        stored["h_prev"], c_prev, saved, *_ = run.reserve
         stored.update({f"c_prev {j}": t for j, t in enumerate(c_prev)})
         stored.update({f"saved {r}": t for r, t in enumerate(saved)})
         return run
 
     def gradients(*args: Any) -> Gradients:
         recurrent: products.Recurrent = args[2]
-        for name in ("h_prev", "dgx", "dgh", *(("m", "dh") if case.P else ())):
+        for name in ("dgx", "dgh", *(("m", "dh") if case.P else ())):
             stored[name] = getattr(recurrent, name)
         return gradients_themselves(*args)
 

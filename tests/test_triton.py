@@ -126,6 +126,29 @@ def test_other_cells(machine, algorithm, name, feature, arithmetic):
     machine.check(case)
 
 
+NOISES = {
+    "dropout": {"dropout": True},
+    "both": {"dropout": True, "zoneout": "training"},
+    "zoneout-eval": {"zoneout": "eval"},
+}
+WAYS = (
+    {},
+    {"reverse": True},
+    {"lengths": True},
+    {"resets": True},
+    FEATURES["lengths-resets-reverse"],
+)
+
+
+@pytest.mark.parametrize("noise", NOISES.values(), ids=list(NOISES))
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", "lstm_peephole"])
+@pytest.mark.parametrize("arithmetic, way", [*zip(ARITHMETICS, WAYS, strict=True)], ids=ARITHMETICS)
+def test_noise(machine, algorithm, arithmetic, way, name, noise):
+    cell, dtype = CELLS[name], machine.choose(arithmetic)
+    c = len(cell.states) > 1
+    machine.check(Case(cell, 3, 17, 4, 20, dtype=dtype, cell_states=c, **noise, **way))
+
+
 def test_readme_s_cell(machine, tmp_path, monkeypatch):
     """Runs as it stands there, in fewer than 40 lines, and is right."""
     readme = Path(__file__).parents[1] / "README.md"
@@ -206,9 +229,10 @@ def test_waiting_in_vain_is_found(machine, monkeypatch):
 
 
 ARRAYS = {
-    "forward": "gx w_t b_hh parameters h0 lengths resets y c h_prev c_prev saved states counters",
-    "backward": "dy dc w_hh parameters lengths resets h_prev c_prev saved dgx dgh dstates "
-    "dparameters counters",
+    "forward": "gx w_t b_hh parameters h0 lengths resets dropout renew_h renew_c y c h_prev c_prev "
+    "saved states counters",
+    "backward": "dy dc w_hh parameters lengths resets dropout renew_h renew_c h_prev c_prev saved "
+    "dgx dgh dstates dparameters counters",
 }
 
 
@@ -223,6 +247,8 @@ def test_bounds_of_arrays(machine, algorithm, call, name):
     case = Case(cell, 3, 19, 4, 40, lengths=True, cell_states=cell is not GRU)
     if name == "resets":  # which hides h0
         case = replace(case, resets=True, reverse=True)
+    if name in ("dropout", "renew_h", "renew_c"):
+        case = replace(case, dropout=True, zoneout="training")
     with pytest.raises(AssertionError, match="beyond all arrays"):
         run_case(case, make_inputs(case), machine.backend)
 
@@ -302,12 +328,16 @@ def test_beside_torch_nn(machine, kind):
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_ops(machine, cell):
     """Their schemas and their shapes while traced."""
-    case = Case(cell, 3, 4, 5, 6, lengths=True, resets=True, cell_states=cell is LSTM)
+    case = Case(
+        cell, 3, 4, 5, 6, lengths=True, resets=True, cell_states=cell is LSTM, dropout=True,
+        zoneout="training",
+    )  # fmt: skip
     inputs = make_inputs(case)
+    masks = *inputs.seq.masks, *inputs.noise.masks
     w_ih, w_hh, b_ih, b_hh, _, params = inputs.weights
     args = (
-        inputs.x, w_ih, w_hh, b_ih, b_hh, params, inputs.h0, inputs.c0, *inputs.seq.masks, cell.key,
-        True, True, cell is LSTM,
+        inputs.x, w_ih, w_hh, b_ih, b_hh, params, inputs.h0, inputs.c0, *masks, cell.key, True,
+        True, cell is LSTM, *inputs.noise.rates,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor")
     forward = torch.ops.fusedrnn.triton_forward
@@ -315,8 +345,8 @@ def test_ops(machine, cell):
     y, h_n, c_n, c, *reserve = forward(*args)
     others = (c_n, c) if cell is LSTM else (None, None)
     args = (
-        y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, params, *reserve, *inputs.seq.masks,
-        cell.key, True, True, True, True, True, False,
+        y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, params, *reserve, *masks, cell.key,
+        True, *inputs.noise.rates, True, True, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedrnn.triton_backward, args, test_utils=tests)
 

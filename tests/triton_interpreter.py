@@ -55,6 +55,13 @@ def only_wide(operation: Callable[..., TensorHandle]) -> Callable[..., TensorHan
     return run
 
 
+def passed(given: Any) -> Any:
+    """An argument as a kernel finds it, where all its numbers with a point are of 64 bits."""
+    if isinstance(given, float):
+        return tl.tensor(TensorHandle(np.array([given]), tl.float64), tl.float64)
+    return interpreter._implicit_cvt(given)
+
+
 class Launch:
     """One launch: its arrays, and its programs as threads of which one runs at a time.
 
@@ -205,8 +212,7 @@ class Interpreter:
         kernel = function.rewrite()
         constants = interpreter.GridExecutor(kernel, function.arg_names, grid).constexprs
         arguments = {
-            name: given[name] if name in constants else interpreter._implicit_cvt(given[name])
-            for name in names
+            name: given[name] if name in constants else passed(given[name]) for name in names
         }
         arrays = {n: t for n, t in given.items() if isinstance(t, torch.Tensor)}
         if self.short[0] == function.fn.__name__:

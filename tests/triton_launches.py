@@ -7,6 +7,7 @@ Triton's own launcher specialises and compiles; the interpreter and triton_gate.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
@@ -24,6 +25,7 @@ from fusedrnn.backends import triton as backend
 from fusedrnn.backends.native import Device
 from fusedrnn.backends.triton import kernels, update
 from fusedrnn.cells import CELLS
+from fusedrnn.testing import Case, make_inputs, run_case
 
 GPU = Device(132, 90, 232448)
 DEVICES = {"sequence": GPU, "grid": GPU._replace(shared_memory=0), "step": Device(0, 90, 0)}
@@ -87,6 +89,19 @@ def compiled() -> int:
     return sum(len(kernel.device_caches[0][0]) for kernel in every)
 
 
+def check_noise(cell: fusedrnn.Cell, hidden: int, dtype: torch.dtype, zoneout: str) -> None:
+    """One kernel of each for all rates."""
+    case = Case(cell, 3, 19, 4, hidden, dtype=dtype, dropout=True, zoneout=zoneout)
+    inputs = make_inputs(case)
+    run_case(case, inputs, backends.by_name("triton"))
+    before = compiled()
+    noise = inputs.noise
+    if zoneout == "eval":
+        noise = noise._replace(rate_h=0.9, rate_c=0.3)
+    run_case(case, replace(inputs, noise=noise), backends.by_name("triton"))
+    assert compiled() == before, f"{cell.name} is compiled anew for other rates"
+
+
 def check_cell(driver: Driver, cell: fusedrnn.Cell, algorithm: str, dtype: torch.dtype) -> None:
     """All arguments there are, and none that need not be; then other T and B."""
     x = torch.randn(3, 19, 4, dtype=dtype, requires_grad=True)
@@ -134,6 +149,10 @@ def main() -> None:
             check_cell(driver, cell, algorithm, torch.bfloat16)
         check_cell(driver, CELLS["lstm"], algorithm, torch.float32)
         check_cell(driver, CELLS["gru"], algorithm, torch.float64)
+        for zoneout in ("training", "eval"):
+            check_noise(CELLS["lstm"], 40, torch.bfloat16, zoneout)
+            check_noise(CELLS["gru"], 24, torch.float64, zoneout)
+        driver.launched.clear()
     for dtype in (torch.bfloat16, torch.float64):
         check_update(driver, dtype)
     print(f"{compiled()} kernels launched, none for a number of steps or rows")

@@ -51,8 +51,6 @@ class Triton:
             return "has no projection"
         if request.layer_norm:
             return "has no layer norm"
-        if request.recurrent_dropout or request.zoneout:
-            return f"has no {'zoneout' if request.zoneout else 'recurrent dropout'}"
         if request.cell_update and request.cell.params:
             return f"has no cell update of the cell {request.cell.name}"
         return None
@@ -70,23 +68,24 @@ class Triton:
         return f"{arithmetic}, forward {forward}, backward {backward}"
 
     def forward(self, call: Call, training: bool) -> Run:
-        cell, x, weights, h0, c0, seq, reverse, cell_states, _ = call
+        cell, x, weights, h0, c0, seq, reverse, cell_states, noise = call
         w_ih, w_hh, b_ih, b_hh, _, params, *_ = weights
-        tensors = _contiguous(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq.masks)
+        tensors = (x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq.masks, *noise.masks)
         y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.triton_forward(
-            *tensors, cell.key, reverse, training, cell_states
+            *_contiguous(*tensors), cell.key, reverse, training, cell_states, *noise.rates
         )
         return Run(y, h_n, c_n, c, tuple(reserve))
 
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
-        cell, x, weights, _, c0, seq, reverse, _, _ = call
+        cell, x, weights, _, c0, seq, reverse, _, noise = call
         dy, dh_n, dc_n, dc = upstream
         tensors = (dy, dc, dh_n, dc_n, x, weights.w_ih, weights.w_hh, weights.params)
         found = torch.ops.fusedrnn.triton_backward(
-            *_contiguous(*tensors, *reserve, *seq.masks), cell.key, reverse, *wanted[:5]
-        )
+            *_contiguous(*tensors, *reserve, *seq.masks, *noise.masks), cell.key, reverse,
+            *noise.rates, *wanted[:5],
+        )  # fmt: skip
         given = (*wanted[:5], wanted.params, True, c0 is not None)
         asked = [d if g else None for d, g in zip(found, given, strict=True)]
         return Gradients._make((*asked[:5], None, asked[5], *(None,) * 4, *asked[6:]))

@@ -150,6 +150,25 @@ def cuts(resets, t, T, B, tile, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def share(renew, rate, o, mask, DTYPE: tl.constexpr):
+    """Of the new value in a state, the rest being of the old one."""
+    if renew is None:
+        out = tl.cast(rate, DTYPE)
+    else:
+        out = tl.load(renew + o, mask=mask, other=0).to(DTYPE)
+    return out
+
+
+@triton.jit
+def shares(renew_h, renew_c, rate_h, rate_c, o, mask, S: tl.constexpr, DTYPE: tl.constexpr):
+    """Of the states that have zones, h and c."""
+    out = (share(renew_h, rate_h, o, mask, DTYPE),)
+    if S > 1:
+        out += (share(renew_c, rate_c, o, mask, DTYPE),)
+    return out
+
+
+@triton.jit
 def arrive(p_counter):
     """What the program stored before is there for those that have waited."""
     tl.debug_barrier()
@@ -172,6 +191,9 @@ def forward(
     h0,  # [B,H]
     lengths,  # [B] or None
     resets,  # [T,B] or None
+    dropout,  # [B,H] of type COMPUTE, by which h is multiplied on its way into W_hh, or None
+    renew_h,  # [T,B,H] 0 where h keeps the value it had before the step, else 1, or None: rate_h
+    renew_c,  # the same of c
     y,  # [T,B,H]
     c,  # [T,B,H] the last state of each step, or None
     h_prev,  # [T,B,H] what entered each step, None in inference as the next two
@@ -179,6 +201,8 @@ def forward(
     saved,  # [R,T,B,H]
     states,  # [S,B,H] of type COMPUTE, the ones before step first, then those after the last
     counters,  # [rows of programs] 0, where programs meet
+    rate_h: tl.float64,  # the share of the new value in h
+    rate_c: tl.float64,
     T,
     B,
     first,
@@ -196,6 +220,7 @@ def forward(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MEETS: tl.constexpr,
+    ZONEOUT: tl.constexpr,
 ):
     N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     storage: tl.constexpr = y.dtype.element_ty
@@ -209,6 +234,8 @@ def forward(
         weights = ()
         for g in tl.static_range(G):
             weights += (load_weights(w_t + g * H, tile.o_h, tile.units, tile, G * H, PRECISION),)
+        if dropout is not None:
+            factor = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
 
     for s in range(first, last):
         t = T - 1 - s if REVERSE else s
@@ -222,7 +249,10 @@ def forward(
 
         gh = zeros(G, BLOCK_B, BLOCK_H, COMPUTE)
         if N_H == 1:
-            h = operand(state[0].to(storage), PRECISION)
+            h = state[0]
+            if dropout is not None:
+                h *= factor
+            h = operand(h.to(storage), PRECISION)
             sums = ()
             for g in tl.static_range(G):
                 sums += (add_product(gh[g], h, weights[g], PRECISION),)
@@ -242,7 +272,13 @@ def forward(
                 k_y, k_h0 = from_y[:, None] & in_k[None, :], from_h0[:, None] & in_k[None, :]
                 h = tl.load(p_y[:, None] + o_k[None, :], mask=k_y, other=0)
                 first_h = tl.load(p_h0[:, None] + o_k[None, :], mask=k_h0, other=0)
-                h = operand(tl.where(from_h0[:, None], first_h, h), PRECISION)
+                h = tl.where(from_h0[:, None], first_h, h)
+                if dropout is not None:
+                    p_dropout = dropout + tile.row * H + tile.o_b[:, None] * H + o_k[None, :]
+                    k_rows = tile.rows[:, None] & in_k[None, :]
+                    factor = tl.load(p_dropout, mask=k_rows, other=0)
+                    h = (h.to(COMPUTE) * factor).to(storage)
+                h = operand(h, PRECISION)
                 sums = ()
                 for g in tl.static_range(G):
                     w = load_weights(w_t + g * H, o_k, in_k, tile, G * H, PRECISION)
@@ -255,6 +291,12 @@ def forward(
             new, kept = CELL(x, gh, state, of_units)
         else:
             new, kept = CELL(x, gh, state)
+        if ZONEOUT:
+            of_new = shares(renew_h, renew_c, rate_h, rate_c, p + tile.plane, on, S, COMPUTE)
+            zoned = ()
+            for n in tl.static_range(min(S, 2)):
+                zoned += (of_new[n] * new[n] + (1 - of_new[n]) * state[n],)
+            new = zoned + new[2:]
         new = (new[0].to(storage).to(COMPUTE),) + new[1:]
         store_planes(y + p + tile.plane, 0, new, active, tile.mask, 1)
         if MEETS:
@@ -272,20 +314,24 @@ def forward(
 
 @triton.jit
 def of_next(
-    dh, dgh, w_hh, resets, t, T, B, tile, G: tl.constexpr, H: tl.constexpr,
+    dh, dgh, w_hh, resets, dropout, t, T, B, tile, G: tl.constexpr, H: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``dh`` of what leaves step t, with what the gates of the step after it add."""
     after = t - 1 if REVERSE else t + 1
     on = tile.rows & (cuts(resets, after, T, B, tile, REVERSE) == 0)
     p_d = dgh + (tl.cast(after, tl.int64) * B + tile.row) * (G * H) + tile.o_b * (G * H)
+    sum = dh if dropout is None else tl.zeros_like(dh)
     for k in range(0, G * H, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         in_k = o_k < G * H
         d = tl.load(p_d[:, None] + o_k[None, :], mask=on[:, None] & in_k[None, :], other=0)
         w = load_weights(w_hh, o_k, in_k, tile, H, PRECISION)
-        dh = add_product(dh, operand(d, PRECISION), w, PRECISION)
-    return dh
+        sum = add_product(sum, operand(d, PRECISION), w, PRECISION)
+    if dropout is not None:
+        factor = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
+        sum = dh + sum * factor
+    return sum
 
 
 @specialised
@@ -296,6 +342,9 @@ def backward(
     parameters,  # [K,H] or None
     lengths,  # [B] or None
     resets,  # [T,B] or None
+    dropout,  # as in forward, and the next two
+    renew_h,
+    renew_c,
     h_prev,  # [T,B,H]
     c_prev,  # [S-1,T,B,H] of type COMPUTE
     saved,  # [R,T,B,H]
@@ -304,6 +353,8 @@ def backward(
     dstates,  # [S,B,H] of type COMPUTE: the gradients of what left step first, then of the rest
     dparameters,  # [K,B,H] of type COMPUTE, to which those of each row are added
     counters,  # [rows of programs] 0, where programs meet
+    rate_h: tl.float64,
+    rate_c: tl.float64,
     T,
     B,
     first,  # of the steps from the last one on
@@ -321,6 +372,7 @@ def backward(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MEETS: tl.constexpr,
+    ZONEOUT: tl.constexpr,
     ADDITIVE: tl.constexpr,
 ):
     N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -356,26 +408,39 @@ def backward(
                 if MEETS:
                     wait(counters + i_b, N_H * s)
                 dh = of_next(
-                    dstate[0], dgh, w_hh, resets, t, T, B, tile, G, H, REVERSE, PRECISION, BLOCK_K
-                )
+                    dstate[0], dgh, w_hh, resets, dropout, t, T, B, tile, G, H, REVERSE, PRECISION,
+                    BLOCK_K,
+                )  # fmt: skip
                 dstate = (dh,) + dstate[1:]
         dnew = add(dnew, dstate, S)
+        if ZONEOUT:
+            of_new = shares(renew_h, renew_c, rate_h, rate_c, p + tile.plane, on, S, COMPUTE)
+            of_cell, past_cell = (), ()
+            for n in tl.static_range(min(S, 2)):
+                of_cell += (of_new[n] * dnew[n],)
+                past_cell += ((1 - of_new[n]) * dnew[n],)
+            dnew = of_cell + dnew[2:]
 
         if K > 0:
             d_x, d_h, before, d_units = CELL(state, kept, dnew, of_units)
             sums = add(sums, select(active, d_units, zeros(K, BLOCK_B, BLOCK_H, COMPUTE), K), K)
         else:
             d_x, d_h, before = CELL(state, kept, dnew)
+        if ZONEOUT:
+            before = add(before, past_cell, min(S, 2)) + before[2:]
         store_planes(dgh + p * G + tile.gates, H, d_h, active, tile.mask, G)
         if MEETS:
             arrive(counters + i_b)
         if not ADDITIVE:
             store_planes(dgx + p * G + tile.gates, H, d_x, active, tile.mask, G)
         if N_H == 1:
-            dh = before[0]
+            dh = before[0] if dropout is None else tl.zeros_like(before[0])
             for g in tl.static_range(G):
                 d = operand(d_h[g].to(storage), PRECISION)
                 dh = add_product(dh, d, weights[g], PRECISION)
+            if dropout is not None:
+                factor = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
+                dh = before[0] + dh * factor
             before = (dh,) + before[1:]
         dstate = select(active, before, dstate, S)
         anew = cuts(resets, t, T, B, tile, REVERSE)
@@ -387,8 +452,9 @@ def backward(
                 wait(counters + i_b, N_H * T)
             t = T if REVERSE else -1
             dh = of_next(
-                dstate[0], dgh, w_hh, resets, t, T, B, tile, G, H, REVERSE, PRECISION, BLOCK_K
-            )
+                dstate[0], dgh, w_hh, resets, dropout, t, T, B, tile, G, H, REVERSE, PRECISION,
+                BLOCK_K,
+            )  # fmt: skip
             dstate = (dh,) + dstate[1:]
     store_planes(dstates + tile.row * H + tile.plane, step, dstate, tile.rows, tile.mask, S)
     store_planes(dparameters + tile.row * H + tile.plane, step, sums, tile.rows, tile.mask, K)

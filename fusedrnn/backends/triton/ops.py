@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends import cuda, products
-from fusedrnn.backends.backend import Wanted, Weights
+from fusedrnn.backends.backend import Noise, Wanted, Weights
 from fusedrnn.backends.native import empty_gradients, empty_run
 from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.backends.triton.plans import Plan, plan
@@ -49,6 +49,7 @@ def constants(
     reverse: bool,
     backward: bool,
     how: Plan,
+    zoneout: bool = False,
 ) -> dict[str, Any]:
     """What a kernel is compiled for, beside the types of its arguments."""
     return {
@@ -65,6 +66,7 @@ def constants(
         "BLOCK_H": how.block_h,
         "BLOCK_K": how.block_k,
         "MEETS": how.algorithm == "grid",
+        "ZONEOUT": zoneout,
         **({"ADDITIVE": cell.additive} if backward else {}),
     }
 
@@ -75,7 +77,13 @@ def _current(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _launch(
-    x: Tensor, cell: Cell, hidden: int, reverse: bool, backward: bool, arguments: dict[str, Any]
+    x: Tensor,
+    cell: Cell,
+    hidden: int,
+    noise: Noise,
+    reverse: bool,
+    backward: bool,
+    arguments: dict[str, Any],
 ) -> None:
     """Runs all steps of ``x [T,B,..]`` on the current stream of its device."""
     steps, rows = x.shape[:2]
@@ -84,7 +92,9 @@ def _launch(
     how = plan(cell, x.dtype, hidden, rows, backward, cuda.device(x.device.index))
     along_rows, along_units = how.programs(rows, hidden)
     tf32 = cuda.uses_tf32(x.dtype, cuda.precision())
-    arguments |= constants(cell, x.dtype, tf32, hidden, reverse, backward, how)
+    arguments |= constants(cell, x.dtype, tf32, hidden, reverse, backward, how, noise.zoneout)
+    arguments |= noise._asdict()
+    arguments |= {name: _flags(arguments[name], x.dtype) for name in FLAGS}
     arguments |= {"T": steps, "B": rows, "counters": None, **how.options}
     spans = [(0, steps)]
     if how.algorithm == "grid":
@@ -99,10 +109,13 @@ def _launch(
             kernel(**arguments, first=first, last=last)
 
 
-def _resets(resets: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+FLAGS = ("resets", "renew_h", "renew_c")
+
+
+def _flags(flags: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """As numbers of the other arrays' width: Triton lays out a product's operands by the narrowest
     number they depend on, and with bytes among them has none in float64."""
-    return None if resets is None else resets.to(dtype)
+    return None if flags is None else flags.to(dtype)
 
 
 def _forward(
@@ -116,12 +129,18 @@ def _forward(
     c0: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    dropout: Tensor | None,
+    renew_h: Tensor | None,
+    renew_c: Tensor | None,
     cell: str,
     reverse: bool,
     training: bool,
     cell_states: bool,
+    rate_h: float,
+    rate_c: float,
 ) -> tuple[Tensor, ...]:
     facts, hidden = by_key(cell), w_hh.shape[1]
+    noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
     run = empty_run(x, w_hh, None, c0, len(facts.gates), facts.saved, training, cell_states)
     y, h_n, c_n, c, h_prev, c_prev, saved, _ = run
     gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh), facts.additive, products.product)
@@ -133,7 +152,7 @@ def _forward(
         "parameters": params,
         "h0": h0,
         "lengths": lengths,
-        "resets": _resets(resets, x.dtype),
+        "resets": resets,
         "y": y,
         "c": c if cell_states else None,
         "h_prev": h_prev if training else None,
@@ -141,7 +160,7 @@ def _forward(
         "saved": saved if training else None,
         "states": states,
     }
-    _launch(gx, facts, hidden, reverse, False, arguments)
+    _launch(gx, facts, hidden, noise, reverse, False, arguments)
     h_n.copy_(states[0])
     if c0 is not None:
         c_n.copy_(states[1:])
@@ -163,8 +182,13 @@ def _backward(
     m: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
+    dropout: Tensor | None,
+    renew_h: Tensor | None,
+    renew_c: Tensor | None,
     cell: str,
     reverse: bool,
+    rate_h: float,
+    rate_c: float,
     want_x: bool,
     want_w_ih: bool,
     want_w_hh: bool,
@@ -172,6 +196,7 @@ def _backward(
     want_b_hh: bool,
 ) -> tuple[Tensor, ...]:
     facts, wide = by_key(cell), compute_dtype(x.dtype)
+    noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
     steps, rows, hidden = h_prev.shape
     dgx = x.new_empty(steps, rows, len(facts.gates) * hidden)
     dgh = dgx if facts.additive else torch.empty_like(dgx)
@@ -187,7 +212,7 @@ def _backward(
         "w_hh": w_hh,
         "parameters": params,
         "lengths": lengths,
-        "resets": _resets(resets, x.dtype),
+        "resets": resets,
         "h_prev": h_prev,
         "c_prev": c_prev,
         "saved": saved,
@@ -196,11 +221,12 @@ def _backward(
         "dstates": dstates,
         "dparameters": dparams,
     }
-    _launch(h_prev, facts, hidden, reverse, True, arguments)
+    _launch(h_prev, facts, hidden, noise, reverse, True, arguments)
     dh0, dc0 = (d.to(x.dtype, copy=True) for d in (dstates[0], dstates[1:]))
     dc0 = dc0 if len(facts.states) > 1 else x.new_empty(0)
     of_params = dparams.sum(1).to(x.dtype) if facts.params else None
-    run = products.Recurrent(h_prev, m, dgx, dgh, None, dh0, dc0, of_params)
+    entering = h_prev if dropout is None else (h_prev * dropout).to(x.dtype)
+    run = products.Recurrent(entering, m, dgx, dgh, None, dh0, dc0, of_params)
     wanted = Wanted(
         want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, *(False,) * 4, True, True
     )
@@ -261,10 +287,15 @@ def _fake_forward(
     c0: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    dropout: Tensor | None,
+    renew_h: Tensor | None,
+    renew_c: Tensor | None,
     cell: str,
     reverse: bool,
     training: bool,
     cell_states: bool,
+    rate_h: float,
+    rate_c: float,
 ) -> tuple[Tensor, ...]:
     facts = by_key(cell)
     return empty_run(x, w_hh, None, c0, len(facts.gates), facts.saved, training, cell_states)
@@ -285,8 +316,13 @@ def _fake_backward(
     m: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
+    dropout: Tensor | None,
+    renew_h: Tensor | None,
+    renew_c: Tensor | None,
     cell: str,
     reverse: bool,
+    rate_h: float,
+    rate_c: float,
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
     states = len(by_key(cell).states)
@@ -297,14 +333,16 @@ def _fake_backward(
 _library = torch.library.Library("fusedrnn", "FRAGMENT")
 _library.define(
     "triton_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-    "Tensor? params, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, str cell, "
-    "bool reverse, bool training, bool cell_states) -> "
+    "Tensor? params, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
+    "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, str cell, bool reverse, bool training, "
+    "bool cell_states, float rate_h, float rate_c) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "triton_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor w_ih, "
     "Tensor w_hh, Tensor? params, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, "
-    "Tensor? lengths, Tensor? resets, str cell, bool reverse, bool want_x, bool want_w_ih, "
+    "Tensor? lengths, Tensor? resets, Tensor? dropout, Tensor? renew_h, Tensor? renew_c, "
+    "str cell, bool reverse, float rate_h, float rate_c, bool want_x, bool want_w_ih, "
     "bool want_w_hh, bool want_b_ih, bool want_b_hh) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
