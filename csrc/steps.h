@@ -446,8 +446,9 @@ class BackwardSteps {
   }
 
   // Whether the gradient of h at step s goes through the cell at once, not to a projection first.
+  template <bool kPlain = false>
   FRNN_FN bool gathers_cells(int64_t s) const {
-    return s >= 0 && a_.w_hr == nullptr && !(kVariants && apart_);
+    return (kPlain || (s >= 0 && a_.w_hr == nullptr)) && !(kVariants && apart_);
   }
 
   // Step s from its share of dgh @ W_hh; `cell` is read only if it gathers_cells.
@@ -462,9 +463,9 @@ class BackwardSteps {
       store(a_.dh0 + p.offset, ends ? V{} : (1.0f - share) * dh, p.n);
       dh *= share;
     }
-    if (kPlain || gathers_cells(s)) {
+    if (gathers_cells<kPlain>(s)) {
       finish_cell<kPlain>(s, p, dh, cell, to);
-    } else if (s >= 0) {
+    } else if (kPlain || s >= 0) {
       store(to.dh + p.offset, dh, p.n);
     }
   }
@@ -494,6 +495,7 @@ class BackwardSteps {
   }
 
   // Where c is normalised on its way into h: from the gradients of what h takes of o and of c.
+  template <bool kPlain>
   FRNN_FN void finish_gates(int64_t s, const Place& p, V d_o, V dc, const OfCell& in,
                             const StepGradients<S>& to) const {
     Outcome result{};
@@ -502,7 +504,7 @@ class BackwardSteps {
     Cell::backward_of_gates(in.state, in.saved, in.params.value, d_o, of_c[1] + dc, result.dgx,
                             result.dgh, result.carried, result.dparams.value);
     result.carried[1] += kept;
-    keep<false>(s, p, result, to);
+    keep<kPlain>(s, p, result, to);
   }
 
   // What the cell makes of it; what remains of that at a step with such an entry; and its way to

@@ -205,11 +205,6 @@ def _check_shapes(module: nn.RNNBase, input: Tensor, hx: Any, batch_sizes: Tenso
 INITIAL_STATES = ("zeros", "learned", "random")
 
 
-def fill_norm(name: str, parameter: Tensor) -> None:
-    """A gain is 1 at first, a bias 0."""
-    nn.init.constant_(parameter, 0.0 if name.startswith("norm_c_bias") else 1.0)
-
-
 class Layers(nn.RNNBase):
     """What the three layers share. A layer is an nn.RNNBase, with its parameters, initialisation,
     state_dict and checks, but not an nn.LSTM: torch.compile breaks the graph on those."""
@@ -281,12 +276,12 @@ class Layers(nn.RNNBase):
     def _norm_names(self) -> list[str]:
         """Of the norms' gains and biases, by layer and direction."""
         ends = [names[0].removeprefix("weight_ih") for names in self._all_weights]
-        names = functional.norm_names(self._cell, self.layer_norm)
+        names = functional.norm_names(self._cell) if self.layer_norm else ()
         return [name + end for end in ends for name in names]
 
     def _reset_norms(self) -> None:
         for name in self._norm_names():
-            fill_norm(name, getattr(self, name))
+            functional.fill_norm(name, getattr(self, name))
 
     def _register_initial_states(self) -> None:
         weight: Any = self.weight_ih_l0

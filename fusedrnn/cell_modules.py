@@ -11,7 +11,6 @@ from torch.nn.modules.rnn import RNNCellBase
 from fusedrnn import arguments, functional
 from fusedrnn.arguments import truth
 from fusedrnn.backends import Names, Weights, check_names
-from fusedrnn.base import fill_norm
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, lstm
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout
 
@@ -130,7 +129,7 @@ class _CellModule(RNNCellBase):
             self.layer_norm = True
 
     def _norm_names(self) -> tuple[str, ...]:
-        return functional.norm_names(cell_of(self), self.layer_norm)
+        return functional.norm_names(cell_of(self)) if self.layer_norm else ()
 
     def _register_norms(self) -> None:
         gates = len(cell_of(self).gates)
@@ -142,7 +141,7 @@ class _CellModule(RNNCellBase):
     def _reset_norms(self) -> None:
         for name in self._norm_names():
             if name in self._parameters:  # not while torch.nn's own are made
-                fill_norm(name, getattr(self, name))
+                functional.fill_norm(name, getattr(self, name))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

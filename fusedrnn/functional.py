@@ -253,7 +253,7 @@ def _run_flat(
         raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
     directions = 2 if bidirectional else 1
     each = 2 + 2 * has_biases + (proj_size > 0) + bool(cell.params)
-    each += len(norm_names(cell, layer_norm))
+    each += len(norm_names(cell)) if layer_norm else 0
     if len(params) != each * directions * num_layers:
         raise ValueError(
             f"params should hold {each} tensors for each of {num_layers} layers and {directions} "
@@ -332,10 +332,14 @@ def to_batch_first(stack: Stack) -> Stack:
     return stack._replace(y=stack.y.transpose(0, 1), c=c)
 
 
-def norm_names(cell: Cell, layer_norm: bool) -> tuple[str, ...]:
+def norm_names(cell: Cell) -> tuple[str, ...]:
     """The parameters of a layer and direction that layer norm adds."""
-    of_state = ("norm_c", "norm_c_bias") if "c" in cell.states else ()
-    return ("norm_ih", "norm_hh", *of_state) if layer_norm else ()
+    return ("norm_ih", "norm_hh", *(("norm_c", "norm_c_bias") if "c" in cell.states else ()))
+
+
+def fill_norm(name: str, parameter: Tensor) -> None:
+    """A gain is 1 at first, a bias 0."""
+    torch.nn.init.constant_(parameter, 0.0 if name.startswith("norm_c_bias") else 1.0)
 
 
 def group(
@@ -343,7 +347,8 @@ def group(
 ) -> list[Weights]:
     """The flat parameters by layer and direction: those of torch.nn in its order; then, if the cell
     has params, one tensor ``[K*H]`` for each layer and direction; then likewise those of norms."""
-    names, plain = norm_names(cell, layer_norm), 2 + 2 * has_biases + has_projection
+    names = norm_names(cell) if layer_norm else ()
+    plain = 2 + 2 * has_biases + has_projection
     layers = len(params) // (plain + bool(cell.params) + len(names))
     flat = iter(params[: plain * layers])
     more = params[plain * layers :]

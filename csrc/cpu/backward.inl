@@ -201,11 +201,21 @@ class Backward {
       each_place(slice, s, [&](int64_t row, int64_t r) {
         const auto means = of_c_.means(row, 1);
         const T scale = this->scale(2, r);
-        return [&, row, r, means, scale](int64_t block, const Place& p) {
+        const bool cut = timeline_.entry(s, row) == frnn::Entry::kZero;
+        const int64_t whole = timeline_.goes_on(s, row) && !cut ? a_.h / kLanes<T> : 0;
+        return [&, row, r, means, scale, whole](int64_t block, const Place& p) {
           const V hat = frnn::load<V>(a_.norm.hat_c + r * a_.h + p.unit, p.n);
           const V* output = outputs_.at(row, block);
           const V dc = scale * (output[1] - means.first - hat * means.second);
-          steps_.finish_gates(s, p, output[0], dc, steps_.template read_cell<false>(s, p), to);
+          const auto finish = [&]<bool kPlain>() {
+            const auto cell = steps_.template read_cell<kPlain>(s, p);
+            steps_.template finish_gates<kPlain>(s, p, output[0], dc, cell, to);
+          };
+          if (block < whole) {
+            finish.template operator()<true>();
+          } else {
+            finish.template operator()<false>();
+          }
         };
       });
     }
@@ -340,7 +350,7 @@ class Backward {
 
   // After the product; plain ones as in Forward::finish_cells.
   void finish_gather(int64_t s, const Tile& tile, const V* sum, const StepGradients<T>& to) const {
-    const int64_t whole = a_.w_hr || a_.norm.gain_c ? 0 : a_.p / kLanes<T>;  // blocks
+    const int64_t whole = a_.w_hr ? 0 : a_.p / kLanes<T>;  // blocks
     if (timeline_.full() && s >= 0 && s + 1 < a_.t && tile.block + tile.blocks <= whole) {
       return finish_gather_tile<true>(s, tile, sum, to);
     }
@@ -364,7 +374,7 @@ class Backward {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
         const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.p);
-        const auto cell = kPlain || steps_.gathers_cells(s)
+        const auto cell = steps_.template gathers_cells<kPlain>(s)
                               ? steps_.template read_cell<kPlain>(s, p)
                               : typename Steps::OfCell{};
         steps_.template finish_gather<kPlain>(s, p, *sum++, steps_.template read_h<kPlain>(s, p),

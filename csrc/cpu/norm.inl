@@ -51,25 +51,25 @@ class Pairs {
     at(row, block)[1] = squares;
   }
 
-  // Of a row's n * units numbers the mean, and one over the standard deviation. Adds up what lies
-  // about the lanes' own means (Chan et al. 1979), not squares, of which little might remain.
+  // Of a row's n * units numbers the mean, and one over the standard deviation. What is squared
+  // lies about a mean: of squares less that of the mean little might remain.
   struct Moments {
     T mean, scale;
   };
   Moments moments(int64_t row, int n) const {
-    V count{}, mean{}, squares{};
+    const T all = T(n) * T(units_);
+    const int64_t whole = units_ / kLanes<T>;
     const V* of_block = at(row, 0);
-    for (int64_t u = 0; u < units_; u += kLanes<T>, of_block += 2) {
-      const bool whole = u + kLanes<T> <= units_;
-      const V there = whole ? frnn::broadcast<V>(1) : first_lanes<T>(units_ - u);
-      const V more = there * T(n), both = count + more;
-      const V part = both > T(0) ? more / both : both, delta = of_block[0] - mean;
-      mean += delta * part;
-      squares += there * of_block[1] + delta * delta * count * part;
-      count = both;
-    }
-    const T all = T(n) * T(units_), center = sum_of_lanes<T>(count * mean) / all;
-    squares += count * (mean - center) * (mean - center);
+    const V rest = first_lanes<T>(units_ % kLanes<T>);
+    V sum{}, squares{};
+    for (int64_t i = 0; i < whole; ++i) sum += of_block[2 * i];
+    if (whole * kLanes<T> < units_) sum += rest * of_block[2 * whole];
+    const T center = T(n) * sum_of_lanes<T>(sum) / all;
+    const auto about = [&](const V* of) {
+      return of[1] + T(n) * (of[0] - center) * (of[0] - center);
+    };
+    for (int64_t i = 0; i < whole; ++i) squares += about(of_block + 2 * i);
+    if (whole * kLanes<T> < units_) squares += rest * about(of_block + 2 * whole);
     const double variance = double(sum_of_lanes<T>(squares)) / double(all);
     return {center, static_cast<T>(1 / __builtin_sqrt(variance + kNormEpsilon))};
   }
