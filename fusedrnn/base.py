@@ -16,6 +16,7 @@ from fusedrnn.backends import Names, Sequence, Weights, check_names
 from fusedrnn.cells import PLAIN, Cell
 from fusedrnn.functional import Lengths
 from fusedrnn.layer import Stack
+from fusedrnn.recompute import check_recompute
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout
 
 State = Tensor | tuple[Tensor, ...]
@@ -42,6 +43,11 @@ def rates_of(module: nn.RNNBase) -> Rates:
     if not isinstance(module, Layers):
         return NO_RATES
     return Rates(module.weight_dropout, module.recurrent_dropout, module.zoneout)
+
+
+def recompute_of(module: nn.RNNBase) -> str:
+    """What backward recomputes; of torch.nn's own layers nothing."""
+    return check_recompute(module.recompute) if isinstance(module, Layers) else "none"
 
 
 def weights_of(module: nn.RNNBase) -> list[Weights]:
@@ -151,6 +157,7 @@ def _run(
         wish_of(module),
         rates_of(module),
         module.training,
+        recompute_of(module),
     )
 
 
@@ -214,6 +221,7 @@ class Layers(nn.RNNBase):
     weight_dropout: float = 0.0
     recurrent_dropout: float = 0.0
     zoneout: Zoneout = 0.0
+    recompute: str = "none"
     _initial_state: str = "zeros"
 
     def __init__(
@@ -226,6 +234,7 @@ class Layers(nn.RNNBase):
         weight_dropout: float,
         recurrent_dropout: float,
         zoneout: Zoneout,
+        recompute: str,
         **kwargs: Any,
     ) -> None:
         check_names(backend)
@@ -238,6 +247,7 @@ class Layers(nn.RNNBase):
         given: dict[str, Any] = {"backend": backend} if backend is not None else {}
         given |= {"layer_norm": True} if truth("layer_norm", layer_norm) else {}
         given |= {name: rate for name, rate in rates._asdict().items() if rate}
+        given |= {"recompute": recompute} if check_recompute(recompute) != "none" else {}
         for name, value in given.items():  # else the class's
             setattr(self, name, value)
         self._register_params()
@@ -328,7 +338,8 @@ class Layers(nn.RNNBase):
     def extra_repr(self) -> str:
         own = {
             "peephole": False, "coupled_gates": False, "layer_norm": False, "forget_bias": None,
-            "initial_state": "zeros", **NO_RATES._asdict(), "backend": None,
+            "initial_state": "zeros", **NO_RATES._asdict(), "recompute": "none",
+            "backend": None,
         }  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in own.items()}
         changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]

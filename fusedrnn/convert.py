@@ -33,7 +33,7 @@ VARIANTS = {
     "layer_norm": False,
     **NO_RATES._asdict(),
 }
-OWN = (*VARIANTS, "backend", "forget_bias")
+OWN = (*VARIANTS, "backend", "forget_bias", "recompute")
 
 
 def _where(path: str, module: nn.Module) -> str:
@@ -97,7 +97,7 @@ def to_torch(model: M) -> M:
     for module in model.modules():
         torch_class = theirs.get(type(module))
         if torch_class is not None:
-            for name in ("backend", "_forget_bias"):
+            for name in ("backend", "_forget_bias", "recompute"):
                 module.__dict__.pop(name, None)
             module.__class__ = torch_class
             if isinstance(module, nn.RNNBase):

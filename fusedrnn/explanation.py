@@ -50,12 +50,13 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
         >>> print(fusedrnn.explain(layer, torch.randn(5, 2, 3)))
         reference: a loop of PyTorch operations
     """
-    proj_size, rates = 0, NO_RATES
+    proj_size, rates, recompute = 0, NO_RATES, "none"
     if isinstance(module, Recurrent):
         cell, wish = module.cell, check_names(module.backend)
     elif isinstance(module, nn.RNNBase):
         cell, wish = base.cell_of(module), base.wish_of(module)
         proj_size, rates = module.proj_size, base.rates_of(module)
+        recompute = base.recompute_of(module)
     elif isinstance(module, RNNCellBase):
         cell, wish = cell_modules.cell_of(module), cell_modules.wish_of(module)
         rates = cell_modules.rates_of(module)
@@ -71,6 +72,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
         lengths=isinstance(x, PackedSequence), empty=data.numel() == 0,
         recurrent_dropout=rates.recurrent_dropout > 0 and module.training,
         zoneout=any(rates.zones), layer_norm=getattr(module, "layer_norm", False),
+        recompute=recompute,
     )  # fmt: skip
     reasons: dict[str, str] = {}
     for name, reason in weigh(request, wish).items():

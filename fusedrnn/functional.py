@@ -21,6 +21,7 @@ from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell
 from fusedrnn.cells import lstm as lstm_cell
 from fusedrnn.layer import Stack, run_layers, run_step
+from fusedrnn.recompute import check_recompute
 from fusedrnn.recurrence import cell_update
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout, regularised
 
@@ -45,6 +46,7 @@ def lstm(
     weight_dropout: float = 0.0,
     recurrent_dropout: float = 0.0,
     zoneout: Zoneout = 0.0,
+    recompute: str = "none",
     lengths: Lengths = None,
     resets: Tensor | None = None,
     return_cell_states: bool = False,
@@ -56,8 +58,8 @@ def lstm(
         x: ``[T,B,I]``, or ``[B,T,I]`` with batch_first.
         hx: ``(h_0 [L*D,B,P], c_0 [L*D,B,H])``; None: zeros.
         params: flat, in the order of the module's state_dict.
-        peephole, coupled_gates, layer_norm, weight_dropout, recurrent_dropout, zoneout: as of
-            :class:`fusedrnn.LSTM`.
+        peephole, coupled_gates, layer_norm, weight_dropout, recurrent_dropout, zoneout, recompute:
+            as of :class:`fusedrnn.LSTM`.
         lengths: ``[B]`` int64 or a list; steps ``t >= lengths[b]`` are not computed.
         resets: ``[T,B]`` bool (``[B,T]`` with batch_first); true where a new sequence begins.
         return_cell_states: also return c of every step of the last layer.
@@ -87,7 +89,7 @@ def lstm(
         cell, x, hx, params, has_biases=has_biases, num_layers=num_layers, dropout=dropout,
         training=training, rates=Rates.checked(2, weight_dropout, recurrent_dropout, zoneout),
         bidirectional=bidirectional, batch_first=batch_first, proj_size=proj_size, lengths=lengths,
-        resets=resets, cell_states=return_cell_states, backend=backend,
+        resets=resets, cell_states=return_cell_states, recompute=recompute, backend=backend,
         layer_norm=truth("layer_norm", layer_norm),
     )  # fmt: skip
     if return_cell_states:
@@ -111,6 +113,7 @@ def gru(
     weight_dropout: float = 0.0,
     recurrent_dropout: float = 0.0,
     zoneout: Zoneout = 0.0,
+    recompute: str = "none",
     lengths: Lengths = None,
     resets: Tensor | None = None,
     backend: Names = None,
@@ -129,7 +132,7 @@ def gru(
         num_layers=num_layers, dropout=dropout, training=training,
         rates=Rates.checked(1, weight_dropout, recurrent_dropout, zoneout),
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,
-        backend=backend, layer_norm=truth("layer_norm", layer_norm),
+        recompute=recompute, backend=backend, layer_norm=truth("layer_norm", layer_norm),
     )  # fmt: skip
     return stack.y, stack.h_n
 
@@ -149,6 +152,7 @@ def rnn(
     weight_dropout: float = 0.0,
     recurrent_dropout: float = 0.0,
     zoneout: Zoneout = 0.0,
+    recompute: str = "none",
     lengths: Lengths = None,
     resets: Tensor | None = None,
     backend: Names = None,
@@ -171,7 +175,7 @@ def rnn(
         has_biases=has_biases, num_layers=num_layers, dropout=dropout, training=training,
         rates=Rates.checked(1, weight_dropout, recurrent_dropout, zoneout),
         bidirectional=bidirectional, batch_first=batch_first,
-        lengths=lengths, resets=resets, backend=backend,
+        lengths=lengths, resets=resets, recompute=recompute, backend=backend,
     )  # fmt: skip
     return stack.y, stack.h_n
 
@@ -281,6 +285,7 @@ def checked_run(
     proj_size: int = 0,
     rates: Rates = NO_RATES,
     cell_states: bool = False,
+    recompute: str = "none",
 ) -> Stack:
     """The checks of a public function (the drop-in modules have torch.nn's own), then :func:`run`.
 
@@ -289,6 +294,7 @@ def checked_run(
     if x.dim() != 3:
         raise ValueError(f"x should be 3-D, got {x.dim()}-D")
     probability("dropout", dropout)
+    check_recompute(recompute)
     directions = 2 if bidirectional else 1
     hidden = weights[0].w_hh.shape[0] // len(cell.gates)
     out = proj_size or hidden
@@ -317,7 +323,7 @@ def checked_run(
     seq = sequence(x, lengths, resets, batch_first)
     stack = run(
         cell, x, hx, weights, directions, seq, between_layers(dropout, training), cell_states,
-        check_names(backend), rates, training,
+        check_names(backend), rates, training, recompute,
     )  # fmt: skip
     return to_batch_first(stack) if batch_first else stack
 
@@ -426,6 +432,7 @@ def run(
     wish: tuple[str, ...] = (),
     rates: Rates = NO_RATES,
     training: bool = False,
+    recompute: str = "none",
 ) -> Stack:
     """A stack over ``x [T,B,I]`` of checked shapes: autocast, zeros for hx, the last checks.
 
@@ -438,7 +445,9 @@ def run(
     x, hx, weights, scope = _prepared(cell, x, hx, weights, shape)
     with scope:
         weights, noise = regularised(rates, x, weights, len(cell.states), training)
-        return run_layers(cell, x, weights, hx, seq, noise, directions, cell_states, between, wish)
+        return run_layers(
+            cell, x, weights, hx, seq, noise, directions, cell_states, between, wish, recompute
+        )
 
 
 def step(

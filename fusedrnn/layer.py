@@ -21,7 +21,13 @@ class Stack(NamedTuple):
 
 
 def request_of(
-    cell: Cell, x: Tensor, weights: Weights, seq: Sequence, noise: Noise, cell_states: bool
+    cell: Cell,
+    x: Tensor,
+    weights: Weights,
+    seq: Sequence,
+    noise: Noise,
+    cell_states: bool,
+    recompute: str = "none",
 ) -> Request:
     hidden = weights.w_hh.shape[0] // len(cell.gates)
     proj = 0 if weights.w_hr is None else weights.w_hr.shape[0]
@@ -30,7 +36,7 @@ def request_of(
         cell, x.dtype, x.device, hidden, proj, seq.lengths is not None, seq.resets is not None,
         seq.resets is not None and seq.initial is not None, cell_states, empty,
         recurrent_dropout=noise.dropout is not None, zoneout=noise.zoneout,
-        layer_norm=weights.norm_ih is not None,
+        layer_norm=weights.norm_ih is not None, recompute=recompute,
     )  # fmt: skip
 
 
@@ -45,6 +51,7 @@ def run_layers(
     cell_states: bool,
     between: Callable[[Tensor], Tensor],
     wish: tuple[str, ...],
+    recompute: str = "none",
 ) -> Stack:
     """Runs the stack over ``x [T,B,I]``.
 
@@ -55,8 +62,10 @@ def run_layers(
         noise: of each layer and direction.
         between: what happens to the output of every layer but the last (dropout).
         wish: the backends to try, in order; empty: the context's or the default.
+        recompute: what backward recomputes, see :mod:`fusedrnn.recompute`.
     """
-    backend = select(request_of(cell, x, weights[0], seq, noise[0], cell_states), wish)
+    request = request_of(cell, x, weights[0], seq, noise[0], cell_states, recompute)
+    backend = select(request, wish)
     if backend.reads_padding:
         x = seq.without_padding(x)
     layers, own = len(weights) // directions, seq
@@ -74,7 +83,7 @@ def run_layers(
             if seq.initial is not None:
                 own = seq._replace(initial=tuple(s[k] for s in seq.initial))
             call = Call(cell, y, weights[k], hx[0][k], others, own, direction == 1, ask, noise[k])
-            out = recurrence(backend, call)
+            out = recurrence(backend, call, recompute)
             ys.append(out[0])
             h_n.append(out[1])
             c_n.extend(out[2:3] if len(hx) > 1 else ())

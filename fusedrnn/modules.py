@@ -46,6 +46,15 @@ class LSTM(Layers):
         zoneout: the probability with which in training, at each step, a unit keeps its old value,
             of h and c alike or two of them, ``(h, c)``; else the new ones become ``p * old + (1 -
             p) * new`` (Krueger et al. 2017).
+        recompute: what backward makes anew, so that less is kept for it, to the same gradients.
+            Beside the layer's input and masks, each step of a row in a layer and direction keeps
+            ``e*(P + H + R*H)`` bytes with "none": h, c (of an LSTM alone) and R numbers a unit, the
+            gates and of a GRU one more; with a projection ``e*H`` more, and with layer_norm
+            ``e*(2*G*H + H + 3)`` (of a GRU ``e*(2*G*H + 3)``). "gates" keeps h and c, ``e*(P +
+            H)``, and makes the rest of all steps at once; "chunks" keeps them at every
+            ceil(sqrt(T))-th step after the first, and runs the steps between again, in float32 for
+            16 bits. e is the size of a number, 4 for 16 bits on a CPU, in "chunks" and of c. The
+            backend "reference" keeps what autograd does.
         backend: the name of a backend or a list of names, tried in order.
 
     Args (forward):
@@ -100,6 +109,7 @@ class LSTM(Layers):
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: Zoneout = 0.0,
+        recompute: str = "none",
         backend: Names = None,
     ) -> None:
         self._forget_bias = arguments.forget_bias(forget_bias, bias)
@@ -113,6 +123,7 @@ class LSTM(Layers):
             proj_size, device, dtype, backend=backend, initial_state=initial_state,
             layer_norm=layer_norm,
             weight_dropout=weight_dropout, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
+            recompute=recompute,
         )  # fmt: skip
         self.mode = "LSTM"
 
@@ -186,6 +197,7 @@ class GRU(Layers):
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: Zoneout = 0.0,
+        recompute: str = "none",
         backend: Names = None,
         **unknown: Any,
     ) -> None:
@@ -195,6 +207,7 @@ class GRU(Layers):
             bidirectional, device=device, dtype=dtype, backend=backend, initial_state=initial_state,
             layer_norm=layer_norm,
             weight_dropout=weight_dropout, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
+            recompute=recompute,
         )  # fmt: skip
 
     def forward(
@@ -239,6 +252,7 @@ class RNN(Layers):
         weight_dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         zoneout: Zoneout = 0.0,
+        recompute: str = "none",
         backend: Names = None,
         **unknown: Any,
     ) -> None:
@@ -253,6 +267,7 @@ class RNN(Layers):
             dropout, bidirectional, device=device, dtype=dtype, backend=backend,
             initial_state=initial_state,
             weight_dropout=weight_dropout, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
+            recompute=recompute,
         )  # fmt: skip
 
     def forward(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fusedrnn import recompute as recomputing
 from fusedrnn.backends import (
     Backend,
     Call,
@@ -27,7 +28,9 @@ from fusedrnn.backends import (
 from fusedrnn.cells import Cell, by_key
 
 
-def recurrence(backend: Backend | Reference, call: Call) -> tuple[Tensor, ...]:
+def recurrence(
+    backend: Backend | Reference, call: Call, recompute: str = "none"
+) -> tuple[Tensor, ...]:
     """``y [T,B,P]``, ``h_n [B,P]``, then ``c_n [S-1,B,H]`` if the cell has states beside h, then
     ``c [T,B,H]`` if asked for."""
     tensors = call.tensors
@@ -43,6 +46,7 @@ def recurrence(backend: Backend | Reference, call: Call) -> tuple[Tensor, ...]:
             call.reverse,
             call.cell_states,
             *call.noise.rates,
+            "none" if torch.compiler.is_exporting() else recompute,  # a program has no backward
         )
         outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
         return outputs
@@ -101,6 +105,7 @@ class RecurrenceFunction(torch.autograd.Function):
         cell_states: bool,
         rate_h: float,
         rate_c: float,
+        recompute: str,
     ) -> tuple[Tensor, ...]:
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
@@ -110,20 +115,17 @@ class RecurrenceFunction(torch.autograd.Function):
         seq = Sequence(lengths, resets)
         noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
         call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states, noise)
-        run = backend.forward(call, True)
-        ctx.constants = cell_key, backend_name, reverse, cell_states, noise.rates
+        run = recomputing.forward(backend, recompute, call)
+        ctx.constants = cell_key, backend_name, reverse, cell_states, noise.rates, recompute
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*call.tensors, *seq.masks, *noise.masks, *run.reserve)
         return _outputs(call, run)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *others: Tensor | None) -> Any:
-        cell_key, backend_name, reverse, cell_states, rates = ctx.constants
-        inputs, (lengths, resets, *masks), reserve = (
-            ctx.saved_tensors[:13],
-            ctx.saved_tensors[13:18],
-            ctx.saved_tensors[18:],
-        )
+        cell_key, backend_name, reverse, cell_states, rates, recompute = ctx.constants
+        saved = ctx.saved_tensors  # to be asked for once, under torch.utils.checkpoint
+        inputs, (lengths, resets, *masks), reserve = saved[:13], saved[13:18], saved[18:]
         x, *of_layer, h0, c0 = inputs
         if torch.is_autocast_enabled(x.device.type):  # products in the dtype they had in forward
             with torch.autocast(x.device.type, enabled=False):
@@ -132,14 +134,15 @@ class RecurrenceFunction(torch.autograd.Function):
         call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states, noise)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             out = _differentiable_backward(call, (dy, dh_n, *others))
-            return (*out, *(None,) * 11)
+            return (*out, *(None,) * 12)
         dc_n = others[0] if c0 is not None else None
         dc = others[-1] if cell_states else None
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
         wanted = Wanted(*ctx.needs_input_grad[:13])
-        found = backend.backward(call, Upstream(dy, dh_n, dc_n, dc), reserve, wanted)
-        return (*found, *(None,) * 11)
+        upstream = Upstream(dy, dh_n, dc_n, dc)
+        found = recomputing.backward(backend, recompute, call, upstream, reserve, wanted)
+        return (*found, *(None,) * 12)
 
 
 def _differentiable_backward(

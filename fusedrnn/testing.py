@@ -49,12 +49,14 @@ class Case:
     dropout: bool = False  # of h, on its way into W_hh
     zoneout: str = ""  # "training" or "eval"
     layer_norm: bool = False
+    recompute: str = "none"
 
     def __str__(self) -> str:
         names = ("reverse", "lengths", "resets", "cell_states", "dropout", "layer_norm")
         flags = [name for name in names if getattr(self, name)]
         flags += [] if self.bias else ["nobias"]
         flags += [f"zoneout-{self.zoneout}"] if self.zoneout else []
+        flags += [f"recompute-{self.recompute}"] if self.recompute != "none" else []
         shape = f"T{self.T}-B{self.B}-I{self.I}-H{self.H}" + (f"-P{self.P}" if self.P else "")
         return "-".join([self.cell.name, shape, str(self.dtype).split(".")[1], *flags])
 
@@ -182,7 +184,7 @@ def run_case(case: Case, inputs: Inputs, backend: Backend | Reference) -> dict[s
 
     def function(x: Tensor, weights: Weights, h0: Tensor, c0: Tensor | None) -> Outputs:
         call = inputs.call(case)._replace(x=x, weights=weights, h0=h0, c0=c0)
-        return recurrence(backend, call)
+        return recurrence(backend, call, case.recompute)
 
     return differentiate(inputs, function)
 

@@ -22,8 +22,8 @@ ROOT = PACKAGE.parent
 
 # Each may import the ones after it, and none before it.
 ORDER = ["explanation", "diagnostics", "convert", "modules", "conv", "base", "init", "recurrent",
-         "cell_modules", "reference", "functional", "testing", "layer", "recurrence", "philox",
-         "backends", "cells", "arguments"]  # fmt: skip
+         "cell_modules", "reference", "functional", "testing", "layer", "recurrence",
+         "recompute", "philox", "backends", "cells", "arguments"]  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

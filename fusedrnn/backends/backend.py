@@ -28,6 +28,7 @@ class Request(NamedTuple):
     recurrent_dropout: bool = False
     zoneout: bool = False
     layer_norm: bool = False
+    recompute: str = "none"  # see fusedrnn.recompute, also for what "gates" ask of a reserve
 
 
 class Weights(NamedTuple):

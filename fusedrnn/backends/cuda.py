@@ -151,6 +151,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     additive = facts_of(cell).additive
     gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh, w_hr), additive, _product)
+    c0 = None if c0 is None else c0.to(x.dtype)
     out: tuple[Tensor, ...] = torch.ops.fusedrnn.cuda_forward(
         gx, w_hh, b_hh, w_hr, h0, c0, lengths, resets, cell, reverse, training, cell_states,
         uses_tf32(x.dtype, precision()),

@@ -54,6 +54,8 @@ class Cudnn:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
+        if request.recompute == "gates":
+            return "keeps the gates in a buffer of its own"
         if request.empty:
             return "needs a batch and an input size of at least 1"
         for name in (

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fusedrnn import recompute
 from fusedrnn.backends import Reference
 from fusedrnn.backends.native import ARITHMETICS
 from fusedrnn.cells import PLAIN
 from fusedrnn.recurrence import recurrence
-from fusedrnn.testing import Case, make_inputs, run_case
+from fusedrnn.testing import Case, assert_as_accurate, make_inputs, run_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
@@ -56,6 +57,22 @@ def test_tensor_cores_are_exact_on_integers(simulated, shape, arithmetic):
     expected = run_case(case, inputs, Reference())
     for name, t in run_case(case, inputs, simulated).items():
         assert torch.equal(t, expected[name]), name
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
+def test_recompute(simulated, cell, arithmetic):
+    """The gates that were not kept; and chunks, which run in float32 for 16 bits."""
+    case = Case(cell, 7, 9, 4, 17, dtype=simulated.choose(arithmetic), lengths=True, resets=True)
+    inputs = make_inputs(case)
+    call = inputs.call(case)
+    kept = recompute.forward(simulated, "gates", call).reserve
+    made = recompute._with_gates(simulated, call, *kept)
+    torch.testing.assert_close(made, simulated.forward(call, True).reserve)
+    if arithmetic != "tf32":
+        out = run_case(replace(case, recompute="chunks"), inputs, simulated)
+        ref64 = run_case(case, inputs.to(torch.float64), Reference())
+        assert_as_accurate(case, out, run_case(case, inputs, Reference()), ref64)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
