@@ -169,6 +169,25 @@ def test_threads(cell, shape, threads, dtype, runner):
         assert torch.equal(tensor, together[name]), name
 
 
+@pytest.mark.parametrize("cell", NORMED, ids=lambda c: c.name)
+@pytest.mark.parametrize("shape", [(9, 1, 8, 130), (9, 13, 8, 72), (9, 3, 8, 260)], ids=str)
+def test_threads_with_norms_and_noise(cell, shape, runner):
+    """The same numbers for any number of threads, whether they share rows or units."""
+    if isinstance(runner, Reference):
+        pytest.skip("the reference has no threads of its own")
+    case = Case(cell, *shape, lengths=True, layer_norm=True, dropout=True, zoneout="training")
+    before, inputs, runs = torch.get_num_threads(), make_inputs(case), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            runs.append(run_case(case, inputs, runner))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for name, tensor in runs[0].items():
+            assert torch.equal(tensor, other[name]), name
+
+
 # Around the pieces in which the products after backward are packed: 256 rows of time and batch,
 # 96 gates of a unit, 256 columns of x and h.
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)

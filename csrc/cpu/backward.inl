@@ -13,7 +13,7 @@ class Backward {
 
  public:
   static void run(const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
-    const auto plan = plan_of(args, kGates, pool.threads);
+    const auto plan = plan_of<T>(args, kGates, pool.threads);
     Carver measure(nullptr);
     Backward(args, plan, measure);
     Carver carver(frnn::cpu::workspace(measure.used()));
@@ -65,8 +65,8 @@ class Backward {
         timeline_(args),
         computed_(args, carver),
         steps_(args, &args.noise, args.norm.gain_c != nullptr),
-        of_hh_(normalises() ? a_.b : 0, a_.h, carver),
-        of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
+        of_hh_(normalises() ? a_.b : 0, a_.h, plan.slices, carver),
+        of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
         outputs_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
         chunk_(a_.b < Outer<T>::kDepth ? Outer<T>::kDepth / (a_.b > 0 ? a_.b : 1) : 1) {
     const int64_t lanes = kLanes<T>, gates = kGates * a_.h;
@@ -183,8 +183,7 @@ class Backward {
           const V d = dh * frnn::load<V>(o + p.offset, p.n) * (1.0f - tanh_c * tanh_c);
           outputs_.at(row, block)[0] = dh * tanh_c;
           outputs_.at(row, block)[1] = d * gain;
-          of_c_.at(row, block)[0] = d * gain;
-          of_c_.at(row, block)[1] = d * gain * hat;
+          of_c_.put(row, block, sum_of_lanes<T>(d * gain), sum_of_lanes<T>(d * gain * hat));
           if (a_.dnorm_c == nullptr) return;
           add(a_.dnorm_c + p.offset, d * hat, p.n);
           add(a_.dnorm_c + plane + p.offset, d, p.n);
@@ -198,8 +197,9 @@ class Backward {
   void run_gates(const Slice& slice, int64_t s) const {
     if constexpr (frnn::NormalisesState<Cell>) {
       const StepGradients<T> to = gradients(s);
+      of_c_.means(slice, slice.rows, 1);
       each_place(slice, s, [&](int64_t row, int64_t r) {
-        const auto means = of_c_.means(row, 1);
+        const auto means = of_c_.of(slice, row);
         const T scale = this->scale(2, r);
         const bool cut = timeline_.entry(s, row) == frnn::Entry::kZero;
         const int64_t whole = timeline_.goes_on(s, row) && !cut ? a_.h / kLanes<T> : 0;
@@ -233,8 +233,7 @@ class Backward {
           sums[0] += d;
           sums[1] += d * frnn::load<V>(a_.norm.hat_hh + r * kGates * a_.h + offset, p.n);
         }
-        of_hh_.at(row, block)[0] = sums[0];
-        of_hh_.at(row, block)[1] = sums[1];
+        of_hh_.put(row, block, sum_of_lanes<T>(sums[0]), sum_of_lanes<T>(sums[1]));
       };
     });
   }
@@ -242,8 +241,9 @@ class Backward {
   void unnormalise_products(const Slice& slice, int64_t s) const {
     const T* dgh = gradients(s).dgh;
     T* to = products(s);
+    of_hh_.means(slice, slice.rows, kGates);
     each_place(slice, s, [&](int64_t row, int64_t r) {
-      const auto means = of_hh_.means(row, kGates);
+      const auto means = of_hh_.of(slice, row);
       const T scale = this->scale(1, r);
       return [&, row, r, means, scale](int64_t, const Place& p) {
         for (int g = 0; g < kGates; ++g) {
@@ -264,8 +264,8 @@ class Backward {
         computed_.of({first, first + c.steps * a_.b}, names_ + slice.index * chunk_ * a_.b);
     const Range units = share(slice, gates);
     const StepGradients<T>& g = c.gradients;
-    add_rows(g.dgx, gates, units, rows, a_.dgain_ih, a_.norm.hat_ih + first * gates);
-    add_rows(g.dgh, gates, units, rows, a_.dgain_hh, a_.norm.hat_hh + first * gates);
+    add_rows(g.dgx, a_.norm.hat_ih + first * gates, gates, units, rows, a_.dgain_ih);
+    add_rows(g.dgh, a_.norm.hat_hh + first * gates, gates, units, rows, a_.dgain_hh);
     add_rows(g.dgx, gates, units, rows, a_.db_ih);
     add_rows(g.dgh, gates, units, rows, a_.db_hh);
   }
@@ -341,6 +341,10 @@ class Backward {
     const Place p = place<kLanes<T>>(row, block, a_.h);
     if (a_.w_hr == nullptr) steps_.fetch_h(s, p, fetch);
     steps_.fetch_cell(s, p, fetch);
+    if (!normalises()) return;
+    const int64_t r = timeline_.time(s) * a_.b + row;
+    for (int g = 0; g < kGates; ++g) fetch(a_.norm.hat_hh + (r * kGates + g) * a_.h + p.unit);
+    if (a_.norm.gain_c) fetch(a_.norm.hat_c + r * a_.h + p.unit);
   }
 
   // Nothing was computed at the step, nor flows back to the initial state from the next one.
@@ -444,20 +448,32 @@ class Backward {
                   share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
   }
 
-  // sum [columns] += the sum over rows of a [.., columns], or of a times b, for some of the
-  // columns.
-  static void add_rows(const T* a, int64_t columns, Range some, const Rows& rows, T* sum,
-                       const T* b = nullptr) {
+  // sum [columns] += the sum over rows of a [.., columns], for some of the columns.
+  static void add_rows(const T* a, int64_t columns, Range some, const Rows& rows, T* sum) {
     if (sum == nullptr) return;
     for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
       const int n = static_cast<int>(min(kLanes<T>, some.end - j));
       V total = frnn::load<V>(sum + j, n);
-      for (int64_t i = 0; i < rows.count; ++i) {
-        const int64_t offset = rows[i] * columns + j;
-        const V value = frnn::load<V>(a + offset, n);
-        total += b ? value * frnn::load<V>(b + offset, n) : value;
-      }
+      for (int64_t i = 0; i < rows.count; ++i) total += frnn::load<V>(a + rows[i] * columns + j, n);
       frnn::store(sum + j, total, n);
+    }
+  }
+
+  // The same of a times b, a few rows at a time: b comes from memory, where it lies in rows.
+  static void add_rows(const T* a, const T* b, int64_t columns, Range some, const Rows& rows,
+                       T* sum) {
+    constexpr int64_t kFew = 4;
+    for (int64_t i = 0; i < rows.count; i += kFew) {
+      const int64_t end = min(rows.count, i + kFew);
+      for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
+        const int n = static_cast<int>(min(kLanes<T>, some.end - j));
+        V total = frnn::load<V>(sum + j, n);
+        for (int64_t k = i; k < end; ++k) {
+          const int64_t offset = rows[k] * columns + j;
+          total += frnn::load<V>(a + offset, n) * frnn::load<V>(b + offset, n);
+        }
+        frnn::store(sum + j, total, n);
+      }
     }
   }
 
@@ -466,13 +482,13 @@ class Backward {
   const frnn::Timeline<T> timeline_;
   const Computed computed_;
   const Steps steps_;
-  const Pairs<T> of_hh_, of_c_;      // of a step
-  const Pairs<T> outputs_;           // .. the gradients of the gate that h takes, and of c's hat
-  const int64_t chunk_;              // steps of a chunk
-  T* w_hh_ = nullptr;                // packed
-  T* w_hr_ = nullptr;                // packed
-  T* w_ih_ = nullptr;                // packed
-  StepGradients<T> gradients_ = {};  // of two chunks, which take turns
+  const Statistics<T> of_hh_, of_c_;  // of a step
+  const Pairs<T> outputs_;            // .. the gradients of the gate that h takes, and of c's hat
+  const int64_t chunk_;               // steps of a chunk
+  T* w_hh_ = nullptr;                 // packed
+  T* w_hr_ = nullptr;                 // packed
+  T* w_ih_ = nullptr;                 // packed
+  StepGradients<T> gradients_ = {};   // of two chunks, which take turns
   T* products_ = nullptr;  // likewise the gradients of W_hh h: dgh, if it is not normalised
   T* dm_ = nullptr;        // of a step, the cell's h, where c is normalised before a projection
   T* outer_ = nullptr;     // scratch of each slice

@@ -16,7 +16,7 @@ class Forward {
 
  public:
   static void run(const frnn::cpu::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
-    const auto plan = plan_of(args, kGates, pool.threads);
+    const auto plan = plan_of<T>(args, kGates, pool.threads);
     Carver measure(nullptr);
     Forward(args, plan, measure);
     Carver carver(frnn::cpu::workspace(measure.used()));
@@ -69,9 +69,9 @@ class Forward {
                a_.p >= kTileUnits && packed_),
         once_ih_(!tiles_ && plan.by_units && a_.t <= chunk_),
         once_hh_(!tiles_ && plan.by_units && a_.t == 1),
-        of_ih_(normalises() ? min(chunk_, a_.t) * a_.b : 0, a_.h, carver),
-        of_hh_(normalises() ? a_.b : 0, a_.h, carver),
-        of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
+        of_ih_(normalises() ? min(chunk_, a_.t) * a_.b : 0, a_.h, plan.slices, carver),
+        of_hh_(normalises() ? a_.b : 0, a_.h, plan.slices, carver),
+        of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
         outputs_(a_.norm.gain_c ? a_.b : 0, a_.h, carver) {
     const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;
     const int64_t some = plan.slices * kMostBlocks<kGates> * lanes;  // units of the slices' blocks
@@ -206,10 +206,10 @@ class Forward {
 
   // G vectors of a row r of [T*B], which are normalised in place and have their gains; `hats`, if
   // any, keeps them without these.
-  static void normalise(V* values, const typename Pairs<T>::Moments& moments, const T* gains,
+  static void normalise(V* values, const typename Statistics<T>::Row& moments, const T* gains,
                         T* hats, int64_t h, int64_t r, const Place& p) {
     for (int g = 0; g < kGates; ++g) {
-      const V hat = (values[g] - moments.mean) * moments.scale;
+      const V hat = (values[g] - moments.first) * moments.second;
       if (hats) frnn::store(hats + (r * kGates + g) * h + p.unit, hat, p.n);
       values[g] = hat * frnn::load<V>(gains + g * h + p.unit, p.n);
     }
@@ -219,12 +219,20 @@ class Forward {
   void normalise_input(const Slice& slice, int64_t s0) const {
     const Input to = input(slice, s0);
     const int64_t steps = min(chunk_, a_.t - s0);
+    const bool together = slice.rows.size() == a_.b;
+    for (int64_t i = 0; i < (together ? 1 : steps); ++i) {
+      const int64_t begin = i * a_.b;
+      of_ih_.moments(slice,
+                     together ? Range{0, steps * a_.b}
+                              : Range{begin + slice.rows.begin, begin + slice.rows.end},
+                     kGates);
+    }
     for (int64_t i = 0; i < steps * slice.rows.size(); ++i) {
       const int64_t t = to.first + i / slice.rows.size();
       const int64_t row = slice.rows.begin + i % slice.rows.size(), r = t * a_.b + row;
       if (!computed_[r]) continue;
-      const auto moments = of_ih_.moments(r - to.first * a_.b, kGates);
-      keep_scale(slice, 0, r, moments.scale);
+      const auto moments = of_ih_.of(slice, r - to.first * a_.b);
+      keep_scale(slice, 0, r, moments.second);
       for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
         V* gx = to.at(t, row, block);
         const Place p = place<kLanes<T>>(row, block, a_.h);
@@ -263,15 +271,15 @@ class Forward {
   void normalise_cells(const Slice& slice, int64_t s) const {
     const Input gx = input(slice, s - s % chunk_);
     const Range& blocks = slice.hidden;
+    of_hh_.moments(slice, slice.rows, kGates);
     for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
       if (timeline_.idle(s, row)) {
         pad(s, {row, blocks.begin, 1, static_cast<int>(blocks.size())});
         continue;
       }
-      typename Pairs<T>::Moments moments{};
+      const auto moments = of_hh_.of(slice, row);
       if (timeline_.computed(s, row)) {
-        moments = of_hh_.moments(row, kGates);
-        keep_scale(slice, 1, timeline_.time(s) * a_.b + row, moments.scale);
+        keep_scale(slice, 1, timeline_.time(s) * a_.b + row, moments.second);
       }
       const int64_t whole = timeline_.goes_on(s, row) ? a_.h / kLanes<T> : 0;
       for (int64_t block = blocks.begin; block < blocks.end; ++block) {
@@ -287,7 +295,7 @@ class Forward {
   template <bool kPlain>
   __attribute__((noinline)) void normalise_cell(int64_t s, int64_t row, int64_t block,
                                                 const Input& input,
-                                                const typename Pairs<T>::Moments& moments) const {
+                                                const typename Statistics<T>::Row& moments) const {
     const int64_t t = timeline_.time(s);
     const Place p = place<kLanes<T>, kPlain>(row, block, a_.h);
     const bool computed = kPlain || timeline_.computed(s, row);
@@ -312,21 +320,19 @@ class Forward {
   // From c on.
   void normalise_outputs(const Slice& slice, int64_t s) const {
     const int64_t t = timeline_.time(s);
+    of_c_.moments(slice, slice.rows, 1);
     for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
       if (timeline_.idle(s, row)) continue;
       const bool computed = timeline_.computed(s, row), plain = timeline_.goes_on(s, row);
       const int64_t r = t * a_.b + row;
-      typename Pairs<T>::Moments moments{};
-      if (computed) {
-        moments = of_c_.moments(row, 1);
-        keep_scale(slice, 2, r, moments.scale);
-      }
+      const auto moments = of_c_.of(slice, row);
+      if (computed) keep_scale(slice, 2, r, moments.second);
       for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
         const Place p = place<kLanes<T>>(row, block, a_.h);
         V h{};
         if (computed) {
           const V* output = outputs_.at(row, block);
-          const V hat = (output[1] - moments.mean) * moments.scale;
+          const V hat = (output[1] - moments.first) * moments.second;
           if (a_.norm.hat_c) frnn::store(a_.norm.hat_c + t * a_.b * a_.h + p.offset, hat, p.n);
           const V gain = frnn::load<V>(a_.norm.gain_c + p.unit, p.n);
           h = output[0] * frnn::tanh(V(hat * gain + frnn::load<V>(a_.norm.bias_c + p.unit, p.n)));
@@ -465,13 +471,13 @@ class Forward {
   const bool tiles_;     // .. for bfloat16 products
   const bool once_ih_;   // .. not beforehand, since all of them are needed only once
   const bool once_hh_;
-  const Pairs<T> of_ih_, of_hh_, of_c_;  // of a chunk's rows, and of a step's
-  const Pairs<T> outputs_;               // of a step, what h takes of the gates, and c
-  T* w_ih_ = nullptr;                    // packed
-  T* gx_ = nullptr;                      // one chunk
-  T* products_ = nullptr;                // of a step, if they are normalised
-  T* w_hh_ = nullptr;                    // packed
-  T* w_hr_ = nullptr;                    // packed
-  T* rows_ = nullptr;                    // tiles of rows, of each slice
+  const Statistics<T> of_ih_, of_hh_, of_c_;  // of a chunk's rows, and of a step's
+  const Pairs<T> outputs_;                    // of a step, what h takes of the gates, and c
+  T* w_ih_ = nullptr;                         // packed
+  T* gx_ = nullptr;                           // one chunk
+  T* products_ = nullptr;                     // of a step, if they are normalised
+  T* w_hh_ = nullptr;                         // packed
+  T* w_hr_ = nullptr;                         // packed
+  T* rows_ = nullptr;                         // tiles of rows, of each slice
   int64_t rows_size_ = 0;
 };

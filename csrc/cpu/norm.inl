@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What layer norm knows of a row. Included by recurrence.inl inside an anonymous namespace.
 //
-// Every block of units leaves two vectors, whoever computes it, and all who need the row take them
-// up in order: the result does not depend on how units are divided.
+// Every block of units leaves two numbers, whoever computes it, and all who need the row take them
+// up in order: the result does not depend on how units are divided, and little passes from core to
+// core.
 
 constexpr double kNormEpsilon = 1e-5;
 
@@ -28,6 +29,101 @@ Vec<T> first_lanes(int64_t n) {
   return v;
 }
 
+// Two numbers for each block of some rows, and what each slice makes of a row's.
+template <class T>
+class Statistics {
+  using V = Vec<T>;
+
+ public:
+  Statistics(int64_t rows, int64_t units, int slices, Carver& carver)
+      : units_(units),
+        rows_(blocks_of<T>(rows) * kLanes<T>),
+        of_blocks_(carver.take<T>(2 * blocks_of<T>(units) * rows_)),
+        of_rows_(carver.take<T>(2 * slices * rows_)) {}
+
+  void put(int64_t row, int64_t block, T first, T second) const {
+    at(block)[row] = first;
+    at(block)[rows_ + row] = second;
+  }
+
+  // For moments(): of a block's numbers in n vectors, the mean and the sum of squares about it.
+  void describe(int64_t row, int64_t block, const V* values, int n) const {
+    const int64_t lanes = lanes_of(block);
+    const V there = lanes == kLanes<T> ? frnn::broadcast<V>(1) : first_lanes<T>(lanes);
+    V sum{}, squares{};
+    for (int i = 0; i < n; ++i) sum += values[i];
+    const T mean = sum_of_lanes<T>(there * sum) / T(n * lanes);
+    for (int i = 0; i < n; ++i) squares += (values[i] - mean) * (values[i] - mean);
+    put(row, block, mean, sum_of_lanes<T>(there * squares));
+  }
+
+  struct Row {
+    T first, second;
+  };
+  Row of(const Slice& slice, int64_t row) const {
+    const T* of_slice = of_rows_ + 2 * slice.index * rows_;
+    return {of_slice[row], of_slice[rows_ + row]};
+  }
+
+  // Makes of each row, that is of n numbers a unit, the mean and one over the standard deviation.
+  // What is squared lies about a mean: of squares less that of the mean little might remain.
+  void moments(const Slice& slice, Range rows, int n) const {
+    each_group(slice, rows, [&](int64_t row, int some, T* means, T* scales) {
+      V mean{}, squares{};
+      each_block([&](int64_t block, const T* p) {
+        mean += T(n * lanes_of(block)) * frnn::load<V>(p + row, some);
+      });
+      mean *= T(1) / (T(n) * T(units_));
+      each_block([&](int64_t block, const T* p) {
+        const V delta = frnn::load<V>(p + row, some) - mean;
+        squares += frnn::load<V>(p + rows_ + row, some) + T(n * lanes_of(block)) * delta * delta;
+      });
+      frnn::store(means, mean, some);
+      for (int i = 0; i < some; ++i) {
+        const double variance = double(squares[i]) / (double(n) * double(units_));
+        scales[i] = static_cast<T>(1 / __builtin_sqrt(variance + kNormEpsilon));
+      }
+    });
+  }
+
+  // .. the sums of what was put, divided by the number of its numbers.
+  void means(const Slice& slice, Range rows, int n) const {
+    each_group(slice, rows, [&](int64_t row, int some, T* first, T* second) {
+      V sums[2] = {};
+      each_block([&](int64_t, const T* p) {
+        sums[0] += frnn::load<V>(p + row, some);
+        sums[1] += frnn::load<V>(p + rows_ + row, some);
+      });
+      const T share = T(1) / (T(n) * T(units_));
+      frnn::store(first, sums[0] * share, some);
+      frnn::store(second, sums[1] * share, some);
+    });
+  }
+
+ private:
+  int64_t lanes_of(int64_t block) const { return min(kLanes<T>, units_ - block * kLanes<T>); }
+  T* at(int64_t block) const { return of_blocks_ + 2 * block * rows_; }
+
+  template <class F>
+  void each_block(const F& f) const {
+    for (int64_t block = 0; block < blocks_of<T>(units_); ++block) f(block, at(block));
+  }
+
+  // Rows side by side in a vector.
+  template <class F>
+  void each_group(const Slice& slice, Range rows, const F& f) const {
+    T* of_slice = of_rows_ + 2 * slice.index * rows_;
+    for (int64_t row = rows.begin; row < rows.end; row += kLanes<T>) {
+      f(row, static_cast<int>(min(kLanes<T>, rows.end - row)), of_slice + row,
+        of_slice + rows_ + row);
+    }
+  }
+
+  const int64_t units_, rows_;
+  T* const of_blocks_;  // [blocks][2][rows]
+  T* const of_rows_;    // [slices][2][rows]
+};
+
 // Two vectors for each block of some rows.
 template <class T>
 class Pairs {
@@ -35,63 +131,12 @@ class Pairs {
 
  public:
   Pairs(int64_t rows, int64_t units, Carver& carver)
-      : units_(units), data_(reinterpret_cast<V*>(carver.take<T>(2 * size(rows)))) {}
+      : blocks_(blocks_of<T>(units)),
+        data_(reinterpret_cast<V*>(carver.take<T>(2 * rows * blocks_ * kLanes<T>))) {}
 
-  V* at(int64_t row, int64_t block) const {
-    return data_ + 2 * (row * blocks_of<T>(units_) + block);
-  }
-
-  // For moments(): of n vectors, lane by lane, the mean and the sum of squares about it.
-  void describe(int64_t row, int64_t block, const V* values, int n) const {
-    V mean{}, squares{};
-    for (int i = 0; i < n; ++i) mean += values[i];
-    mean *= T(1) / T(n);
-    for (int i = 0; i < n; ++i) squares += (values[i] - mean) * (values[i] - mean);
-    at(row, block)[0] = mean;
-    at(row, block)[1] = squares;
-  }
-
-  // Of a row's n * units numbers the mean, and one over the standard deviation. What is squared
-  // lies about a mean: of squares less that of the mean little might remain.
-  struct Moments {
-    T mean, scale;
-  };
-  Moments moments(int64_t row, int n) const {
-    const T all = T(n) * T(units_);
-    const int64_t whole = units_ / kLanes<T>;
-    const V* of_block = at(row, 0);
-    const V rest = first_lanes<T>(units_ % kLanes<T>);
-    V sum{}, squares{};
-    for (int64_t i = 0; i < whole; ++i) sum += of_block[2 * i];
-    if (whole * kLanes<T> < units_) sum += rest * of_block[2 * whole];
-    const T center = T(n) * sum_of_lanes<T>(sum) / all;
-    const auto about = [&](const V* of) {
-      return of[1] + T(n) * (of[0] - center) * (of[0] - center);
-    };
-    for (int64_t i = 0; i < whole; ++i) squares += about(of_block + 2 * i);
-    if (whole * kLanes<T> < units_) squares += rest * about(of_block + 2 * whole);
-    const double variance = double(sum_of_lanes<T>(squares)) / double(all);
-    return {center, static_cast<T>(1 / __builtin_sqrt(variance + kNormEpsilon))};
-  }
-
-  // Of a row's n * units numbers the means of what the two vectors hold.
-  struct Means {
-    T first, second;
-  };
-  Means means(int64_t row, int n) const {
-    V sums[2] = {};
-    const V* of_block = at(row, 0);
-    for (int64_t u = 0; u < units_; u += kLanes<T>, of_block += 2) {
-      sums[0] += of_block[0];
-      sums[1] += of_block[1];
-    }
-    const T all = T(n) * T(units_);
-    return {sum_of_lanes<T>(sums[0]) / all, sum_of_lanes<T>(sums[1]) / all};
-  }
+  V* at(int64_t row, int64_t block) const { return data_ + 2 * (row * blocks_ + block); }
 
  private:
-  int64_t size(int64_t rows) const { return rows * blocks_of<T>(units_) * kLanes<T>; }
-
-  int64_t units_;
-  V* data_;
+  const int64_t blocks_;
+  V* const data_;
 };

@@ -12,6 +12,7 @@ struct Problem {
   int64_t unit_blocks;   // hidden units, in vectors
   double step_flops;     // of the products of one time step
   int64_t weight_bytes;  // packed
+  bool norms;            // slices of units meet three times a step or more, not once
 };
 
 struct Plan {
@@ -29,10 +30,14 @@ inline constexpr double kFlopsPerUnitSlice = 60e3;
 inline constexpr int64_t kRowsPerSlice = 12;
 // All slices read all the weights, so these must stay in each core's own cache.
 inline constexpr int64_t kPrivateCacheBytes = 512 << 10;
+// To save more meetings, fewer rows and more weights are borne.
+inline constexpr int64_t kRowsPerSliceWithNorms = 4;
+inline constexpr int64_t kPrivateCacheBytesWithNorms = 1 << 20;
 
 inline Plan make_plan(const Problem& p) {
-  const int64_t row_slices = p.rows / kRowsPerSlice;
-  if (p.threads > 1 && row_slices >= p.threads && p.weight_bytes <= kPrivateCacheBytes) {
+  const int64_t row_slices = p.rows / (p.norms ? kRowsPerSliceWithNorms : kRowsPerSlice);
+  const int64_t most_bytes = p.norms ? kPrivateCacheBytesWithNorms : kPrivateCacheBytes;
+  if (p.threads > 1 && row_slices >= p.threads && p.weight_bytes <= most_bytes) {
     return {false, p.threads};
   }
   int64_t slices = static_cast<int64_t>(p.step_flops / kFlopsPerUnitSlice);
