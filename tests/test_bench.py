@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 SHAPES = ["gru-t100-b8-h64", "lstm-t1-b1-h128-stepping"]
 PLAIN = "lstm-t100-b1-h128"
-OWN_CELLS = ["peephole", "coupled gates", "coupled gates, peephole"]  # of bench/variants.py
+WITH_LOOP = [  # of bench/variants.py
+    *("peephole", "coupled gates", "coupled gates, peephole"),
+    *("layer norm", "recurrent dropout", "zoneout"),
+]
 ARGUMENTS = ["lengths 1..T", "lengths T/2", "resets"]
 
 
@@ -94,10 +97,10 @@ def test_variants_times_every_row(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["variant"] for row in rows] == [*OWN_CELLS, *ARGUMENTS]
+    assert [row["variant"] for row in rows] == [*WITH_LOOP, *ARGUMENTS]
     for row in rows:
         assert done.stdout.count(f"\n| {row['variant']} | {PLAIN} | ") == 1
-        looped = row["variant"] in OWN_CELLS
+        looped = row["variant"] in WITH_LOOP
         assert all(bool(value) == looped for key, value in row.items() if "loop" in key), row
         for side in ("ours", "plain", "loop")[: 2 + looped]:
             low, mid, high = (float(row[f"{side}_p{p}_ms"]) for p in (20, 50, 80))
@@ -112,7 +115,7 @@ def test_variants_does_not_time_a_wrong_result(tmp_path: Path) -> None:
     arguments = ["--seconds", 0.2, "--csv", path, "--shape", PLAIN]
     done = run(*planted(ROOT / "bench" / "variants.py", "LSTM", *arguments))
     assert done.returncode == 1, done.stdout + done.stderr
-    for name in (*OWN_CELLS, *ARGUMENTS):
+    for name in (*WITH_LOOP, *ARGUMENTS):
         assert f"\n{name}, {PLAIN}: GATE RED, not timed: " in done.stdout
     assert not path.exists()
 

@@ -84,7 +84,7 @@ NOISE = {
 }
 
 
-@pytest.mark.parametrize("noise", NOISE.values(), ids=list(NOISE))
+@pytest.mark.parametrize("noise", list(NOISE.values())[2:], ids=list(NOISE)[2:])
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_noise(cell, feature, noise, runner):
