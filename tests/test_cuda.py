@@ -166,7 +166,7 @@ def both_directions(dtype, cell, hidden, proj):
     run = backend.forward(call, True)
     upstream, wanted = (
         Upstream(run.y, None, None, None),
-        Wanted(*(True,) * 5, proj > 0, False, True, True),
+        Wanted(*(True,) * 5, proj > 0, *(False,) * 5, True, True),
     )
     return call.tensors, run, backend.backward(call, upstream, run.reserve, wanted)
 
@@ -177,7 +177,7 @@ def test_fake_tensors(cell, dtype):
     """Results have the dtype of the inputs; only the c that backward reads is not rounded to it."""
     with FakeTensorMode():
         inputs, run, found = both_directions(dtype, cell, 8, 4 if cell.name == "lstm" else 0)
-    h_prev, c_prev, saved, m = run.reserve
+    h_prev, c_prev, saved, m, _ = run.reserve
     wide = dtype if dtype == torch.float64 else torch.float32
     assert c_prev.dtype == wide
     assert {t.dtype for t in (*run[:4], h_prev, saved, m)} == {dtype}

@@ -303,7 +303,7 @@ def test_norm_of_numbers_with_an_offset():
         expected, _ = layer.double()(x.double())
     y, _ = layer.float()(x)
     error = (y - expected).abs().max()
-    std = float(layer.weight_ih_l0.std())
+    std = layer.weight_ih_l0.std().item()
     # Less the square of the mean, squares would have an error of (1000 / std)^2 eps.
     assert error < 4 * torch.finfo(torch.float32).eps * 1000 / std, error
 
