@@ -42,7 +42,8 @@ def rates_of(module: nn.RNNBase) -> Rates:
     """Of the module's regularisers; torch.nn's own has none."""
     if not isinstance(module, Layers):
         return NO_RATES
-    return Rates(module.weight_dropout, module.recurrent_dropout, module.zoneout)
+    rates = Rates(module.weight_dropout, module.recurrent_dropout, module.zoneout)
+    return rates if rates == NO_RATES else Rates.checked(len(cell_of(module).states), *rates)
 
 
 def recompute_of(module: nn.RNNBase) -> str:

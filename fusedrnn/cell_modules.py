@@ -36,7 +36,9 @@ def wish_of(module: RNNCellBase) -> tuple[str, ...]:
 
 def rates_of(module: RNNCellBase) -> Rates:
     """Of the module's regularisers; torch.nn's own has none."""
-    return Rates(zoneout=module.zoneout) if isinstance(module, _CellModule) else NO_RATES
+    if not isinstance(module, _CellModule) or module.zoneout == 0:
+        return NO_RATES
+    return Rates.checked(len(cell_of(module).states), 0.0, 0.0, module.zoneout)
 
 
 def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ...]:
@@ -123,8 +125,9 @@ class _CellModule(RNNCellBase):
         if backend is not None:  # else the class's
             self.backend = backend
         states = 2 if isinstance(self, LSTMCell) else 1
-        if Rates.checked(states, 0.0, 0.0, zoneout) != NO_RATES:
-            self.zoneout = zoneout
+        rates = Rates.checked(states, 0.0, 0.0, zoneout)
+        if rates.zoneout:
+            self.zoneout = rates.zoneout
         if truth("layer_norm", layer_norm):
             self.layer_norm = True
 

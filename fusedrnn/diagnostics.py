@@ -120,7 +120,7 @@ def omega(module: nn.Module, x: Tensor, loss: Callable[[Any], Tensor], hx: Any =
         c0 = torch.stack(others) if others else None
         step = call._replace(
             x=call.x.detach()[after].flatten(0, 1).unsqueeze(0), h0=h0, c0=c0, seq=Sequence(),
-            reverse=False, cell_states=False,
+            reverse=False, cell_states=False, noise=call.noise.of_rows(after, steps - 1),
         )  # fmt: skip
         upstream = [g.to(x.dtype) for g in flat(grads, after)]
         with torch.enable_grad():

@@ -72,7 +72,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
         lengths=isinstance(x, PackedSequence), empty=data.numel() == 0,
         recurrent_dropout=rates.recurrent_dropout > 0 and module.training,
         zoneout=any(rates.zones), layer_norm=getattr(module, "layer_norm", False),
-        recompute=recompute,
+        recompute=recompute if torch.is_grad_enabled() else "none",
     )  # fmt: skip
     reasons: dict[str, str] = {}
     for name, reason in weigh(request, wish).items():

@@ -64,7 +64,8 @@ def run_layers(
         wish: the backends to try, in order; empty: the context's or the default.
         recompute: what backward recomputes, see :mod:`fusedrnn.recompute`.
     """
-    request = request_of(cell, x, weights[0], seq, noise[0], cell_states, recompute)
+    kept = recompute if torch.is_grad_enabled() else "none"
+    request = request_of(cell, x, weights[0], seq, noise[0], cell_states, kept)
     backend = select(request, wish)
     if backend.reads_padding:
         x = seq.without_padding(x)

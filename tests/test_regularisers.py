@@ -373,6 +373,47 @@ def test_recurrent_dropout_and_zoneout_elsewhere():
     assert torch.autograd.gradgradcheck(loss, wide[:2].detach().requires_grad_())
 
 
+def test_rates_that_are_set_later():
+    """A schedule sets them; they are checked when they are used."""
+    for module in (fusedrnn.LSTM(3, 4), fusedrnn.LSTMCell(3, 4)):
+        x = torch.randn(2, 1, 3) if isinstance(module, fusedrnn.LSTM) else torch.randn(2, 3)
+        for zoneout in (1.0, (0.5, 1.0), [0.25, 0.5], (1.0,)):
+            module.zoneout = zoneout
+            module(x)
+        for zoneout in (2.0, [0.1, 0.2, 0.3], "0.5"):
+            module.zoneout = zoneout
+            with pytest.raises(ValueError, match="zoneout should be a probability"):
+                module(x)
+    assert fusedrnn.LSTMCell(3, 4, zoneout=[0.1, 0.2]).zoneout == (0.1, 0.2)
+    assert fusedrnn.GRUCell(3, 4, zoneout=(0.5,)).zoneout == 0.5
+    layer = fusedrnn.GRU(3, 4)
+    layer.recurrent_dropout = -1
+    with pytest.raises(ValueError, match="recurrent_dropout should be a probability"):
+        layer(torch.randn(2, 1, 3))
+
+
+@pytest.mark.parametrize("rates", [{"recurrent_dropout": 0.5}, {"zoneout": 0.5}], ids=str)
+def test_omega_of_a_layer_with_noise(rates):
+    """Each step by its own masks, against the norms that the gradients have in the layer."""
+    layer = fusedrnn.GRU(4, 5, **rates)
+    x = torch.randn(6, 3, 4)
+
+    def last(out):
+        return out[0][-1].sum()
+
+    torch.manual_seed(3)
+    found = fusedrnn.diagnostics.omega(layer, x, last)
+    torch.manual_seed(3)
+    flow = []
+    with fusedrnn.backends.reference.watched() as runs:
+        value = last(layer(x.requires_grad_()))
+    states = [state[0] for state in runs[0][1]]
+    flow = torch.autograd.grad(value, states)
+    norms = torch.stack([g.square().sum(1).sqrt() for g in flow])  # the last of y alone has a loss
+    expected = (norms[:-1] / norms[1:] - 1).square().sum() / 3
+    torch.testing.assert_close(found.detach(), expected)
+
+
 @pytest.mark.parametrize("rates", [{"recurrent_dropout": 0.3}, {"zoneout": (0.2, 0.4)}], ids=str)
 def test_what_explains_and_converts(rates):
     layer = fusedrnn.LSTM(3, 4, **rates)

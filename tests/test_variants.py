@@ -383,6 +383,9 @@ def test_errors_and_repr():
         fusedrnn.LSTM(3, 4, peephole=1)
     with pytest.raises(TypeError, match="coupled_gates should be of type bool, got: str"):
         fusedrnn.LSTMCell(3, 4, coupled_gates="yes")
+    with pytest.raises(RuntimeError, match=r"normalises no complex numbers, got torch\.complex64"):
+        module = fusedrnn.LSTM(3, 4, layer_norm=True, dtype=torch.complex64)
+        module(torch.randn(2, 1, 3, dtype=torch.complex64))
     with pytest.raises(TypeError, match="layer_norm should be of type bool, got: int"):
         fusedrnn.GRU(3, 4, layer_norm=1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'layer_norm'"):

@@ -30,10 +30,11 @@ class Backward {
     for (int64_t s = a_.t - 1; a_.t > 0 && s >= -1; --s) {
       each([&](int i) { gather(slice(i), s); });
       if (s < 0) break;
-      if (plan_.by_units) meet();
+      // What of a step's norms comes next reads what the same slice wrote.
+      if (plan_.by_units && (a_.w_hr || !normalises())) meet();
       if (a_.w_hr) {
         each([&](int i) { run_cells(slice(i), s); });
-        if (plan_.by_units) meet();
+        if (plan_.by_units && !normalises()) meet();
       }
       if (normalises()) {
         if (a_.norm.gain_c) {
@@ -149,8 +150,8 @@ class Backward {
     return row(c.gradients, (timeline_.time(s) - c.time) * a_.b);
   }
 
-  // The gradients of W_hh h itself, [B, G*H] of a step.
-  T* products(int64_t s) const { return products_ + (gradients(s).dgh - gradients_.dgh); }
+  // The gradients of W_hh h itself, [B, G*H] of a step or of a chunk's.
+  T* products(const StepGradients<T>& g) const { return products_ + (g.dgh - gradients_.dgh); }
 
   bool normalises() const { return a_.norm.gain_hh != nullptr; }
   T scale(int which, int64_t r) const { return a_.norm.scale[which * a_.t * a_.b + r]; }
@@ -240,7 +241,7 @@ class Backward {
 
   void unnormalise_products(const Slice& slice, int64_t s) const {
     const T* dgh = gradients(s).dgh;
-    T* to = products(s);
+    T* to = products(gradients(s));
     of_hh_.means(slice, slice.rows, kGates);
     each_place(slice, s, [&](int64_t row, int64_t r) {
       const auto means = of_hh_.of(slice, row);
@@ -306,7 +307,7 @@ class Backward {
     const StepGradients<T> to = gradients(s < 0 ? 0 : s);
     const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum, to); };
     const int64_t k = kGates * a_.h;
-    const T* dgh = products(min(s + 1, a_.t - 1));
+    const T* dgh = products(gradients(min(s + 1, a_.t - 1)));
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
     };
@@ -417,7 +418,7 @@ class Backward {
       outer.add(g.dgx, gates, units, rows, {dw_ih, dw_hh});
     } else {
       outer.add(g.dgx, gates, units, rows, {dw_ih, none});
-      outer.add(products_ + (g.dgh - gradients_.dgh), gates, units, rows, {dw_hh, none});
+      outer.add(products(g), gates, units, rows, {dw_hh, none});
     }
     if (!normalises()) {
       add_rows(g.dgx, gates, units, rows, a_.db_ih);

@@ -12,7 +12,7 @@ struct Problem {
   int64_t unit_blocks;   // hidden units, in vectors
   double step_flops;     // of the products of one time step
   int64_t weight_bytes;  // packed
-  bool norms;            // slices of units meet three times a step or more, not once
+  bool norms;            // slices of units meet two to four times a step, not once
 };
 
 struct Plan {

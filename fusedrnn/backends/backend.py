@@ -92,6 +92,15 @@ class Noise(NamedTuple):
     def rates(self) -> tuple[float, float]:
         return self.rate_h, self.rate_c
 
+    def of_rows(self, times: slice, steps: int) -> Noise:
+        """Of some times, of which there are ``steps``, as rows of a single step."""
+
+        def rows(mask: Tensor | None) -> Tensor | None:
+            return None if mask is None else mask[times].flatten(0, 1).unsqueeze(0)
+
+        dropout = None if self.dropout is None else self.dropout.repeat(steps, 1)
+        return Noise(dropout, rows(self.renew_h), rows(self.renew_c), *self.rates)
+
     @property
     def zoneout(self) -> bool:
         return self._replace(dropout=None) != Noise()

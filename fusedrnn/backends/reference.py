@@ -51,6 +51,8 @@ class Reference:
     reads_padding = False
 
     def supports(self, request: Request) -> str | None:
+        if request.layer_norm and request.dtype.is_complex:
+            return f"normalises no complex numbers, got {request.dtype}"
         return None
 
     def algorithm(self, request: Request, rows: int) -> str:
