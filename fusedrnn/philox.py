@@ -1,5 +1,5 @@
-"""Masks of dropout and zoneout by Philox4x32-10 (Salmon et al. 2011): from a seed, the same on every
-device.
+"""Masks of dropout and zoneout by Philox4x32-10 (Salmon et al. 2011): from a seed, the same
+everywhere.
 
 Element i of a mask is word i % 4 of the counter (i // 4, its upper half, place, kind).
 """
