@@ -334,7 +334,7 @@ def test_ops(machine, cell):
     )  # fmt: skip
     inputs = make_inputs(case)
     masks = *inputs.seq.masks, *inputs.noise.masks
-    w_ih, w_hh, b_ih, b_hh, _, params = inputs.weights
+    w_ih, w_hh, b_ih, b_hh, _, params, *_ = inputs.weights
     args = (
         inputs.x, w_ih, w_hh, b_ih, b_hh, params, inputs.h0, inputs.c0, *masks, cell.key, True,
         True, cell is LSTM, *inputs.noise.rates,
