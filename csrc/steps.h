@@ -189,7 +189,7 @@ class ForwardSteps {
   }
   template <bool kPlain>
   FRNN_FN void keep_cell(int64_t s, const Place& p, const Inputs& in, Outcome result) const {
-    if constexpr (kStates > 1) {
+    if constexpr (kVariants && kStates > 1) {
       if (zoneout_.of_c() && (kPlain || timeline_.computed(s, p.row))) {
         const V share = zoneout_.share_c(timeline_.time(s) * a_.b * a_.h + p.offset, p.n);
         result.out[1] = share * result.out[1] + (1.0f - share) * in.state[1];
@@ -239,9 +239,11 @@ class ForwardSteps {
   template <bool kPlain>
   FRNN_FN void finish_output(int64_t s, const Place& p, V h) const {
     const int64_t offset = timeline_.time(s) * a_.b * a_.p + p.offset;
-    if (zoneout_.of_h()) {
-      const V share = zoneout_.share_h(offset, p.n);
-      h = share * h + (1.0f - share) * load<V>(h_in(s) + p.offset, p.n);
+    if constexpr (kVariants) {
+      if (zoneout_.of_h()) {
+        const V share = zoneout_.share_h(offset, p.n);
+        h = share * h + (1.0f - share) * load<V>(h_in(s) + p.offset, p.n);
+      }
     }
     if (!kPlain && !timeline_.computed(s, p.row)) h = V{};
     store(a_.y + offset, h, p.n);
@@ -262,7 +264,9 @@ class ForwardSteps {
   FRNN_FN bool drops() const { return kVariants && dropout_; }
   FRNN_FN S* dropped_in(int64_t s) const { return dropped_ + s % 2 * a_.b * a_.p; }
   FRNN_FN void drop(int64_t s, const Place& p, V h) const {
-    store(dropped_in(s) + p.offset, h * load<V>(dropout_ + p.offset, p.n), p.n);
+    if constexpr (kVariants) {
+      store(dropped_in(s) + p.offset, h * load<V>(dropout_ + p.offset, p.n), p.n);
+    }
   }
 
   // Whether what enters step s has a place in an array.
@@ -402,7 +406,9 @@ class BackwardSteps {
       if (last) in.dout[j] = load_or_zero<V>(a_.dc_n, (j - 1) * plane + p.offset, p.n);
     }
     if (kStates > 1) in.dout[kStates > 1] += load_or_zero<V>(a_.dc, t * plane + p.offset, p.n);
-    if (zoneout_.of_c()) in.share_c = zoneout_.share_c(t * plane + p.offset, p.n);
+    if constexpr (kVariants) {
+      if (zoneout_.of_c()) in.share_c = zoneout_.share_c(t * plane + p.offset, p.n);
+    }
     return in;
   }
 
@@ -455,13 +461,17 @@ class BackwardSteps {
   template <bool kPlain>
   FRNN_FN void finish_gather(int64_t s, const Place& p, V product, const OfH& h, const OfCell& cell,
                              const StepGradients<S>& to) const {
-    if (kVariants && dropout_) product *= load<V>(dropout_ + p.offset, p.n);
+    if constexpr (kVariants) {
+      if (dropout_) product *= load<V>(dropout_ + p.offset, p.n);
+    }
     V dh = gradient_of_h(kPlain ? Entry::kCarried : timeline_.entry(s + 1, p.row), p, product, h);
-    if (zoneout_.of_h() && (kPlain || (s >= 0 && timeline_.computed(s, p.row)))) {
-      const V share = zoneout_.share_h(timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
-      const bool ends = !kPlain && timeline_.entry(s, p.row) == Entry::kZero;
-      store(a_.dh0 + p.offset, ends ? V{} : (1.0f - share) * dh, p.n);
-      dh *= share;
+    if constexpr (kVariants) {
+      if (zoneout_.of_h() && (kPlain || (s >= 0 && timeline_.computed(s, p.row)))) {
+        const V share = zoneout_.share_h(timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
+        const bool ends = !kPlain && timeline_.entry(s, p.row) == Entry::kZero;
+        store(a_.dh0 + p.offset, ends ? V{} : (1.0f - share) * dh, p.n);
+        dh *= share;
+      }
     }
     if (gathers_cells<kPlain>(s)) {
       finish_cell<kPlain>(s, p, dh, cell, to);
@@ -530,10 +540,11 @@ class BackwardSteps {
     V dout[kStates];
     dout[0] = dh;
     for (int j = 1; j < kStates; ++j) dout[j] = in.dout[j] + in.carried[j];
-    const V kept = zone_c(in, dout);
+    [[maybe_unused]] V kept{};
+    if constexpr (kVariants) kept = zone_c(in, dout);
     Cell::backward(in.state, in.saved, in.params.value, dout, result.dgx, result.dgh,
                    result.carried, result.dparams.value);
-    if constexpr (kStates > 1) {
+    if constexpr (kVariants && kStates > 1) {
       if (zoneout_.of_c()) result.carried[1] += kept;
     }
     return result;
@@ -556,7 +567,9 @@ class BackwardSteps {
     if (!kPlain && !timeline_.computed(s, p.row)) return;
     if (Cell::kReadsH) {
       V carried = result.carried[0];
-      if (zoneout_.of_h()) carried += load<V>(a_.dh0 + p.offset, p.n);
+      if constexpr (kVariants) {
+        if (zoneout_.of_h()) carried += load<V>(a_.dh0 + p.offset, p.n);
+      }
       store(a_.dh0 + p.offset, carried, p.n);
     }
     for (int j = 1; j < kStates; ++j) {
