@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+
+def changed(module: object, defaults: Mapping[str, object]) -> str:
+    """What follows in the module's repr: attributes that are not as by default, or not there."""
+    given = {name: getattr(module, name, default) for name, default in defaults.items()}
+    return "".join(f", {n}={value!r}" for n, value in given.items() if value != defaults[n])
 
 
 def _is_number(value: object) -> bool:

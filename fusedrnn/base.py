@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import functional
-from fusedrnn.arguments import truth
+from fusedrnn.arguments import changed, truth
 from fusedrnn.backends import Names, Sequence, Weights, check_names
 from fusedrnn.cells import PLAIN, Cell
 from fusedrnn.functional import Lengths
@@ -280,9 +280,8 @@ class Layers(nn.RNNBase):
             params = weight.new_empty(len(self._cell.params) * self.hidden_size)
             self.register_parameter(name, nn.Parameter(params.uniform_(-bound, bound)))
         for name in self._norm_names():
-            size = self.hidden_size * (1 if "norm_c" in name else len(self._cell.gates))
-            self.register_parameter(name, nn.Parameter(weight.new_empty(size)))
-        self._reset_norms()
+            norm = functional.new_norm(self._cell, name, self.hidden_size, weight)
+            self.register_parameter(name, norm)
 
     def _norm_names(self) -> list[str]:
         """Of the norms' gains and biases, by layer and direction."""
@@ -342,6 +341,4 @@ class Layers(nn.RNNBase):
             "initial_state": "zeros", **NO_RATES._asdict(), "recompute": "none",
             "backend": None,
         }  # fmt: skip
-        given = {name: getattr(self, name, default) for name, default in own.items()}
-        changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]
-        return super().extra_repr() + "".join(changed)
+        return super().extra_repr() + changed(self, own)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
 from fusedrnn import arguments, functional
-from fusedrnn.arguments import truth
+from fusedrnn.arguments import changed, truth
 from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, lstm
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout
@@ -135,29 +135,22 @@ class _CellModule(RNNCellBase):
         return functional.norm_names(cell_of(self)) if self.layer_norm else ()
 
     def _register_norms(self) -> None:
-        gates = len(cell_of(self).gates)
         for name in self._norm_names():
-            size = self.hidden_size * (1 if "norm_c" in name else gates)
-            self.register_parameter(name, nn.Parameter(self.weight_ih.new_empty(size)))
-        self._reset_norms()
-
-    def _reset_norms(self) -> None:
-        for name in self._norm_names():
-            if name in self._parameters:  # not while torch.nn's own are made
-                functional.fill_norm(name, getattr(self, name))
+            norm = functional.new_norm(cell_of(self), name, self.hidden_size, self.weight_ih)
+            self.register_parameter(name, norm)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self._reset_norms()
+        for name in self._norm_names():
+            if name in self._parameters:  # not while torch.nn's own are made
+                functional.fill_norm(name, getattr(self, name))
 
     def extra_repr(self) -> str:
         own = {
             "peephole": False, "coupled_gates": False, "layer_norm": False, "forget_bias": None,
             "zoneout": 0.0, "backend": None,
         }  # fmt: skip
-        given = {name: getattr(self, name, default) for name, default in own.items()}
-        changed = [f", {n}={value!r}" for n, value in given.items() if value != own[n]]
-        return super().extra_repr() + "".join(changed)
+        return super().extra_repr() + changed(self, own)
 
 
 class LSTMCell(_CellModule):

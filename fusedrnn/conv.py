@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedrnn import arguments, functional
-from fusedrnn.arguments import probability, size, truth
+from fusedrnn.arguments import changed, probability, size, truth
 from fusedrnn.backends import Names, check_names
 from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cell_modules import fill_forget_gate
@@ -258,5 +258,4 @@ class ConvLSTM(nn.Module):
             "bidirectional": False, "peephole": False, "batch_norm": False, "forget_bias": None,
             "backend": None,
         }  # fmt: skip
-        others = {name: getattr(self, name) for name in defaults}
-        return shown + "".join(f", {n}={v!r}" for n, v in others.items() if v != defaults[n])
+        return shown + changed(self, defaults)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedrnn.arguments import probability, truth
 from fusedrnn.backends import Names, Request, Sequence, Weights, check_names, select
@@ -256,8 +256,8 @@ def _run_flat(
     if num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
     directions = 2 if bidirectional else 1
-    each = 2 + 2 * has_biases + (proj_size > 0) + bool(cell.params)
-    each += len(norm_names(cell)) if layer_norm else 0
+    plain, names = _tensors(cell, has_biases, proj_size > 0, layer_norm)
+    each = plain + bool(cell.params) + len(names)
     if len(params) != each * directions * num_layers:
         raise ValueError(
             f"params should hold {each} tensors for each of {num_layers} layers and {directions} "
@@ -338,14 +338,27 @@ def to_batch_first(stack: Stack) -> Stack:
     return stack._replace(y=stack.y.transpose(0, 1), c=c)
 
 
+def _tensors(
+    cell: Cell, has_biases: bool, has_projection: bool, layer_norm: bool
+) -> tuple[int, tuple[str, ...]]:
+    """Of a layer and direction: the number of torch.nn's parameters, and the names of norms."""
+    return 2 + 2 * has_biases + has_projection, norm_names(cell) if layer_norm else ()
+
+
 def norm_names(cell: Cell) -> tuple[str, ...]:
     """The parameters of a layer and direction that layer norm adds."""
     return ("norm_ih", "norm_hh", *(("norm_c", "norm_c_bias") if "c" in cell.states else ()))
 
 
+def new_norm(cell: Cell, name: str, hidden: int, like: Tensor) -> nn.Parameter:
+    norm = nn.Parameter(like.new_empty(hidden * (1 if "norm_c" in name else len(cell.gates))))
+    fill_norm(name, norm)
+    return norm
+
+
 def fill_norm(name: str, parameter: Tensor) -> None:
     """A gain is 1 at first, a bias 0."""
-    torch.nn.init.constant_(parameter, 0.0 if name.startswith("norm_c_bias") else 1.0)
+    nn.init.constant_(parameter, 0.0 if name.startswith("norm_c_bias") else 1.0)
 
 
 def group(
@@ -353,8 +366,7 @@ def group(
 ) -> list[Weights]:
     """The flat parameters by layer and direction: those of torch.nn in its order; then, if the cell
     has params, one tensor ``[K*H]`` for each layer and direction; then likewise those of norms."""
-    names = norm_names(cell) if layer_norm else ()
-    plain = 2 + 2 * has_biases + has_projection
+    plain, names = _tensors(cell, has_biases, has_projection, layer_norm)
     layers = len(params) // (plain + bool(cell.params) + len(names))
     flat = iter(params[: plain * layers])
     more = params[plain * layers :]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedrnn import functional
-from fusedrnn.arguments import probability, size
+from fusedrnn.arguments import changed, probability, size
 from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import Cell
 from fusedrnn.functional import Lengths
@@ -157,9 +157,7 @@ class Recurrent(nn.Module):
             "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0,
             "bidirectional": False, "backend": None,
         }  # fmt: skip
-        others = {name: getattr(self, name) for name in defaults}
-        changed = [f", {n}={v!r}" for n, v in others.items() if v != defaults[n]]
-        return shown + "".join(changed)
+        return shown + changed(self, defaults)
 
 
 def _try_step(cell: Cell, hidden_size: int, device: Any, dtype: Any) -> None:

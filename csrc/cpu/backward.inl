@@ -265,8 +265,8 @@ class Backward {
         computed_.of({first, first + c.steps * a_.b}, names_ + slice.index * chunk_ * a_.b);
     const Range units = share(slice, gates);
     const StepGradients<T>& g = c.gradients;
-    add_rows(g.dgx, a_.norm.hat_ih + first * gates, gates, units, rows, a_.dgain_ih);
-    add_rows(g.dgh, a_.norm.hat_hh + first * gates, gates, units, rows, a_.dgain_hh);
+    add_products(g.dgx, a_.norm.hat_ih + first * gates, gates, units, rows, a_.dgain_ih);
+    add_products(g.dgh, a_.norm.hat_hh + first * gates, gates, units, rows, a_.dgain_hh);
     add_rows(g.dgx, gates, units, rows, a_.db_ih);
     add_rows(g.dgh, gates, units, rows, a_.db_hh);
   }
@@ -278,26 +278,8 @@ class Backward {
     const Range rows = share(slice, c.steps * a_.b);
     for (int64_t i = rows.begin; i < rows.end; ++i) {
       if (!computed_[first + i]) continue;
-      T* dgx = c.gradients.dgx + i * gates;
-      const T* hats = a_.norm.hat_ih + (first + i) * gates;
-      V sums[2] = {};
-      const auto each = [&](const auto& f) {
-        for (int64_t j = 0; j < gates; j += kLanes<T>) {
-          const int n = static_cast<int>(min(kLanes<T>, gates - j));
-          f(j, n, frnn::load<V>(dgx + j, n) * frnn::load<V>(a_.norm.gain_ih + j, n),
-            frnn::load<V>(hats + j, n));
-        }
-      };
-      each([&](int64_t, int, V d, V hat) {
-        sums[0] += d;
-        sums[1] += d * hat;
-      });
-      const T mean = sum_of_lanes<T>(sums[0]) / T(gates),
-              slope = sum_of_lanes<T>(sums[1]) / T(gates);
-      const T scale = this->scale(0, first + i);
-      each([&](int64_t j, int n, V d, V hat) {
-        frnn::store(dgx + j, scale * (d - mean - hat * slope), n);
-      });
+      unnormalise(c.gradients.dgx + i * gates, a_.norm.gain_ih,
+                  a_.norm.hat_ih + (first + i) * gates, gates, this->scale(0, first + i));
     }
   }
 
@@ -457,24 +439,6 @@ class Backward {
       V total = frnn::load<V>(sum + j, n);
       for (int64_t i = 0; i < rows.count; ++i) total += frnn::load<V>(a + rows[i] * columns + j, n);
       frnn::store(sum + j, total, n);
-    }
-  }
-
-  // The same of a times b, a few rows at a time: b comes from memory, where it lies in rows.
-  static void add_rows(const T* a, const T* b, int64_t columns, Range some, const Rows& rows,
-                       T* sum) {
-    constexpr int64_t kFew = 4;
-    for (int64_t i = 0; i < rows.count; i += kFew) {
-      const int64_t end = min(rows.count, i + kFew);
-      for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
-        const int n = static_cast<int>(min(kLanes<T>, some.end - j));
-        V total = frnn::load<V>(sum + j, n);
-        for (int64_t k = i; k < end; ++k) {
-          const int64_t offset = rows[k] * columns + j;
-          total += frnn::load<V>(a + offset, n) * frnn::load<V>(b + offset, n);
-        }
-        frnn::store(sum + j, total, n);
-      }
     }
   }
 

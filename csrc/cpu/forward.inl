@@ -43,9 +43,11 @@ class Forward {
         each([&](int i) { normalise_cells(slice(i), s); });
         if (plan_.by_units) meet();
       }
-      if (a_.norm.gain_c) {
-        each([&](int i) { normalise_outputs(slice(i), s); });
-        if (plan_.by_units) meet();
+      if constexpr (frnn::NormalisesState<Cell>) {
+        if (a_.norm.gain_c) {
+          each([&](int i) { normalise_outputs(slice(i), s); });
+          if (plan_.by_units) meet();
+        }
       }
       if (a_.w_hr == nullptr) continue;
       each([&](int i) { project(slice(i), s); });
@@ -304,17 +306,18 @@ class Forward {
       normalise(gh, moments, a_.norm.gain_hh, a_.norm.hat_hh, a_.h, t * a_.b + row, p);
     }
     const auto in = steps_.read_cell(s, p);
-    const V* gx = input.at(t, row, block);
+    typename Steps::Outcome result{};
+    if (computed) result = steps_.compute(input.at(t, row, block), gh, in);
+    steps_.template keep_cell<kPlain>(s, p, in, result);
     if constexpr (frnn::NormalisesState<Cell>) {
       if (a_.norm.gain_c) {
-        auto result = computed ? steps_.compute(gx, gh, in) : typename Steps::Outcome{};
         of_c_.describe(row, block, &result.out[1], 1);
         outputs_.at(row, block)[0] = result.saved[Cell::kOutput];
         outputs_.at(row, block)[1] = result.out[1];
-        return steps_.template keep_cell<kPlain>(s, p, in, result);
+        return;
       }
     }
-    steps_.template finish_cell<kPlain>(s, p, gx, gh, in);
+    steps_.template keep_output<kPlain>(s, p, result.out[0]);
   }
 
   // From c on.

@@ -29,6 +29,51 @@ Vec<T> first_lanes(int64_t n) {
   return v;
 }
 
+// The gradient of what was normalised to n hats and had gains, in place of that of the result;
+// scale is one over the standard deviation.
+template <class T>
+__attribute__((noinline)) void unnormalise(T* d, const T* gains, const T* hats, int64_t n,
+                                           T scale) {
+  using V = Vec<T>;
+  const auto each = [&](const auto& f) {
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const int some = static_cast<int>(min(kLanes<T>, n - i));
+      f(i, some, frnn::load<V>(d + i, some) * frnn::load<V>(gains + i, some),
+        frnn::load<V>(hats + i, some));
+    }
+  };
+  V sums[2] = {};
+  each([&](int64_t, int, V of_hat, V hat) {
+    sums[0] += of_hat;
+    sums[1] += of_hat * hat;
+  });
+  const T mean = sum_of_lanes<T>(sums[0]) / T(n), slope = sum_of_lanes<T>(sums[1]) / T(n);
+  each([&](int64_t i, int some, V of_hat, V hat) {
+    frnn::store(d + i, scale * (of_hat - mean - hat * slope), some);
+  });
+}
+
+// sum [columns] += the sum over rows of a times b, both [.., columns], for some of the columns. A
+// few rows at a time: b comes from memory, where it lies in rows.
+template <class T>
+__attribute__((noinline)) void add_products(const T* a, const T* b, int64_t columns, Range some,
+                                            const Rows& rows, T* sum) {
+  using V = Vec<T>;
+  constexpr int64_t kFew = 4;
+  for (int64_t i = 0; i < rows.count; i += kFew) {
+    const int64_t end = min(rows.count, i + kFew);
+    for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
+      const int n = static_cast<int>(min(kLanes<T>, some.end - j));
+      V total = frnn::load<V>(sum + j, n);
+      for (int64_t k = i; k < end; ++k) {
+        const int64_t offset = rows[k] * columns + j;
+        total += frnn::load<V>(a + offset, n) * frnn::load<V>(b + offset, n);
+      }
+      frnn::store(sum + j, total, n);
+    }
+  }
+}
+
 // Two numbers for each block of some rows, and what each slice makes of a row's.
 template <class T>
 class Statistics {
