@@ -41,20 +41,15 @@ class Backward {
           each([&](int i) { gather_outputs(slice(i), s); });
           if (plan_.by_units) meet();
           each([&](int i) { run_gates(slice(i), s); });
+        } else {
+          each([&](int i) { describe_products(slice(i), s); });
         }
-        each([&](int i) { describe_products(slice(i), s); });
         if (plan_.by_units) meet();
         each([&](int i) { unnormalise_products(slice(i), s); });
         if (plan_.by_units) meet();
       }
       if (s % chunk_ != 0) continue;
       if (!plan_.by_units) meet();
-      if (normalises()) {
-        each([&](int i) { add_gains(slice(i), s); });
-        meet();
-        each([&](int i) { unnormalise_inputs(slice(i), s); });
-        meet();
-      }
       each([&](int i) { multiply(slice(i), s); });
     }
   }
@@ -66,7 +61,8 @@ class Backward {
         timeline_(args),
         computed_(args, carver),
         steps_(args, &args.noise, args.norm.gain_c != nullptr),
-        of_hh_(normalises() ? a_.b : 0, a_.h, plan.slices, carver),
+        of_products_{{normalises() ? a_.b : 0, a_.h, plan.slices, carver},
+                     {normalises() ? a_.b : 0, a_.h, plan.slices, carver}},
         of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
         outputs_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
         chunk_(a_.b < Outer<T>::kDepth ? Outer<T>::kDepth / (a_.b > 0 ? a_.b : 1) : 1) {
@@ -78,7 +74,8 @@ class Backward {
     gradients_.dgx = carver.take<T>(rows * gates);
     gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<T>(rows * gates);
     gradients_.dh = a_.w_hr || a_.norm.gain_c ? carver.take<T>(rows * a_.p) : nullptr;
-    products_ = normalises() ? carver.take<T>(rows * gates) : gradients_.dgh;
+    products_[0] = normalises() ? carver.take<T>(rows * gates) : gradients_.dgx;
+    products_[1] = normalises() ? carver.take<T>(rows * gates) : gradients_.dgh;
     if (a_.w_hr && a_.norm.gain_c) dm_ = carver.take<T>(a_.b * a_.h);
     outer_ = carver.take<T>(plan.slices * Outer<T>::kScratch);
     names_ = carver.take<int>(plan.slices * chunk_ * a_.b);
@@ -150,21 +147,22 @@ class Backward {
     return row(c.gradients, (timeline_.time(s) - c.time) * a_.b);
   }
 
-  // The gradients of W_hh h itself, [B, G*H] of a step or of a chunk's.
-  T* products(const StepGradients<T>& g) const { return products_ + (g.dgh - gradients_.dgh); }
+  // The gradients of the products themselves, W_ih x (0) and W_hh h (1), [B, G*H] of a step or of a
+  // chunk's.
+  T* dproduct(int which, const StepGradients<T>& g) const {
+    return products_[which] + (g.dgx - gradients_.dgx);
+  }
 
   bool normalises() const { return a_.norm.gain_hh != nullptr; }
   T scale(int which, int64_t r) const { return a_.norm.scale[which * a_.t * a_.b + r]; }
 
-  // Calls f(place, row of [T*B]) for the slice's units of the rows that are computed at step s.
+  // Calls f(row, row of [T*B]) for the rows that are computed at step s, and what it returns for
+  // the slice's blocks.
   template <class F>
   void each_place(const Slice& slice, int64_t s, const F& f) const {
     for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
       if (!timeline_.computed(s, row)) continue;
-      const auto of_row = f(row, timeline_.time(s) * a_.b + row);
-      for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
-        of_row(block, place<kLanes<T>>(row, block, a_.h));
-      }
+      each_block<T>(slice.hidden, a_.h, f(row, timeline_.time(s) * a_.b + row));
     }
   }
 
@@ -176,7 +174,8 @@ class Backward {
       const T* dm = a_.w_hr ? dm_ : gradients(s).dh;
       const T* o = a_.saved + (Cell::kOutput * a_.t + t) * plane;
       each_place(slice, s, [&](int64_t row, int64_t) {
-        return [&, row](int64_t block, const Place& p) {
+        return [&, row]<bool kWhole>(int64_t block) {
+          const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
           const V dh = frnn::load<V>(dm + p.offset, p.n);
           const V hat = frnn::load<V>(a_.norm.hat_c + t * plane + p.offset, p.n);
           const V gain = frnn::load<V>(a_.norm.gain_c + p.unit, p.n);
@@ -184,7 +183,7 @@ class Backward {
           const V d = dh * frnn::load<V>(o + p.offset, p.n) * (1.0f - tanh_c * tanh_c);
           outputs_.at(row, block)[0] = dh * tanh_c;
           outputs_.at(row, block)[1] = d * gain;
-          of_c_.put(row, block, sum_of_lanes<T>(d * gain), sum_of_lanes<T>(d * gain * hat));
+          of_c_.put(row, block, sums_of_lanes<T>(d * gain, d * gain * hat));
           if (a_.dnorm_c == nullptr) return;
           add(a_.dnorm_c + p.offset, d * hat, p.n);
           add(a_.dnorm_c + plane + p.offset, d, p.n);
@@ -203,8 +202,9 @@ class Backward {
         const auto means = of_c_.of(slice, row);
         const T scale = this->scale(2, r);
         const bool cut = timeline_.entry(s, row) == frnn::Entry::kZero;
-        const int64_t whole = timeline_.goes_on(s, row) && !cut ? a_.h / kLanes<T> : 0;
-        return [&, row, r, means, scale, whole](int64_t block, const Place& p) {
+        const bool plain = timeline_.goes_on(s, row) && !cut;
+        return [&, row, r, means, scale, plain]<bool kWhole>(int64_t block) {
+          const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
           const V hat = frnn::load<V>(a_.norm.hat_c + r * a_.h + p.unit, p.n);
           const V* output = outputs_.at(row, block);
           const V dc = scale * (output[1] - means.first - hat * means.second);
@@ -212,74 +212,81 @@ class Backward {
             const auto cell = steps_.template read_cell<kPlain>(s, p);
             steps_.template finish_gates<kPlain>(s, p, output[0], dc, cell, to);
           };
-          if (block < whole) {
+          if (kWhole && plain) {
             finish.template operator()<true>();
           } else {
             finish.template operator()<false>();
           }
+          describe_products<kWhole>(row, r, block, to);
         };
       });
     }
   }
 
   void describe_products(const Slice& slice, int64_t s) const {
-    const T* dgh = gradients(s).dgh;
+    const StepGradients<T> of = gradients(s);
     each_place(slice, s, [&](int64_t row, int64_t r) {
-      return [&, row, r](int64_t block, const Place& p) {
-        V sums[2] = {};
-        for (int g = 0; g < kGates; ++g) {
-          const int64_t offset = g * a_.h + p.unit;
-          const V d = frnn::load<V>(dgh + row * kGates * a_.h + offset, p.n) *
-                      frnn::load<V>(a_.norm.gain_hh + offset, p.n);
-          sums[0] += d;
-          sums[1] += d * frnn::load<V>(a_.norm.hat_hh + r * kGates * a_.h + offset, p.n);
-        }
-        of_hh_.put(row, block, sum_of_lanes<T>(sums[0]), sum_of_lanes<T>(sums[1]));
-      };
+      return
+          [&, row, r]<bool kWhole>(int64_t block) { describe_products<kWhole>(row, r, block, of); };
     });
   }
 
+  // Of gate g of a product at p, for the row r of [T*B]: the hat, and its gradient.
+  struct OfProduct {
+    V hat, d;
+  };
+  OfProduct of_product(int which, int g, const Place& p, int64_t r,
+                       const StepGradients<T>& of) const {
+    const int64_t offset = g * a_.h + p.unit;
+    const T *gains = which == 0 ? a_.norm.gain_ih : a_.norm.gain_hh,
+            *d = (which == 0 ? of.dgx : of.dgh) + p.row * kGates * a_.h;
+    return {frnn::load<V>(hats(which, r) + offset, p.n),
+            frnn::load<V>(d + offset, p.n) * frnn::load<V>(gains + offset, p.n)};
+  }
+  const T* hats(int which, int64_t r) const {
+    return (which == 0 ? a_.norm.hat_ih : a_.norm.hat_hh) + r * kGates * a_.h;
+  }
+
+  // Meanwhile the next row's hats are fetched: that many lines are too many for the product.
+  template <bool kWhole>
+  void describe_products(int64_t row, int64_t r, int64_t block, const StepGradients<T>& of) const {
+    const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
+    for (int which = 0; which < 2; ++which) {
+      V sums[2] = {};
+      for (int g = 0; g < kGates; ++g) {
+        const auto [hat, d] = of_product(which, g, p, r, of);
+        __builtin_prefetch(hats(which, r + 1) + g * a_.h + p.unit);
+        sums[0] += d;
+        sums[1] += d * hat;
+      }
+      of_products_[which].put(row, block, sums_of_lanes<T>(sums[0], sums[1]));
+    }
+  }
+
+  // Gate by gate: memory is read in order.
   void unnormalise_products(const Slice& slice, int64_t s) const {
-    const T* dgh = gradients(s).dgh;
-    T* to = products(gradients(s));
-    of_hh_.means(slice, slice.rows, kGates);
-    each_place(slice, s, [&](int64_t row, int64_t r) {
-      const auto means = of_hh_.of(slice, row);
-      const T scale = this->scale(1, r);
-      return [&, row, r, means, scale](int64_t, const Place& p) {
-        for (int g = 0; g < kGates; ++g) {
-          const int64_t offset = g * a_.h + p.unit, at = row * kGates * a_.h + offset;
-          const V d = frnn::load<V>(dgh + at, p.n) * frnn::load<V>(a_.norm.gain_hh + offset, p.n);
-          const V hat = frnn::load<V>(a_.norm.hat_hh + r * kGates * a_.h + offset, p.n);
-          frnn::store(to + at, scale * (d - means.first - hat * means.second), p.n);
-        }
-      };
-    });
+    const StepGradients<T> of = gradients(s);
+    for (int which = 0; which < 2; ++which) {
+      of_products_[which].means(slice, slice.rows, kGates);
+      for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+        if (timeline_.computed(s, row)) unnormalise_product(which, slice, s, row, of);
+      }
+    }
   }
 
-  // Of the chunk that begins at step s, for a share of the units: gradients of gains and biases.
-  void add_gains(const Slice& slice, int64_t s) const {
-    const Chunk c = chunk(s);
-    const int64_t first = c.time * a_.b, gates = kGates * a_.h;
-    const Rows rows =
-        computed_.of({first, first + c.steps * a_.b}, names_ + slice.index * chunk_ * a_.b);
-    const Range units = share(slice, gates);
-    const StepGradients<T>& g = c.gradients;
-    add_products(g.dgx, a_.norm.hat_ih + first * gates, gates, units, rows, a_.dgain_ih);
-    add_products(g.dgh, a_.norm.hat_hh + first * gates, gates, units, rows, a_.dgain_hh);
-    add_rows(g.dgx, gates, units, rows, a_.db_ih);
-    add_rows(g.dgh, gates, units, rows, a_.db_hh);
-  }
-
-  // For a share of its rows: dgx becomes the gradient of W_ih x itself.
-  void unnormalise_inputs(const Slice& slice, int64_t s) const {
-    const Chunk c = chunk(s);
-    const int64_t first = c.time * a_.b, gates = kGates * a_.h;
-    const Range rows = share(slice, c.steps * a_.b);
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      if (!computed_[first + i]) continue;
-      unnormalise(c.gradients.dgx + i * gates, a_.norm.gain_ih,
-                  a_.norm.hat_ih + (first + i) * gates, gates, this->scale(0, first + i));
+  __attribute__((noinline)) void unnormalise_product(int which, const Slice& slice, int64_t s,
+                                                     int64_t row,
+                                                     const StepGradients<T>& of) const {
+    const int64_t r = timeline_.time(s) * a_.b + row;
+    const auto means = of_products_[which].of(slice, row);
+    const T scale = this->scale(which, r);
+    T* to = dproduct(which, of) + row * kGates * a_.h;
+    for (int g = 0; g < kGates; ++g) {
+      each_block<T>(slice.hidden, a_.h, [&]<bool kWhole>(int64_t block) {
+        const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
+        const auto [hat, d] = of_product(which, g, p, r, of);
+        frnn::store(to + g * a_.h + p.unit, scale * (d - means.first - hat * means.second), p.n);
+      });
     }
   }
 
@@ -289,7 +296,7 @@ class Backward {
     const StepGradients<T> to = gradients(s < 0 ? 0 : s);
     const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum, to); };
     const int64_t k = kGates * a_.h;
-    const T* dgh = products(gradients(min(s + 1, a_.t - 1)));
+    const T* dgh = dproduct(1, gradients(min(s + 1, a_.t - 1)));
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
     };
@@ -326,7 +333,6 @@ class Backward {
     steps_.fetch_cell(s, p, fetch);
     if (!normalises()) return;
     const int64_t r = timeline_.time(s) * a_.b + row;
-    for (int g = 0; g < kGates; ++g) fetch(a_.norm.hat_hh + (r * kGates + g) * a_.h + p.unit);
     if (a_.norm.gain_c) fetch(a_.norm.hat_c + r * a_.h + p.unit);
   }
 
@@ -388,27 +394,44 @@ class Backward {
     const int64_t first = c.time * a_.b, gates = kGates * a_.h;
     const Range all{first, first + c.steps * a_.b};
     const Rows rows = computed_.of(all, names_ + slice.index * chunk_ * a_.b);
+    const Range units = share(slice, gates);
     const StepGradients<T>& g = c.gradients;
     const T* x = a_.x + first * a_.i;
     const T* h_prev = a_.h_prev + first * a_.p;
-    if (a_.dx) multiply_dx(slice, g.dgx, all);
+    add_sums(g, first, units, rows);
+    const T *dx = dproduct(0, g), *dh = dproduct(1, g);
+    if (a_.dx) multiply_dx(slice, dx, all);
     const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
-    const Range units = share(slice, gates);
     const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih},
         dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
-    if (Cell::kAdditive && !normalises()) {
-      outer.add(g.dgx, gates, units, rows, {dw_ih, dw_hh});
+    if (dx == dh) {
+      outer.add(dx, gates, units, rows, {dw_ih, dw_hh});
     } else {
-      outer.add(g.dgx, gates, units, rows, {dw_ih, none});
-      outer.add(products(g), gates, units, rows, {dw_hh, none});
-    }
-    if (!normalises()) {
-      add_rows(g.dgx, gates, units, rows, a_.db_ih);
-      add_rows(g.dgh, gates, units, rows, a_.db_hh);
+      outer.add(dx, gates, units, rows, {dw_ih, none});
+      outer.add(dh, gates, units, rows, {dw_hh, none});
     }
     if (a_.w_hr) {
       const OuterProduct<T> dw_hr{a_.m + first * a_.h, a_.h, a_.dw_hr};
       outer.add(g.dh, a_.p, share(slice, a_.p), rows, {dw_hr, none});
+    }
+  }
+
+  // To the gradients of gains and biases, what some rows of [T*B], counted from the first, give for
+  // some units.
+  void add_sums(const StepGradients<T>& g, int64_t first, Range units, const Rows& rows) const {
+    const int64_t gates = kGates * a_.h;
+    if (normalises()) {
+      const Gains<T> of_x{a_.norm.hat_ih + first * gates, a_.dgain_ih, a_.db_ih};
+      const Gains<T> of_h{a_.norm.hat_hh + first * gates, a_.dgain_hh, a_.db_hh};
+      if (Cell::kAdditive) {
+        add_gains<T, 2>(g.dgx, gates, units, rows, {of_x, of_h});
+      } else {
+        add_gains<T, 1>(g.dgx, gates, units, rows, {of_x});
+        add_gains<T, 1>(g.dgh, gates, units, rows, {of_h});
+      }
+    } else {
+      add_rows(g.dgx, gates, units, rows, a_.db_ih);
+      add_rows(g.dgh, gates, units, rows, a_.db_hh);
     }
   }
 
@@ -447,15 +470,15 @@ class Backward {
   const frnn::Timeline<T> timeline_;
   const Computed computed_;
   const Steps steps_;
-  const Statistics<T> of_hh_, of_c_;  // of a step
-  const Pairs<T> outputs_;            // .. the gradients of the gate that h takes, and of c's hat
-  const int64_t chunk_;               // steps of a chunk
-  T* w_hh_ = nullptr;                 // packed
-  T* w_hr_ = nullptr;                 // packed
-  T* w_ih_ = nullptr;                 // packed
-  StepGradients<T> gradients_ = {};   // of two chunks, which take turns
-  T* products_ = nullptr;  // likewise the gradients of W_hh h: dgh, if it is not normalised
-  T* dm_ = nullptr;        // of a step, the cell's h, where c is normalised before a projection
-  T* outer_ = nullptr;     // scratch of each slice
-  int* names_ = nullptr;   // of a chunk's computed rows, by each slice
+  const Statistics<T> of_products_[2], of_c_;  // of a step
+  const Pairs<T> outputs_;           // .. the gradients of the gate that h takes, and of c's hat
+  const int64_t chunk_;              // steps of a chunk
+  T* w_hh_ = nullptr;                // packed
+  T* w_hr_ = nullptr;                // packed
+  T* w_ih_ = nullptr;                // packed
+  StepGradients<T> gradients_ = {};  // of two chunks, which take turns
+  T* products_[2] = {};   // likewise of the products: dgx and dgh, if these are not normalised
+  T* dm_ = nullptr;       // of a step, the cell's h, where c is normalised before a projection
+  T* outer_ = nullptr;    // scratch of each slice
+  int* names_ = nullptr;  // of a chunk's computed rows, by each slice
 };

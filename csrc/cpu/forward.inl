@@ -35,7 +35,7 @@ class Forward {
       if (s % chunk_ == 0) {
         each([&](int i) { project_input(slice(i), s); });
         if (normalises() && plan_.by_units) meet();
-        if (normalises()) each([&](int i) { normalise_input(slice(i), s); });
+        if (normalises()) each([&](int i) { take_moments(slice(i), s); });
       }
       each([&](int i) { run_cells(slice(i), s); });
       if (plan_.by_units) meet();
@@ -165,7 +165,7 @@ class Forward {
             V* gx = to.at(begin + r / a_.b, r % a_.b, tile.block + j);
             for (int g = 0; g < kGates; ++g) gx[g] = product[g] + bias[g];
             if (normalises()) {
-              of_ih_.describe((begin - to.first) * a_.b + r, tile.block + j, gx, kGates);
+              of_ih_.template describe<kGates>((begin - to.first) * a_.b + r, tile.block + j, gx);
             }
           }
         }
@@ -206,41 +206,29 @@ class Forward {
     }
   }
 
-  // G vectors of a row r of [T*B], which are normalised in place and have their gains; `hats`, if
-  // any, keeps them without these.
-  static void normalise(V* values, const typename Statistics<T>::Row& moments, const T* gains,
-                        T* hats, int64_t h, int64_t r, const Place& p) {
+  // A row r of [T*B], or some of its blocks [blocks][G], is normalised in place and has its gains
+  // and more(g, block); `hats`, if any, keeps it without these. Gate by gate, so that memory is
+  // written in order.
+  template <class More>
+  void normalise(V* values, const Range& blocks, Two<T> moments, const T* gains, T* hats, int64_t r,
+                 const More& more) const {
     for (int g = 0; g < kGates; ++g) {
-      const V hat = (values[g] - moments.first) * moments.second;
-      if (hats) frnn::store(hats + (r * kGates + g) * h + p.unit, hat, p.n);
-      values[g] = hat * frnn::load<V>(gains + g * h + p.unit, p.n);
+      each_block<T>(blocks, a_.h, [&]<bool kWhole>(int64_t block) {
+        const Place p = place<kLanes<T>, kWhole>(0, block, a_.h);
+        V& value = values[(block - blocks.begin) * kGates + g];
+        const V hat = (value - moments.first) * moments.second;
+        if (hats) frnn::store(hats + (r * kGates + g) * a_.h + p.unit, hat, p.n);
+        value = hat * frnn::load<V>(gains + g * a_.h + p.unit, p.n) + more(g, block);
+      });
     }
   }
 
-  // W_ih x of the chunk that begins at step s0.
-  void normalise_input(const Slice& slice, int64_t s0) const {
-    const Input to = input(slice, s0);
+  // Of W_ih x, in the chunk that begins at step s0.
+  void take_moments(const Slice& slice, int64_t s0) const {
     const int64_t steps = min(chunk_, a_.t - s0);
-    const bool together = slice.rows.size() == a_.b;
-    for (int64_t i = 0; i < (together ? 1 : steps); ++i) {
-      const int64_t begin = i * a_.b;
-      of_ih_.moments(slice,
-                     together ? Range{0, steps * a_.b}
-                              : Range{begin + slice.rows.begin, begin + slice.rows.end},
-                     kGates);
-    }
-    for (int64_t i = 0; i < steps * slice.rows.size(); ++i) {
-      const int64_t t = to.first + i / slice.rows.size();
-      const int64_t row = slice.rows.begin + i % slice.rows.size(), r = t * a_.b + row;
-      if (!computed_[r]) continue;
-      const auto moments = of_ih_.of(slice, r - to.first * a_.b);
-      keep_scale(slice, 0, r, moments.second);
-      for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
-        V* gx = to.at(t, row, block);
-        const Place p = place<kLanes<T>>(row, block, a_.h);
-        normalise(gx, moments, a_.norm.gain_ih, a_.norm.hat_ih, a_.h, r, p);
-        for (int g = 0; g < kGates; ++g) gx[g] += input_bias(g, block);
-      }
+    if (slice.rows.size() == a_.b) return of_ih_.moments(slice, {0, steps * a_.b}, kGates);
+    for (int64_t i = 0; i < steps; ++i) {
+      of_ih_.moments(slice, {i * a_.b + slice.rows.begin, i * a_.b + slice.rows.end}, kGates);
     }
   }
 
@@ -264,7 +252,7 @@ class Forward {
         if (!timeline_.computed(s, row)) continue;
         V* to = product_at(row, tile.block + j);
         for (int g = 0; g < kGates; ++g) to[g] = gh[g];
-        of_hh_.describe(row, tile.block + j, gh, kGates);
+        of_hh_.template describe<kGates>(row, tile.block + j, gh);
       }
     }
   }
@@ -279,45 +267,44 @@ class Forward {
         pad(s, {row, blocks.begin, 1, static_cast<int>(blocks.size())});
         continue;
       }
-      const auto moments = of_hh_.of(slice, row);
       if (timeline_.computed(s, row)) {
-        keep_scale(slice, 1, timeline_.time(s) * a_.b + row, moments.second);
+        const int64_t t = timeline_.time(s), r = t * a_.b + row;
+        const auto of_x = of_ih_.of(slice, r - gx.first * a_.b), of_h = of_hh_.of(slice, row);
+        keep_scale(slice, 0, r, of_x.second);
+        keep_scale(slice, 1, r, of_h.second);
+        normalise(gx.at(t, row, blocks.begin), blocks, of_x, a_.norm.gain_ih, a_.norm.hat_ih, r,
+                  [&](int g, int64_t block) { return input_bias(g, block); });
+        normalise(product_at(row, blocks.begin), blocks, of_h, a_.norm.gain_hh, a_.norm.hat_hh, r,
+                  [](int, int64_t) { return V{}; });
       }
-      const int64_t whole = timeline_.goes_on(s, row) ? a_.h / kLanes<T> : 0;
-      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-        if (block < whole) {
-          normalise_cell<true>(s, row, block, gx, moments);
-        } else {
-          normalise_cell<false>(s, row, block, gx, moments);
-        }
-      }
+      const int64_t whole =
+          timeline_.goes_on(s, row) ? min(blocks.end, a_.h / kLanes<T>) : blocks.begin;
+      finish_normalised<true>(s, row, {blocks.begin, whole}, gx);
+      finish_normalised<false>(s, row, {whole, blocks.end}, gx);
     }
   }
 
   template <bool kPlain>
-  __attribute__((noinline)) void normalise_cell(int64_t s, int64_t row, int64_t block,
-                                                const Input& input,
-                                                const typename Statistics<T>::Row& moments) const {
+  __attribute__((noinline)) void finish_normalised(int64_t s, int64_t row, Range blocks,
+                                                   const Input& input) const {
     const int64_t t = timeline_.time(s);
-    const Place p = place<kLanes<T>, kPlain>(row, block, a_.h);
     const bool computed = kPlain || timeline_.computed(s, row);
-    V* gh = product_at(row, block);
-    if (computed) {
-      normalise(gh, moments, a_.norm.gain_hh, a_.norm.hat_hh, a_.h, t * a_.b + row, p);
-    }
-    const auto in = steps_.read_cell(s, p);
-    typename Steps::Outcome result{};
-    if (computed) result = steps_.compute(input.at(t, row, block), gh, in);
-    steps_.template keep_cell<kPlain>(s, p, in, result);
-    if constexpr (frnn::NormalisesState<Cell>) {
-      if (a_.norm.gain_c) {
-        of_c_.describe(row, block, &result.out[1], 1);
-        outputs_.at(row, block)[0] = result.saved[Cell::kOutput];
-        outputs_.at(row, block)[1] = result.out[1];
-        return;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const Place p = place<kLanes<T>, kPlain>(row, block, a_.h);
+      const auto in = steps_.read_cell(s, p);
+      typename Steps::Outcome result{};
+      if (computed) result = steps_.compute(input.at(t, row, block), product_at(row, block), in);
+      steps_.template keep_cell<kPlain>(s, p, in, result);
+      if constexpr (frnn::NormalisesState<Cell>) {
+        if (a_.norm.gain_c) {
+          of_c_.template describe<1>(row, block, &result.out[1]);
+          outputs_.at(row, block)[0] = result.saved[Cell::kOutput];
+          outputs_.at(row, block)[1] = result.out[1];
+          continue;
+        }
       }
+      steps_.template keep_output<kPlain>(s, p, result.out[0]);
     }
-    steps_.template keep_output<kPlain>(s, p, result.out[0]);
   }
 
   // From c on.
@@ -330,8 +317,8 @@ class Forward {
       const int64_t r = t * a_.b + row;
       const auto moments = of_c_.of(slice, row);
       if (computed) keep_scale(slice, 2, r, moments.second);
-      for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
-        const Place p = place<kLanes<T>>(row, block, a_.h);
+      each_block<T>(slice.hidden, a_.h, [&]<bool kWhole>(int64_t block) {
+        const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
         V h{};
         if (computed) {
           const V* output = outputs_.at(row, block);
@@ -345,7 +332,7 @@ class Forward {
         } else {
           steps_.template keep_output<false>(s, p, h);
         }
-      }
+      });
     }
   }
 

@@ -202,10 +202,11 @@ constexpr struct Numbers {
 // sum[row][block][gate] over all of K, for kBlocks blocks at w, for the rows in `wanted` alone.
 // The weights at `next` are wanted next: while the tiles of a chunk are worked off they fetch the
 // chunk after it, as many lines each as they have k, so that what does not fit the L2 cache is
-// there when it is used (a single row leaves no time for that).
-template <int kBlocks, int kGates, class T>
+// there when it is used (a single row leaves no time for that). Before each tile of a chunk comes
+// its part of fetch(row, block).
+template <int kBlocks, int kGates, class T, class Fetch>
 void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k, const T* w,
-                   const T* next, Vec<T>* sum) {
+                   const T* next, const Fetch& fetch, Vec<T>* sum) {
   constexpr int kRows = kRowsOf<kBlocks * kGates>;
   constexpr std::make_integer_sequence<int, kRows> kSizes;
   static constexpr auto kInOrder = MultiplyTable<kBlocks, kGates, false, T>::make(kSizes);
@@ -219,11 +220,15 @@ void multiply_rows(const T* a, int64_t lda, int rows, uint64_t wanted, int64_t k
   }
   const int* const names = all ? kNumbers.value : some;
   const int tiles = (count + kRows - 1) / kRows;
+  const int parts = tiles * static_cast<int>((k + kChunk - 1) / kChunk);
   for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
     const int64_t k1 = min(k, k0 + kChunk);
     const T* ahead = k1 < k ? w + k1 * kGates * kLanes<T> : next;
     for (int tile = 0; tile < tiles; ++tile) {
       const Range r = part(count, tile, tiles);
+      const Range places =
+          part(rows * kBlocks, static_cast<int>(k0 / kChunk) * tiles + tile, parts);
+      for (int64_t i = places.begin; i < places.end; ++i) fetch(i / kBlocks, i % kBlocks);
       const int line = tile % kAheadLines<kGates, T>,
                 block = tile / kAheadLines<kGates, T> % kBlocks;
       table[r.size() - 1](a + k0, lda, 1, names + r.begin, k1 - k0, w + k0 * kGates * kLanes<T>,
@@ -323,8 +328,8 @@ constexpr int kMostBlocks =
                                                             : Shape<kGates>::kBlocksOfOneRow;
 
 // Runs the product of rows a [.., lda] with packed blocks and hands the sums over, tile by tile:
-// finish(tile, sum[row][block][gate]). fetch(row, block), before the product of a block, is the
-// time to prefetch what finish will use. wanted(row) tells whether the row's sums
+// finish(tile, sum[row][block][gate]). fetch(row, block), in the course of the product, is
+// the time to prefetch what finish will use. wanted(row) tells whether the row's sums
 // matter; if not they are unspecified. `backwards` walks the blocks from the end: alternating it
 // from step to step finds the blocks used last still in the cache.
 template <int kGates, class T, class Weights, class Wanted, class Fetch, class Finish>
@@ -339,10 +344,8 @@ void product(const T* a, int64_t lda, Range rows, int64_t k, const Weights& weig
       const int n = static_cast<int>(min(kRowBlock, rows.end - r0));
       uint64_t mask = 0;
       for (int i = 0; i < n; ++i) mask |= uint64_t{wanted(r0 + i)} << i;
-      for (int i = 0; i < n; ++i) {
-        for (int j = 0; j < kBlocks; ++j) fetch(r0 + i, block + j);
-      }
-      multiply_rows<kBlocks, kGates, T>(a + r0 * lda, lda, n, mask, k, w, next, sum);
+      const auto fetch_place = [&](int64_t i, int64_t j) { fetch(r0 + i, block + j); };
+      multiply_rows<kBlocks, kGates, T>(a + r0 * lda, lda, n, mask, k, w, next, fetch_place, sum);
       finish(Tile{r0, block, n, kBlocks}, sum);
     }
   };

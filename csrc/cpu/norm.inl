@@ -7,18 +7,45 @@
 
 constexpr double kNormEpsilon = 1e-5;
 
-template <int kShift, class V, int... kIndex>
-V rotated(V v, std::integer_sequence<int, kIndex...>) {
-  return frnn::shuffle<(kIndex + kShift) % int{sizeof...(kIndex)}...>(v, v);
-}
-template <class T, int kShift = kLanes<T> / 2>
-T sum_of_lanes(Vec<T> v) {
-  if constexpr (kShift == 0) {
-    return v[0];
+// Every kWidth lanes become their sum, each of them: halves onto each other.
+template <int kWidth, class V, int... kIndex>
+FRNN_FN V fold(V v, std::integer_sequence<int, kIndex...> lanes) {
+  if constexpr (kWidth == 1) {
+    return v;
   } else {
-    v += rotated<kShift>(v, std::make_integer_sequence<int, kLanes<T>>{});
-    return sum_of_lanes<T, kShift / 2>(v);
+    v += frnn::shuffle<kIndex / kWidth * kWidth + (kIndex + kWidth / 2) % kWidth...>(v, v);
+    return fold<kWidth / 2>(v, lanes);
   }
+}
+template <class T>
+FRNN_FN T sum_of_lanes(Vec<T> v) {
+  return fold<kLanes<T>>(v, std::make_integer_sequence<int, kLanes<T>>{})[0];
+}
+
+template <class T>
+struct Two {
+  T first, second;
+};
+template <class V, int... kIndex>
+FRNN_FN V halves_folded(V a, V b, std::integer_sequence<int, kIndex...>) {
+  constexpr int kLanes = sizeof...(kIndex), kHalf = kLanes / 2;
+  return frnn::shuffle<kIndex % kHalf + kIndex / kHalf * kLanes...>(a, b) +
+         frnn::shuffle<kIndex % kHalf + kIndex / kHalf * kLanes + kHalf...>(a, b);
+}
+// The sums of both, as sum_of_lanes has them, at less than the price of two.
+template <class T>
+FRNN_FN Two<T> sums_of_lanes(Vec<T> a, Vec<T> b) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes<T>>{};
+  const Vec<T> sums = fold<kLanes<T> / 2>(halves_folded(a, b, kAll), kAll);
+  return {sums[0], sums[kLanes<T> / 2]};
+}
+
+// Calls f<kWhole>(block) for some blocks of a row of units; the last one may lack some.
+template <class T, class F>
+FRNN_FN void each_block(Range blocks, int64_t units, const F& f) {
+  const int64_t whole = min(blocks.end, units / kLanes<T>);
+  for (int64_t block = blocks.begin; block < whole; ++block) f.template operator()<true>(block);
+  if (whole < blocks.end) f.template operator()<false>(whole);
 }
 
 // 1 in the first n lanes, else 0.
@@ -29,47 +56,40 @@ Vec<T> first_lanes(int64_t n) {
   return v;
 }
 
-// The gradient of what was normalised to n hats and had gains, in place of that of the result;
-// scale is one over the standard deviation.
+// What is normalised, and the sums over rows of its gradient: times the hats [.., columns], and
+// alone.
 template <class T>
-__attribute__((noinline)) void unnormalise(T* d, const T* gains, const T* hats, int64_t n,
-                                           T scale) {
-  using V = Vec<T>;
-  const auto each = [&](const auto& f) {
-    for (int64_t i = 0; i < n; i += kLanes<T>) {
-      const int some = static_cast<int>(min(kLanes<T>, n - i));
-      f(i, some, frnn::load<V>(d + i, some) * frnn::load<V>(gains + i, some),
-        frnn::load<V>(hats + i, some));
-    }
-  };
-  V sums[2] = {};
-  each([&](int64_t, int, V of_hat, V hat) {
-    sums[0] += of_hat;
-    sums[1] += of_hat * hat;
-  });
-  const T mean = sum_of_lanes<T>(sums[0]) / T(n), slope = sum_of_lanes<T>(sums[1]) / T(n);
-  each([&](int64_t i, int some, V of_hat, V hat) {
-    frnn::store(d + i, scale * (of_hat - mean - hat * slope), some);
-  });
-}
-
-// sum [columns] += the sum over rows of a times b, both [.., columns], for some of the columns. A
-// few rows at a time: b comes from memory, where it lies in rows.
-template <class T>
-__attribute__((noinline)) void add_products(const T* a, const T* b, int64_t columns, Range some,
-                                            const Rows& rows, T* sum) {
+struct Gains {
+  const T* hats;
+  T *dgains, *dbiases;  // [columns], or null
+};
+// Adds for some of the columns what rows of d [.., columns] give, the gradient of all that is in
+// `of`. A few rows at a time: what comes from memory lies in rows.
+template <class T, int kCount>
+__attribute__((noinline)) void add_gains(const T* d, int64_t columns, Range some, const Rows& rows,
+                                         const Gains<T> (&of)[kCount]) {
   using V = Vec<T>;
   constexpr int64_t kFew = 4;
   for (int64_t i = 0; i < rows.count; i += kFew) {
     const int64_t end = min(rows.count, i + kFew);
     for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
       const int n = static_cast<int>(min(kLanes<T>, some.end - j));
-      V total = frnn::load<V>(sum + j, n);
+      V sum{}, sums[kCount] = {};
       for (int64_t k = i; k < end; ++k) {
         const int64_t offset = rows[k] * columns + j;
-        total += frnn::load<V>(a + offset, n) * frnn::load<V>(b + offset, n);
+        const int64_t ahead = rows[min(k + kFew, rows.count - 1)] * columns + j;
+        const V value = frnn::load<V>(d + offset, n);
+        __builtin_prefetch(d + ahead);
+        sum += value;
+        for (int m = 0; m < kCount; ++m) {
+          sums[m] += value * frnn::load<V>(of[m].hats + offset, n);
+          __builtin_prefetch(of[m].hats + ahead);
+        }
       }
-      frnn::store(sum + j, total, n);
+      for (int m = 0; m < kCount; ++m) {
+        if (T* to = of[m].dgains) frnn::store(to + j, frnn::load<V>(to + j, n) + sums[m], n);
+        if (T* to = of[m].dbiases) frnn::store(to + j, frnn::load<V>(to + j, n) + sum, n);
+      }
     }
   }
 }
@@ -86,26 +106,36 @@ class Statistics {
         of_blocks_(carver.take<T>(2 * blocks_of<T>(units) * rows_)),
         of_rows_(carver.take<T>(2 * slices * rows_)) {}
 
-  void put(int64_t row, int64_t block, T first, T second) const {
-    at(block)[row] = first;
-    at(block)[rows_ + row] = second;
+  void put(int64_t row, int64_t block, Two<T> numbers) const {
+    at(block)[row] = numbers.first;
+    at(block)[rows_ + row] = numbers.second;
   }
 
-  // For moments(): of a block's numbers in n vectors, the mean and the sum of squares about it.
-  void describe(int64_t row, int64_t block, const V* values, int n) const {
+  // For moments(): of a block's numbers in kCount vectors, the mean and the sum of squares about
+  // it. They are first taken about one of the numbers, which loses little and is known at once.
+  template <int kCount>
+  void describe(int64_t row, int64_t block, const V* values) const {
+    const T about = values[0][0];
+    const auto with = [&](V there, T lanes) {
+      V sum{}, squares{};
+      for (int i = 0; i < kCount; ++i) {
+        const V delta = there * (values[i] - about);
+        sum += delta;
+        squares += delta * delta;
+      }
+      const Two<T> sums = sums_of_lanes<T>(sum, squares);
+      const T delta = sums.first * (T(1) / (T(kCount) * lanes));
+      put(row, block, {about + delta, sums.second - sums.first * delta});
+    };
     const int64_t lanes = lanes_of(block);
-    const V there = lanes == kLanes<T> ? frnn::broadcast<V>(1) : first_lanes<T>(lanes);
-    V sum{}, squares{};
-    for (int i = 0; i < n; ++i) sum += values[i];
-    const T mean = sum_of_lanes<T>(there * sum) / T(n * lanes);
-    for (int i = 0; i < n; ++i) squares += (values[i] - mean) * (values[i] - mean);
-    put(row, block, mean, sum_of_lanes<T>(there * squares));
+    if (lanes == kLanes<T>) {
+      with(frnn::broadcast<V>(1), T(kLanes<T>));
+    } else {
+      with(first_lanes<T>(lanes), T(lanes));
+    }
   }
 
-  struct Row {
-    T first, second;
-  };
-  Row of(const Slice& slice, int64_t row) const {
+  Two<T> of(const Slice& slice, int64_t row) const {
     const T* of_slice = of_rows_ + 2 * slice.index * rows_;
     return {of_slice[row], of_slice[rows_ + row]};
   }
