@@ -480,6 +480,27 @@ class BackwardSteps {
     }
   }
 
+  // Of a cell with late gates, once step s is finished but for their share of dgh @ W_hh, d; what
+  // entered their product goes to `entered`, [B, P], with nothing dropped.
+  FRNN_FN void finish_factor(int64_t s, const Place& p, V d, const StepGradients<S>& to,
+                             S* entered) const {
+    const int64_t plane = a_.b * a_.h, offset = timeline_.time(s) * plane + p.offset;
+    if constexpr (kVariants) {
+      if (dropout_) d *= load<V>(dropout_ + p.offset, p.n);
+    }
+    V saved[Cell::kSaved], dh;
+    for (int r = 0; r < Cell::kSaved; ++r) {
+      saved[r] = load<V>(a_.saved + r * a_.t * plane + offset, p.n);
+    }
+    const V h = load<V>(a_.h_prev + offset, p.n);
+    const V of_gate = Cell::backward_of_factor(h, saved, d, &dh);
+    store(to.dgx + p.row * kGates * a_.h + p.unit, of_gate, p.n);
+    if (timeline_.entry(s, p.row) != Entry::kZero) {
+      store(a_.dh0 + p.offset, load<V>(a_.dh0 + p.offset, p.n) + dh, p.n);
+    }
+    store(entered + p.offset, saved[0] * h, p.n);
+  }
+
   // NaN in place of all that is returned; dgx and dgh are those of all steps.
   FRNN_FN void spoil(const Place& p, S* dgx, S* dgh) const {
     const V nan = V(0) / V(0);

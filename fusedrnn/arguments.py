@@ -27,6 +27,13 @@ def forget_bias(value: float | None, bias: bool) -> float | None:
     return float(value)
 
 
+def reset_after(value: bool, layer_norm: bool) -> bool:
+    """Of a GRU, whose norm is over all of W_hh h, which must be one product."""
+    if not truth("reset_after", value) and truth("layer_norm", layer_norm):
+        raise ValueError("layer_norm=True needs reset_after=True, got reset_after=False")
+    return value
+
+
 def probability(name: str, value: float) -> float:
     if not _is_number(value) or not 0 <= value <= 1:
         raise ValueError(f"{name} should be a probability in [0, 1], got {value!r}")

@@ -337,7 +337,8 @@ class Layers(nn.RNNBase):
 
     def extra_repr(self) -> str:
         own = {
-            "peephole": False, "coupled_gates": False, "layer_norm": False, "forget_bias": None,
+            "peephole": False, "coupled_gates": False, "reset_after": True, "layer_norm": False,
+            "forget_bias": None,
             "initial_state": "zeros", **NO_RATES._asdict(), "recompute": "none",
             "backend": None,
         }  # fmt: skip

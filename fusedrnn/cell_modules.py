@@ -11,7 +11,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from fusedrnn import arguments, functional
 from fusedrnn.arguments import changed, truth
 from fusedrnn.backends import Names, Weights, check_names
-from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, lstm
+from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, gru, lstm
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout
 
 
@@ -21,7 +21,9 @@ def cell_of(module: RNNCellBase) -> Cell:
         return lstm(peephole=module.peephole, coupled_gates=module.coupled_gates)
     if isinstance(module, nn.LSTMCell):
         return LSTM
-    if isinstance(module, GRUCell | nn.GRUCell):
+    if isinstance(module, GRUCell):
+        return gru(reset_after=module.reset_after)
+    if isinstance(module, nn.GRUCell):
         return GRU
     nonlinearity: Any = module.nonlinearity
     if nonlinearity not in ("tanh", "relu"):
@@ -147,8 +149,8 @@ class _CellModule(RNNCellBase):
 
     def extra_repr(self) -> str:
         own = {
-            "peephole": False, "coupled_gates": False, "layer_norm": False, "forget_bias": None,
-            "zoneout": 0.0, "backend": None,
+            "peephole": False, "coupled_gates": False, "reset_after": True, "layer_norm": False,
+            "forget_bias": None, "zoneout": 0.0, "backend": None,
         }  # fmt: skip
         return super().extra_repr() + changed(self, own)
 
@@ -232,7 +234,7 @@ class LSTMCell(_CellModule):
 class GRUCell(_CellModule):
     """One GRU step, a drop-in for :class:`torch.nn.GRUCell`; see :mod:`fusedrnn.cells.gru`.
 
-    ``layer_norm`` and ``zoneout``, of h, are those of :class:`fusedrnn.GRU`.
+    ``reset_after``, ``layer_norm`` and ``zoneout``, of h, are those of :class:`fusedrnn.GRU`.
 
     Args (forward):
         input: ``[B,I]`` or ``[I]``.
@@ -250,6 +252,8 @@ class GRUCell(_CellModule):
         torch.Size([2, 4])
     """
 
+    reset_after = True
+
     def __init__(
         self,
         input_size: int,
@@ -258,10 +262,13 @@ class GRUCell(_CellModule):
         device: Any = None,
         dtype: Any = None,
         *,
+        reset_after: bool = True,
         layer_norm: bool = False,
         zoneout: Zoneout = 0.0,
         backend: Names = None,
     ) -> None:
+        if not arguments.reset_after(reset_after, layer_norm):  # else the class's
+            self.reset_after = False
         super().__init__(
             input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype,
             backend=backend, zoneout=zoneout, layer_norm=layer_norm,

@@ -30,6 +30,7 @@ VARIANTS = {
     "initial_state": "zeros",
     "peephole": False,
     "coupled_gates": False,
+    "reset_after": True,
     "layer_norm": False,
     **NO_RATES._asdict(),
 }

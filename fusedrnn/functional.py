@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedrnn import arguments
 from fusedrnn.arguments import probability, truth
 from fusedrnn.backends import Names, Request, Sequence, Weights, check_names, select
 from fusedrnn.backends.reference import compute_dtype
-from fusedrnn.cells import GRU, LSTM, PLAIN, Cell
+from fusedrnn.cells import LSTM, PLAIN, Cell
+from fusedrnn.cells import gru as gru_cell
 from fusedrnn.cells import lstm as lstm_cell
 from fusedrnn.layer import Stack, run_layers, run_step
 from fusedrnn.recompute import check_recompute
@@ -109,6 +111,7 @@ def gru(
     training: bool = False,
     bidirectional: bool = False,
     batch_first: bool = False,
+    reset_after: bool = True,
     layer_norm: bool = False,
     weight_dropout: float = 0.0,
     recurrent_dropout: float = 0.0,
@@ -118,7 +121,8 @@ def gru(
     resets: Tensor | None = None,
     backend: Names = None,
 ) -> tuple[Tensor, Tensor]:
-    """A stack of GRU layers; equations in :mod:`fusedrnn.cells.gru`, arguments as :func:`lstm`.
+    """A stack of GRU layers; equations in :mod:`fusedrnn.cells.gru`, arguments as :func:`lstm`, and
+    ``reset_after`` as of :class:`fusedrnn.GRU`.
 
     Example:
         >>> import fusedrnn, torch
@@ -127,8 +131,9 @@ def gru(
         >>> y.shape
         torch.Size([5, 2, 4])
     """
+    cell = gru_cell(reset_after=arguments.reset_after(reset_after, layer_norm))
     stack = _run_flat(
-        GRU, x, _only(hx), params, has_biases=has_biases,
+        cell, x, _only(hx), params, has_biases=has_biases,
         num_layers=num_layers, dropout=dropout, training=training,
         rates=Rates.checked(1, weight_dropout, recurrent_dropout, zoneout),
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, resets=resets,

@@ -12,7 +12,7 @@ from fusedrnn.arguments import truth
 from fusedrnn.backends import Names
 from fusedrnn.base import Layers, run_module
 from fusedrnn.cell_modules import fill_forget_gate
-from fusedrnn.cells import Cell, lstm
+from fusedrnn.cells import Cell, gru, lstm
 from fusedrnn.functional import Lengths
 from fusedrnn.regularisers import Zoneout
 
@@ -173,12 +173,18 @@ class GRU(Layers):
     gates (peephole, coupled_gates, forget_bias); with layer_norm there is no ``norm_c``. The only
     state is h: hx is ``[L*D,B,H]``, and forward returns ``y [T,B,D*H]`` and ``h_n [L*D,B,H]``.
 
+    Args:
+        reset_after: the reset gate acts on the product ``W_hn h + b_hn``, as in torch.nn; else on
+            the h that enters it, as in Cho et al. (2014). Then there is no layer_norm.
+
     Example:
         >>> import fusedrnn, torch
         >>> y, h_n = fusedrnn.GRU(8, 16, bidirectional=True)(torch.randn(5, 3, 8))
         >>> y.shape, h_n.shape
         (torch.Size([5, 3, 32]), torch.Size([2, 3, 16]))
     """
+
+    reset_after = True
 
     def __init__(
         self,
@@ -192,6 +198,7 @@ class GRU(Layers):
         device: Any = None,
         dtype: Any = None,
         *,
+        reset_after: bool = True,
         layer_norm: bool = False,
         initial_state: str = "zeros",
         weight_dropout: float = 0.0,
@@ -202,6 +209,8 @@ class GRU(Layers):
         **unknown: Any,
     ) -> None:
         _reject("GRU", unknown)
+        if not arguments.reset_after(reset_after, layer_norm):  # else the class's
+            self.reset_after = False
         super().__init__(
             "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout,
             bidirectional, device=device, dtype=dtype, backend=backend, initial_state=initial_state,
@@ -209,6 +218,10 @@ class GRU(Layers):
             weight_dropout=weight_dropout, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
             recompute=recompute,
         )  # fmt: skip
+
+    @property
+    def _cell(self) -> Cell:
+        return gru(reset_after=self.reset_after)
 
     def forward(
         self,

@@ -168,7 +168,9 @@ def _try_step(cell: Cell, hidden_size: int, device: Any, dtype: Any) -> None:
 
     gates, states = zeros(2, len(cell.gates)), (zeros(2),) * len(cell.states)
     params = (tuple(zeros() for _ in cell.params),) if cell.params else ()
-    new = cell.step(gates, gates, states, *params)
+    early = gates[:, : len(cell.gates) - cell.late]
+    late = {"product": lambda factor: factor.unsqueeze(-2) + zeros(cell.late)} if cell.late else {}
+    new = cell.step(gates, early, states, *params, **late)
     tensors = isinstance(new, tuple) and all(isinstance(n, Tensor) for n in new)
     if not tensors or [n.shape for n in new] != [s.shape for s in states]:
         found = [list(n.shape) for n in new] if tensors else type(new).__name__

@@ -181,6 +181,8 @@ BAD_CELLS = {
     "params of torch.nn": (dict(gates="a", states="h", params=("bias_ih",)), "'bias_ih'"),
     "triton": (dict(gates="a", states="h", triton=3), "two functions or a module's name, got 3"),
     "one function": (dict(gates="a", states="h", triton=(step,)), "should be two functions"),
+    "late": (dict(gates="a", states="h", late=1), r"late should be an integer in \[0, 1\), got 1"),
+    "late float": (dict(gates="ab", states="h", late=1.0), "late should be an integer"),
     "saved": (
         dict(gates="a", states="h", saved=-1),
         "saved should be an integer, not negative, got -1",

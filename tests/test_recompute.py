@@ -50,6 +50,8 @@ NORMS = {
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_on_the_cpu(cell, feature, dtype):
     """As accurate as what keeps all."""
+    if cell.late and "layer_norm" in feature:
+        pytest.skip("has no layer norm")
     engine = by_name("cpu")
     projected = {"P": 7, "cell_states": True}
     for steps in STEPS:

@@ -82,7 +82,9 @@ def test_cells_keep_what_they_save(cell):
 
     gx = torch.zeros(2, len(cell.gates), 3)
     params = (tuple(torch.zeros(3) for _ in cell.params),) if cell.params else ()
-    cell.step(gx, gx, (torch.zeros(2, 3),) * len(cell.states), *params, keep)
+    late = {"product": lambda factor: factor.unsqueeze(-2)} if cell.late else {}
+    gh = gx[:, : len(cell.gates) - cell.late]
+    cell.step(gx, gh, (torch.zeros(2, 3),) * len(cell.states), *params, keep=keep, **late)
     assert [t.shape for t in kept] == [(2, 3)] * cell.saved
 
 

@@ -13,6 +13,10 @@
 //       kReadsH = false has none and leaves ds[0] alone. dp: what this step adds to the gradients
 //       of p.
 //
+// A cell with a constant kLate, additive and with h alone as its state, has as many late gates, the
+// last ones. In their product factor(gx, gh) times h stands for h, made of the first gate; backward
+// leaves the gradient of that gate to backward_of_factor, once theirs have gone back through it.
+//
 // A cell with a constant kOutput has the states h = saved[kOutput] tanh(c) and c, so that c can be
 // normalised in between, and a function backward_of_gates for that.
 #pragma once
@@ -41,6 +45,12 @@ concept CellPolicy = requires(const double* in, double* out) {
 template <class C>
 concept NormalisesState = requires { C::kOutput; };
 
+template <class C>
+constexpr int kLateGates = 0;
+template <class C>
+  requires requires { C::kLate; }
+constexpr int kLateGates<C> = C::kLate;
+
 template <CellPolicy... C>
 struct CellList {
   static constexpr int kCount = sizeof...(C);
@@ -58,6 +68,6 @@ struct CellList {
 // The order is the public cell index. Those of torch.nn come first: the CUDA kernels are made for
 // them alone.
 using PlainCells = CellList<RnnTanh, RnnRelu, Lstm, Gru>;
-using Cells = PlainCells::With<LstmPeephole, LstmCoupled, LstmCoupledPeephole>;
+using Cells = PlainCells::With<LstmPeephole, LstmCoupled, LstmCoupledPeephole, GruResetBefore>;
 
 }  // namespace frnn

@@ -9,11 +9,12 @@ template <class Cell, class T>
 class Backward {
   using V = Vec<T>;
   using Steps = frnn::BackwardSteps<Cell, V, T, T, true>;
-  static constexpr int kGates = Cell::kGates;
+  static constexpr int kGates = Cell::kGates, kLate = frnn::kLateGates<Cell>,
+                       kEarly = kGates - kLate;
 
  public:
   static void run(const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
-    const auto plan = plan_of<T>(args, kGates, pool.threads);
+    const auto plan = plan_of<Cell, T>(args, pool.threads);
     Carver measure(nullptr);
     Backward(args, plan, measure);
     Carver carver(frnn::cpu::workspace(measure.used()));
@@ -32,6 +33,10 @@ class Backward {
       if (s < 0) break;
       // What of a step's norms comes next reads what the same slice wrote.
       if (plan_.by_units && (a_.w_hr || !normalises())) meet();
+      if constexpr (kLate > 0) {
+        each([&](int i) { run_late(slice(i), s); });
+        if (plan_.by_units) meet();
+      }
       if (a_.w_hr) {
         each([&](int i) { run_cells(slice(i), s); });
         if (plan_.by_units && !normalises()) meet();
@@ -76,6 +81,7 @@ class Backward {
     gradients_.dh = a_.w_hr || a_.norm.gain_c ? carver.take<T>(rows * a_.p) : nullptr;
     products_[0] = normalises() ? carver.take<T>(rows * gates) : gradients_.dgx;
     products_[1] = normalises() ? carver.take<T>(rows * gates) : gradients_.dgh;
+    if (kLate > 0) late_ = carver.take<T>(rows * a_.p);
     if (a_.w_hr && a_.norm.gain_c) dm_ = carver.take<T>(a_.b * a_.h);
     outer_ = carver.take<T>(plan.slices * Outer<T>::kScratch);
     names_ = carver.take<int>(plan.slices * chunk_ * a_.b);
@@ -91,10 +97,17 @@ class Backward {
   void pack(const Slice& slice) const {
     const int64_t gates = kGates * a_.h;
     const Rows rows{nullptr, gates};
-    pack_columns(a_.w_hh, a_.p, a_.p, rows, slice.pack_output, w_hh_);
+    pack_columns(a_.w_hh, a_.p, a_.p, {nullptr, kEarly * a_.h}, slice.pack_output, w_hh_);
+    if (kLate > 0) {
+      pack_columns(a_.w_hh + kEarly * a_.h * a_.p, a_.p, a_.p, {nullptr, kLate * a_.h},
+                   slice.pack_output, late_weights());
+    }
     if (a_.w_hr) pack_columns(a_.w_hr, a_.h, a_.h, {nullptr, a_.p}, slice.pack_hidden, w_hr_);
     if (a_.dx) pack_columns(a_.w_ih, a_.i, a_.i, rows, share(slice, blocks_of<T>(a_.i)), w_ih_);
   }
+
+  // Packed, those of the late gates.
+  T* late_weights() const { return w_hh_ + blocks_of<T>(a_.p) * kLanes<T> * kEarly * a_.h; }
 
   // Weights for products of one gate and a depth of k.
   static Packed<T> packed(const T* w, int64_t k) { return {w, k * kLanes<T>}; }
@@ -295,13 +308,32 @@ class Backward {
     const auto flows_back = [&](int64_t row) { return steps_.flows_back(s, row); };
     const StepGradients<T> to = gradients(s < 0 ? 0 : s);
     const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum, to); };
-    const int64_t k = kGates * a_.h;
+    const int64_t k = kEarly * a_.h;
     const T* dgh = dproduct(1, gradients(min(s + 1, a_.t - 1)));
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
     };
-    product<1, T>(dgh, k, slice.rows, k, packed(w_hh_, k), slice.output, s % 2, flows_back, fetch,
-                  finish);
+    product<1, T>(dgh, kGates * a_.h, slice.rows, k, packed(w_hh_, k), slice.output, s % 2,
+                  flows_back, fetch, finish);
+  }
+
+  void run_late(const Slice& slice, int64_t s) const {
+    if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) return;
+    const StepGradients<T> to = gradients(s);
+    T* entered = late_ + (to.dgx - gradients_.dgx) / (kGates * a_.h) * a_.p;
+    const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
+    const auto fetch = [](int64_t, int64_t) {};
+    const auto finish = [&](const Tile& tile, const V* sum) {
+      for (int i = 0; i < tile.rows; ++i) {
+        for (int j = 0; j < tile.blocks; ++j, ++sum) {
+          const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.p);
+          if (computed(p.row)) steps_.finish_factor(s, p, *sum, to, entered);
+        }
+      }
+    };
+    const int64_t k = kLate * a_.h;
+    product<1, T>(to.dgx + kEarly * a_.h, kGates * a_.h, slice.rows, k, packed(late_weights(), k),
+                  slice.output, s % 2, computed, fetch, finish);
   }
 
   void run_cells(const Slice& slice, int64_t s) const {
@@ -404,7 +436,14 @@ class Backward {
     const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
     const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih},
         dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
-    if (dx == dh) {
+    if (kLate > 0) {
+      const int64_t late = kEarly * a_.h;
+      const OuterProduct<T> dw_late{late_ + (g.dgx - gradients_.dgx) / gates * a_.p, a_.p, a_.dw_hh,
+                                    a_.noise.dropout, a_.b};
+      outer.add(dx, gates, {units.begin, min(units.end, late)}, rows, {dw_ih, dw_hh});
+      outer.add(dx, gates, {units.begin > late ? units.begin : late, units.end}, rows,
+                {dw_ih, dw_late});
+    } else if (dx == dh) {
       outer.add(dx, gates, units, rows, {dw_ih, dw_hh});
     } else {
       outer.add(dx, gates, units, rows, {dw_ih, none});
@@ -478,6 +517,7 @@ class Backward {
   T* w_ih_ = nullptr;                // packed
   StepGradients<T> gradients_ = {};  // of two chunks, which take turns
   T* products_[2] = {};   // likewise of the products: dgx and dgh, if these are not normalised
+  T* late_ = nullptr;     // likewise what entered the late gates' product
   T* dm_ = nullptr;       // of a step, the cell's h, where c is normalised before a projection
   T* outer_ = nullptr;    // scratch of each slice
   int* names_ = nullptr;  // of a chunk's computed rows, by each slice

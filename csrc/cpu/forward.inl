@@ -9,6 +9,7 @@ class Forward {
   using V = Vec<T>;
   using Steps = frnn::ForwardSteps<Cell, V, T, T, true>;
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
+  static constexpr int kLate = frnn::kLateGates<Cell>, kEarly = kGates - kLate;
   // Rows of a chunk of the input projection: enough for W_ih to be read seldom.
   static constexpr int64_t kInputRows = 192;
   // Rows of all steps from which on packed weights pay.
@@ -16,7 +17,7 @@ class Forward {
 
  public:
   static void run(const frnn::cpu::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
-    const auto plan = plan_of<T>(args, kGates, pool.threads);
+    const auto plan = plan_of<Cell, T>(args, pool.threads);
     Carver measure(nullptr);
     Forward(args, plan, measure);
     Carver carver(frnn::cpu::workspace(measure.used()));
@@ -39,6 +40,10 @@ class Forward {
       }
       each([&](int i) { run_cells(slice(i), s); });
       if (plan_.by_units) meet();
+      if constexpr (kLate > 0) {
+        each([&](int i) { run_late(slice(i), s); });
+        if (plan_.by_units) meet();
+      }
       if (normalises()) {
         each([&](int i) { normalise_cells(slice(i), s); });
         if (plan_.by_units) meet();
@@ -68,9 +73,9 @@ class Forward {
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(a_.t * a_.b >= kPackedRows),
         tiles_(kHasTiles && sizeof(T) == 4 && a_.bfloat16 && a_.h >= kTileUnits &&
-               a_.p >= kTileUnits && packed_),
+               a_.p >= kTileUnits && packed_ && kLate == 0),
         once_ih_(!tiles_ && plan.by_units && a_.t <= chunk_),
-        once_hh_(!tiles_ && plan.by_units && a_.t == 1),
+        once_hh_(!tiles_ && plan.by_units && a_.t == 1 && kLate == 0),
         of_ih_(normalises() ? min(chunk_, a_.t) * a_.b : 0, a_.h, plan.slices, carver),
         of_hh_(normalises() ? a_.b : 0, a_.h, plan.slices, carver),
         of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
@@ -78,7 +83,8 @@ class Forward {
     const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;
     const int64_t some = plan.slices * kMostBlocks<kGates> * lanes;  // units of the slices' blocks
     gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
-    if (normalises()) products_ = carver.take<T>(a_.b * units * kGates);
+    if (normalises() || kLate > 0) products_ = carver.take<T>(a_.b * units * kGates);
+    if (kLate > 0) late_ = carver.take<T>(a_.b * a_.p);
     if (!packed_) return;
     if (tiles_) {
       const int64_t of_i = tiles_along(a_.i), of_p = tiles_along(a_.p),
@@ -107,7 +113,18 @@ class Forward {
       }
     }
     if (!once_ih_) pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
-    if (!once_hh_) pack_rows(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
+    if (once_hh_) return;
+    pack_rows(a_.w_hh, kEarly, a_.h, a_.p, slice.pack_hidden, w_hh_);
+    if (kLate > 0) {
+      pack_rows(late_weights(a_.w_hh, a_.h), kLate, a_.h, a_.p, slice.pack_hidden,
+                late_weights(w_hh_, blocks_of<T>(a_.h) * kLanes<T>));
+    }
+  }
+
+  // Where the late gates begin among the rows of W_hh, which are as many a gate as there are units.
+  template <class P>
+  P* late_weights(P* w, int64_t units) const {
+    return w + (kEarly)*units * a_.p;
   }
 
   // Weights [G*H, k] packed by this slice in its own part of `places`.
@@ -277,16 +294,21 @@ class Forward {
         normalise(product_at(row, blocks.begin), blocks, of_h, a_.norm.gain_hh, a_.norm.hat_hh, r,
                   [](int, int64_t) { return V{}; });
       }
-      const int64_t whole =
-          timeline_.goes_on(s, row) ? min(blocks.end, a_.h / kLanes<T>) : blocks.begin;
-      finish_normalised<true>(s, row, {blocks.begin, whole}, gx);
-      finish_normalised<false>(s, row, {whole, blocks.end}, gx);
+      finish_row(s, row, blocks, gx);
     }
   }
 
+  // The cells of a row, whose products are at their places.
+  void finish_row(int64_t s, int64_t row, const Range& blocks, const Input& gx) const {
+    const int64_t whole =
+        timeline_.goes_on(s, row) ? min(blocks.end, a_.h / kLanes<T>) : blocks.begin;
+    finish_blocks<true>(s, row, {blocks.begin, whole}, gx);
+    finish_blocks<false>(s, row, {whole, blocks.end}, gx);
+  }
+
   template <bool kPlain>
-  __attribute__((noinline)) void finish_normalised(int64_t s, int64_t row, Range blocks,
-                                                   const Input& input) const {
+  __attribute__((noinline)) void finish_blocks(int64_t s, int64_t row, Range blocks,
+                                               const Input& input) const {
     const int64_t t = timeline_.time(s);
     const bool computed = kPlain || timeline_.computed(s, row);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
@@ -338,7 +360,7 @@ class Forward {
 
   void run_cells(const Slice& slice, int64_t s) const {
     if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) {
-      if (normalises()) return;
+      if (normalises() || kLate > 0) return;
       return pad(s, {slice.rows.begin, slice.hidden.begin, static_cast<int>(slice.rows.size()),
                      static_cast<int>(slice.hidden.size())});
     }
@@ -346,8 +368,13 @@ class Forward {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
     const auto finish = [&](const Tile& tile, const V* gh) {
-      if (normalises()) return keep_products(s, tile, gh);
-      finish_cells(s, tile, gx, gh);
+      if constexpr (kLate > 0) {
+        keep_early(s, tile, gx, gh);
+      } else if (normalises()) {
+        keep_products(s, tile, gh);
+      } else {
+        finish_cells(s, tile, gx, gh);
+      }
     };
     const T* h = steps_.product_in(s);
     if constexpr (kHasTiles && sizeof(T) == 4) {
@@ -356,18 +383,66 @@ class Forward {
                                         rows_ + slice.index * rows_size_, computed, fetch, finish);
       }
     }
-    const auto multiply = [&](const auto& weights) {
-      product<kGates, T>(h, a_.p, slice.rows, a_.p, weights, slice.hidden, s % 2, computed, fetch,
-                         finish);
-    };
     if (packed_ && once_hh_) {
-      multiply(once(slice, a_.w_hh, a_.p, w_hh_));
-    } else if (packed_) {
-      multiply(Packed<T>{w_hh_, a_.p * kGates * kLanes<T>});
-    } else {
-      product_unpacked<kGates>(h, a_.p, slice.rows, a_.p, a_.w_hh, a_.h, slice.hidden, computed,
-                               finish);
+      return product<kGates, T>(h, a_.p, slice.rows, a_.p, once(slice, a_.w_hh, a_.p, w_hh_),
+                                slice.hidden, s % 2, computed, fetch, finish);
     }
+    multiply_states<kEarly>(slice, s, h, a_.w_hh, w_hh_, fetch, finish);
+  }
+
+  // The product of some gates' weights, which are also packed, or would be.
+  template <int kSome, class Fetch, class Finish>
+  void multiply_states(const Slice& slice, int64_t s, const T* h, const T* w, const T* packed,
+                       const Fetch& fetch, const Finish& finish) const {
+    const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
+    if (packed_) {
+      const Packed<T> weights{packed, a_.p * kSome * kLanes<T>};
+      product<kSome, T>(h, a_.p, slice.rows, a_.p, weights, slice.hidden, s % 2, computed, fetch,
+                        finish);
+    } else {
+      product_unpacked<kSome>(h, a_.p, slice.rows, a_.p, w, a_.h, slice.hidden, computed, finish);
+    }
+  }
+
+  // The product of the early gates, and what enters that of the late ones.
+  void keep_early(int64_t s, const Tile& tile, const Input& input, const V* gh) const {
+    const int64_t t = timeline_.time(s);
+    for (int i = 0; i < tile.rows; ++i) {
+      const int64_t row = tile.row + i;
+      for (int j = 0; j < tile.blocks; ++j, gh += kEarly) {
+        if (!timeline_.computed(s, row)) continue;
+        V* to = product_at(row, tile.block + j);
+        for (int g = 0; g < kEarly; ++g) to[g] = gh[g];
+        const Place p = place<kLanes<T>>(row, tile.block + j, a_.h);
+        const V h = frnn::load<V>(steps_.product_in(s) + p.offset, p.n);
+        frnn::store(late_ + p.offset, Cell::factor(input.at(t, row, tile.block + j), to) * h, p.n);
+      }
+    }
+  }
+
+  void run_late(const Slice& slice, int64_t s) const {
+    if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) {
+      return pad(s, {slice.rows.begin, slice.hidden.begin, static_cast<int>(slice.rows.size()),
+                     static_cast<int>(slice.hidden.size())});
+    }
+    const Input gx = input(slice, s - s % chunk_);
+    const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
+    const auto finish = [&](const Tile& tile, const V* gh) {
+      for (int i = 0; i < tile.rows; ++i) {
+        const int64_t row = tile.row + i;
+        if (timeline_.idle(s, row)) {
+          pad(s, {row, tile.block, 1, tile.blocks});
+          continue;
+        }
+        for (int k = 0; k < tile.blocks * kLate; ++k) {
+          product_at(row, tile.block + k / kLate)[kEarly + k % kLate] =
+              gh[i * tile.blocks * kLate + k];
+        }
+        finish_row(s, row, {tile.block, tile.block + tile.blocks}, gx);
+      }
+    };
+    multiply_states<kLate>(slice, s, late_, late_weights(a_.w_hh, a_.h),
+                           late_weights(w_hh_, blocks_of<T>(a_.h) * kLanes<T>), fetch, finish);
   }
 
   void pad(int64_t s, const Tile& tile) const {
@@ -465,7 +540,8 @@ class Forward {
   const Pairs<T> outputs_;                    // of a step, what h takes of the gates, and c
   T* w_ih_ = nullptr;                         // packed
   T* gx_ = nullptr;                           // one chunk
-  T* products_ = nullptr;                     // of a step, if they are normalised
+  T* products_ = nullptr;                     // of a step, if more comes before the cells
+  T* late_ = nullptr;                         // of a step, what enters the late gates' product
   T* w_hh_ = nullptr;                         // packed
   T* w_hr_ = nullptr;                         // packed
   T* rows_ = nullptr;                         // tiles of rows, of each slice

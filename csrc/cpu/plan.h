@@ -12,7 +12,7 @@ struct Problem {
   int64_t unit_blocks;   // hidden units, in vectors
   double step_flops;     // of the products of one time step
   int64_t weight_bytes;  // packed
-  bool norms;            // slices of units meet two to four times a step, not once
+  bool often;            // slices of units meet two to four times a step, not once
 };
 
 struct Plan {
@@ -31,12 +31,12 @@ inline constexpr int64_t kRowsPerSlice = 12;
 // All slices read all the weights, so these must stay in each core's own cache.
 inline constexpr int64_t kPrivateCacheBytes = 512 << 10;
 // To save more meetings, fewer rows and more weights are borne.
-inline constexpr int64_t kRowsPerSliceWithNorms = 4;
-inline constexpr int64_t kPrivateCacheBytesWithNorms = 1 << 20;
+inline constexpr int64_t kRowsPerSliceIfOften = 4;
+inline constexpr int64_t kPrivateCacheBytesIfOften = 1 << 20;
 
 inline Plan make_plan(const Problem& p) {
-  const int64_t row_slices = p.rows / (p.norms ? kRowsPerSliceWithNorms : kRowsPerSlice);
-  const int64_t most_bytes = p.norms ? kPrivateCacheBytesWithNorms : kPrivateCacheBytes;
+  const int64_t row_slices = p.rows / (p.often ? kRowsPerSliceIfOften : kRowsPerSlice);
+  const int64_t most_bytes = p.often ? kPrivateCacheBytesIfOften : kPrivateCacheBytes;
   if (p.threads > 1 && row_slices >= p.threads && p.weight_bytes <= most_bytes) {
     return {false, p.threads};
   }

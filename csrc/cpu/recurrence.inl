@@ -70,15 +70,15 @@ Slice make_slice(const frnn::SequenceArgs<T>& a, const frnn::cpu::Plan& plan, in
   return s;
 }
 
-template <class T, class Args>
-frnn::cpu::Plan plan_of(const Args& a, int gates, int threads) {
-  const double macs = double(gates) * a.h * a.p + (a.w_hr ? double(a.p) * a.h : 0);
+template <class Cell, class T, class Args>
+frnn::cpu::Plan plan_of(const Args& a, int threads) {
+  const double macs = double(Cell::kGates) * a.h * a.p + (a.w_hr ? double(a.p) * a.h : 0);
   return frnn::cpu::make_plan({.threads = threads,
                                .rows = a.b,
                                .unit_blocks = blocks_of<T>(a.h),
                                .step_flops = 2 * macs * a.b,
                                .weight_bytes = static_cast<int64_t>(macs * sizeof(T)),
-                               .norms = a.norm.gain_hh != nullptr});
+                               .often = a.norm.gain_hh || frnn::kLateGates<Cell> > 0});
 }
 
 // Hands out pieces of one workspace; a first pass with no memory measures them.

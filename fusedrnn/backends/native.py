@@ -154,6 +154,8 @@ class Ops:
             return "needs a hidden size of at least 1"
         if request.initial:
             return "enters zeros at resets"
+        if request.layer_norm and request.cell.late:
+            return f"has no layer norm of the cell {request.cell.name}"
         return None
 
     def forward(self, call: Call, training: bool) -> Run:

@@ -81,6 +81,11 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
         initial = tuple(s.to(storage).to(compute) for s in seq.initial)
     of_units = () if params is None else (params.unbind(0),)
     inside: dict[str, Any] = {}
+    early = late = w_hh, b_hh
+    if cell.late:
+        rows = w_hh.shape[0] - cell.late * planes[1]
+        early, late = ((w_hh[some], None if b_hh is None else b_hh[some])
+                       for some in (slice(rows), slice(rows, None)))  # fmt: skip
     if norms[2] is not None:
         inside["norm"] = partial(F.layer_norm, normalized_shape=planes[1:], weight=norms[2],
                                  bias=norms[3], eps=NORM_EPSILON)  # fmt: skip
@@ -95,7 +100,9 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
         h = state[0]
         if noise.dropout is not None:
             h = (h * noise.dropout).to(storage).to(compute)
-        gh = _gates(h, w_hh, b_hh, norms[1]).unflatten(-1, planes)
+        gh = _gates(h, *early, norms[1]).unflatten(-1, (-1, planes[1]))
+        if cell.late:
+            inside["product"] = partial(_late_gates, h, *late, planes[1])
         new = cell.step(gx[t], gh, state, *of_units, **inside)
         if w_hr is not None:
             new = (F.linear(new[0], w_hr), *new[1:])
@@ -127,6 +134,12 @@ def _gates(x: Tensor, w: Tensor, b: Tensor | None, gain: Tensor | None) -> Tenso
         return F.linear(x, w, b)
     gates = F.layer_norm(F.linear(x, w), gain.shape, gain, eps=NORM_EPSILON)
     return gates if b is None else gates + b
+
+
+def _late_gates(h: Tensor, w: Tensor, b: Tensor | None, hidden: int, factor: Tensor) -> Tensor:
+    """What the step of a cell with late gates calls ``product``."""
+    late: Tensor = F.linear(factor * h, w, b).unflatten(-1, (-1, hidden))
+    return late
 
 
 def zoned(

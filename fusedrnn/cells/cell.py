@@ -12,6 +12,7 @@ from torch import Tensor
 Keep = Callable[..., tuple[Tensor, ...]]
 Step = Callable[..., tuple[Tensor, ...]]
 Norm = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor], Tensor]
 
 _registered: dict[str, Cell] = {}
 
@@ -49,6 +50,9 @@ class Cell:
             many as there are gates.
         additive: ``gx`` and ``gh`` meet only as ``gx + gh``, so their gradients are equal and
             both biases can be added to ``gx``.
+        late: how many of the gates, the last ones, see h only as the others leave it: ``gh`` is
+            without them, and step has an argument ``product``, a function that makes of a factor
+            ``[B,H]`` what is theirs, ``W_hh (factor * h) + b_hh``, ``[B,late,H]``.
         triton: the functions ``forward`` and ``backward`` of the same cell in Triton, as
             :mod:`fusedrnn.backends.triton.cells` describes them, or the name of a module that has
             them; None: the Triton backend does not run the cell.
@@ -56,7 +60,7 @@ class Cell:
     Raises:
         TypeError: a name, step or params of another kind.
         ValueError: no gate, no state, h not first, a letter or name twice, params named as the
-            weights of a layer, something else for triton.
+            weights of a layer, as many late gates as there are, something else for triton.
 
     Example:
         >>> import fusedrnn, torch
@@ -77,6 +81,7 @@ class Cell:
     params: tuple[str, ...] = ()
     saved: int = None  # type: ignore[assignment]
     additive: bool = True
+    late: int = 0
     triton: str | tuple[Any, Any] | None = None
     key: str = field(init=False, compare=False, repr=False)  # by which ops name the cell
 
@@ -104,6 +109,10 @@ class Cell:
             object.__setattr__(self, "saved", len(self.gates))
         if not isinstance(self.saved, int) or self.saved < 0:
             raise ValueError(f"saved should be an integer, not negative, got {self.saved}")
+        if not isinstance(self.late, int) or not 0 <= self.late < len(self.gates):
+            raise ValueError(
+                f"late should be an integer in [0, {len(self.gates)}), got {self.late}"
+            )
         pair = self.triton
         if not (pair is None or isinstance(pair, str) or (type(pair) is tuple and len(pair) == 2)):
             raise ValueError(f"triton should be two functions or a module's name, got {pair!r}")

@@ -1,6 +1,8 @@
-"""GRU (Cho et al. 2014) with the reset gate after the product, as torch.nn and cuDNN; gates r z n.
+"""GRU (Cho et al. 2014), gates r z n.
 
-``r z = s(gx + gh)``; ``n = tanh(gx_n + r * gh_n)``; ``h = (1 - z) * n + z * h_prev``.
+``r z = s(gx + gh)``; ``h = (1 - z) * n + z * h_prev``. The reset gate comes after the product, as
+in torch.nn and cuDNN, ``n = tanh(gx_n + r * gh_n)``, or before it, as in the paper, ``n = tanh(gx_n
++ W_hn (r * h_prev) + b_hn)``.
 With layer norm (Ba et al. 2016) ``gx = LN(W_ih x) + b_ih`` and ``gh = LN(W_hh h) + b_hh``, each
 over all gates' units together.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusedrnn.cells.cell import Cell, Keep, keep
+from fusedrnn.cells.cell import Cell, Keep, Product, keep
 
 
 def step(
@@ -23,6 +25,16 @@ def step(
     return (n + z * (state[0] - n),)
 
 
+def step_reset_before(
+    gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], product: Product, keep: Keep = keep
+) -> tuple[Tensor, ...]:
+    xr, xz, xn = gx.unbind(-2)
+    hr, hz = gh.unbind(-2)
+    r, z = keep((xr + hr).sigmoid(), (xz + hz).sigmoid())
+    (n,) = keep((xn + product(r).squeeze(-2)).tanh())
+    return (n + z * (state[0] - n),)
+
+
 GRU = Cell(
     "gru",
     gates="rzn",
@@ -32,3 +44,14 @@ GRU = Cell(
     step=step,
     triton="fusedrnn.backends.triton.cells.gru",
 )
+GRU_RESET_BEFORE = Cell(
+    "gru_reset_before",
+    gates="rzn",
+    states="h",
+    step=step_reset_before,
+    late=1,
+)
+
+
+def gru(*, reset_after: bool) -> Cell:
+    return GRU if reset_after else GRU_RESET_BEFORE

@@ -45,6 +45,13 @@ class CellCheck {
       for (int g = 0; g < Cell::kGates && Cell::kAdditive; ++g) {
         expect(dgx[g] == dgh[g], Cell::kName, dgx[g], dgh[g]);
       }
+      if constexpr (frnn::kLateGates<Cell> > 0) {
+        late_ = true;
+        dgx[0] = Cell::backward_of_factor(s_[0], saved, dout_[0], ds);
+        compare("of factor dgx", gx_, dgx, 1);
+        compare("of factor ds", s_, ds, 1);
+        late_ = false;
+      }
     }
   }
 
@@ -55,6 +62,9 @@ class CellCheck {
   }
 
   double loss() const {
+    if constexpr (frnn::kLateGates<Cell> > 0) {
+      if (late_) return dout_[0] * Cell::factor(gx_, gh_) * s_[0];
+    }
     double out[Cell::kStates], saved[Cell::kSaved], sum = 0;
     Cell::forward(gx_, gh_, s_, p_, out, saved);
     for (int j = 0; j < Cell::kStates; ++j) sum += dout_[j] * out[j];
@@ -82,6 +92,7 @@ class CellCheck {
   std::normal_distribution<double> normal_;
   double gx_[Cell::kGates], gh_[Cell::kGates], s_[Cell::kStates], dout_[Cell::kStates];
   double p_[Cell::kParams + 1];
+  bool late_ = false;  // what enters the late gates' product is checked
 };
 
 template <frnn::CellPolicy... Cell>

@@ -36,7 +36,7 @@ class Triton:
         reason = unfit_dtype(request)
         if reason is not None:
             return reason
-        if request.cell.triton is None:
+        if request.cell.triton is None or request.cell.late:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
