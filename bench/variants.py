@@ -1,4 +1,4 @@
-"""Times the LSTM's variants, lengths and resets beside the plain layer, interleaved in one process.
+"""Times variants, lengths and resets beside the plain layer, interleaved in one process.
 
     python bench/variants.py                 both shapes, about 2 minutes
     python bench/variants.py --shape lstm-t100-b1-h128 --seconds 30
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import measure
 import report
@@ -35,13 +36,14 @@ from fusedrnn.backends import Weights
 from fusedrnn.regularisers import Rates, regularised
 
 DEFAULT = (Shape("lstm", 100, 32, 128, 128), Shape("lstm", 100, 8, 256, 256))
-# And what is in the list of shapes as a plain LSTM.
+# And what is in the list of shapes as a plain LSTM. A GRU takes the same numbers.
 SHAPES = {
     shape.name: shape
     for shape in (*DEFAULT, *ALL)
     if shape == Shape("lstm", shape.T, shape.B, shape.I, shape.H, default=shape.default)
 }
-Forward = Callable[[fusedrnn.LSTM, Tensor], Tensor]
+Layer = fusedrnn.LSTM | fusedrnn.GRU
+Forward = Callable[[Any, Tensor], Tensor]
 Step = Callable[[], list[Tensor]]
 
 
@@ -61,8 +63,9 @@ class Variant:
     """A layer of these options, called with these arguments."""
 
     name: str
-    options: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     arguments: Callable[[Shape], dict[str, Tensor]] = lambda _: {}
+    layer: type[Layer] = fusedrnn.LSTM
 
 
 VARIANTS = (
@@ -75,7 +78,22 @@ VARIANTS = (
     Variant("lengths 1..T", arguments=lambda shape: {"lengths": all_lengths(shape)}),
     Variant("lengths T/2", arguments=lambda s: {"lengths": torch.full((s.B,), s.T // 2)}),
     Variant("resets", arguments=lambda shape: {"resets": some_resets(shape)}),
+    Variant("GRU, reset before", {"reset_after": False}, layer=fusedrnn.GRU),
 )
+
+
+def eager_gru(layer: fusedrnn.GRU, x: Tensor) -> Tensor:
+    """The layer with its reset gate before the product, as :func:`eager`."""
+    w_ih, w_hh, b_ih, b_hh = layer.parameters()
+    early = 2 * layer.hidden_size
+    h = x.new_zeros(x.shape[1], layer.hidden_size)
+    y = []
+    for gx in F.linear(x, w_ih, b_ih + b_hh):
+        r, z = (gx[:, :early] + F.linear(h, w_hh[:early])).sigmoid().chunk(2, -1)
+        n = (gx[:, early:] + F.linear(r * h, w_hh[early:])).tanh()
+        h = n + z * (h - n)
+        y.append(h)
+    return torch.stack(y)
 
 
 def eager(layer: fusedrnn.LSTM, x: Tensor) -> Tensor:
@@ -113,7 +131,7 @@ def eager(layer: fusedrnn.LSTM, x: Tensor) -> Tensor:
     return torch.stack(y)
 
 
-def training(layer: fusedrnn.LSTM, x: Tensor, dy: Tensor, forward: Forward) -> Step:
+def training(layer: Layer, x: Tensor, dy: Tensor, forward: Forward) -> Step:
     """What is timed: y, and the gradients of x and of the parameters."""
     x = x.clone().requires_grad_()
     wanted = [x, *layer.parameters()]
@@ -132,19 +150,21 @@ class Work:
     def __init__(self, variant: Variant, shape: Shape) -> None:
         torch.manual_seed(0)
         x, dy = (torch.randn(shape.T, shape.B, width) for width in (shape.I, shape.H))
-        plain = fusedrnn.LSTM(shape.I, shape.H)
-        layer = fusedrnn.LSTM(shape.I, shape.H, **variant.options)
+        plain = variant.layer(shape.I, shape.H)
+        layer = variant.layer(shape.I, shape.H, **variant.options)
         if layer.layer_norm:  # with gains of 1 it is chaotic, and every error grows to 1e-3
             nn.init.constant_(layer.get_parameter("norm_hh_l0"), 0.25)
         precise = copy.deepcopy(layer).double()
         arguments = variant.arguments(shape)
 
-        def ours(layer: fusedrnn.LSTM, x: Tensor) -> Tensor:
-            return layer(x, **arguments)[0]
+        def ours(layer: Layer, x: Tensor) -> Tensor:
+            y: Tensor = layer(x, **arguments)[0]
+            return y
 
         self.plain = training(plain, x, dy, lambda layer, x: layer(x)[0])
         self.ours = training(layer, x, dy, ours)
-        self.loop = training(layer, x, dy, eager) if variant.options else None
+        loop = eager if variant.layer is fusedrnn.LSTM else eager_gru
+        self.loop = training(layer, x, dy, loop) if variant.options else None
         self._precise = training(precise, x.double(), dy.double(), ours)
         self._names = ["y", "dx", *(f"d{name}" for name, _ in layer.named_parameters())]
         self._terms = len(layer.weight_hh_l0) * shape.T

@@ -30,7 +30,8 @@ class LSTM(Layers):
             weights and biases have 3*H rows, gates f g o, peepholes 2*H, those of f and o.
         layer_norm: ``W_ih x`` and ``W_hh h`` are normalised, each over all gates' units together,
             with gains ``norm_ih_l0`` and ``norm_hh_l0 [G*H]`` before the biases, and so is c on its
-            way into h, with ``norm_c_l0`` and ``norm_c_bias_l0 [H]`` (Ba et al. 2016; eps 1e-5).
+            way into h, with ``norm_c_l0`` and ``norm_c_bias_l0 [H]`` (Ba et al. 2016; eps 1e-5);
+            on the backends "cpu" and "reference".
         forget_bias: what ``reset_parameters`` sets the forget gate's ``bias_ih`` to (Gers et al.
             2000; Jozefowicz et al. 2015); None: as the other biases.
         initial_state: what hx is if none is given, and enters at resets: "zeros"; "learned",

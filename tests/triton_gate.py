@@ -5,7 +5,7 @@
 It needs no GPU. The baseline has a row for each kernel<cell, arithmetic, hidden size x rows> and a
 column for each GPU: registers / bytes spilled, as ptxas tells them / bytes of shared memory. It
 belongs to the version of Triton in its first line; --write makes it anew. Whatever it says,
-"sequence" may spill only in float32 and float64, or up to 16 bytes with noise, shared memory must
+"sequence" may spill only in float32 and float64, but for what SPILLS names, shared memory must
 suffice, products must be on the tensor cores that their arithmetic is for, and the numbers of steps
 and rows must not be compiled in.
 """
@@ -62,6 +62,8 @@ TENSOR = {
     "tf32": r"HG?MMA\.\w+\.F32\.TF32|UTC\w*MMA.*",
     "fp64": r"DMMA\.\w+",
 }
+# Bytes that kernels of "sequence" spill in 16 bits or tf32, and no more.
+SPILLS = {("backward<gru, tf32, 64 x 8, noise>", "sm_100"): 16}
 UNSPECIALISED = {"T", "B", "first", "last", "N"}
 # Arrays by the type of their elements: that of x, that of states.
 NOISE = ("dropout", "renew_h", "renew_c")
@@ -240,7 +242,7 @@ def violations(case: Case, made: Compiled | str) -> list[str]:
     errors = []
     on_chip = case.alone or case.plan.algorithm == "sequence"
     on_chip = on_chip and case.arithmetic in ("bf16", "fp16", "tf32")
-    if on_chip and made.spilled > (16 if case.noise else 0):
+    if on_chip and made.spilled > SPILLS.get((str(case), case.gpu), 0):
         errors.append(f"{what} spills: {made}")
     if made.shared > case.device.shared_memory:
         errors.append(f"{what} has more shared memory than {case.device.shared_memory}: {made}")
