@@ -83,9 +83,11 @@ ctest: .venv/ready
 runtime = $(shell $(CXX) -print-file-name=$(1))
 asan: sanitizer = address,undefined
 asan: preload = $(call runtime,libasan.so) $(call runtime,libstdc++.so)
+asan: sets = (cpu-base or cpu-$$best or cpu and (shapes or threads or weights or few_rows))
 asan: options = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 tsan: sanitizer = thread
 tsan: preload = $(call runtime,libtsan.so) $(CURDIR)/build/tsan/openmp.so
+tsan: sets = cpu-$$best
 tsan: options = TSAN_OPTIONS=halt_on_error=1
 tsan: build/tsan/openmp.so
 
@@ -93,11 +95,12 @@ build/tsan/openmp.so: tests/cpp/tsan_openmp.c
 	@mkdir -p $(@D)
 	@$(CC) -shared -fPIC $< -o $@
 
-# The instrumented engine in a copy of the package: everything on the plainest and the best instruction
-# set of the machine, on those between what depends on the size of vectors; what has 16 bits on AMX
-# tiles only, since it is float32 inside elsewhere, and of the LSTM's variants the one that is all of
-# them. The sanitizer's runtime must be the first library of the process, before Python's own; pytest
-# must not capture what it writes before it aborts.
+# The instrumented engine in a copy of the package. Addresses depend on the size of vectors: everything
+# on the plainest and the best instruction set of the machine, on those between what asks for all
+# shapes. Threads do not: the best one alone. What has 16 bits on AMX tiles only, since it is float32
+# inside elsewhere, and of the LSTM's variants the one that is all of them. The sanitizer's runtime
+# must be the first library of the process, before Python's own; pytest must not capture what it
+# writes before it aborts.
 asan tsan: .venv/ready
 	@$(configure) -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 \
 		-DFUSEDRNN_SANITIZE=$(sanitizer) -DFUSEDRNN_OUTPUT_DIR=$(CURDIR)/build/$@/engine
@@ -106,8 +109,7 @@ asan tsan: .venv/ready
 	@export $(options) PYTHONPATH=build/$@ LD_PRELOAD="$(preload)"; \
 		best=$$(.venv/bin/python -c "from fusedrnn.backends import native; print(native.isas()[-1])") && \
 		.venv/bin/pytest --capture=sys tests/test_recurrence.py tests/test_cells.py tests/test_regularisers.py \
-		-k "(test_recurrence and (cpu-base or cpu-$$best or cpu and (shapes or threads or weights or few_rows)) \
-		and (amx or not float16) \
+		-k "(test_recurrence and $(sets) and (amx or not float16) \
 		and not (lstm_peephole or lstm_coupled-)) \
 		or cell_update_on_the_cpu or engine_s_masks" $(ARGS)
 
