@@ -324,12 +324,7 @@ class Backward {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [](int64_t, int64_t) {};
     const auto finish = [&](const Tile& tile, const V* sum) {
-      for (int i = 0; i < tile.rows; ++i) {
-        for (int j = 0; j < tile.blocks; ++j, ++sum) {
-          const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.p);
-          if (computed(p.row)) steps_.finish_factor(s, p, *sum, to, entered);
-        }
-      }
+      finish_factors(s, tile, sum, to, entered);
     };
     const int64_t k = kLate * a_.h;
     product<1, T>(to.dgx + kEarly * a_.h, kGates * a_.h, slice.rows, k, packed(late_weights(), k),
@@ -346,6 +341,17 @@ class Backward {
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
     product<1, T>(to.dh, a_.p, slice.rows, a_.p, packed(w_hr_, a_.p), slice.hidden, s % 2, computed,
                   fetch, finish);
+  }
+
+  // Not inlined, like Forward::finish_tile.
+  __attribute__((noinline)) void finish_factors(int64_t s, const Tile& tile, const V* sum,
+                                                const StepGradients<T>& to, T* entered) const {
+    for (int i = 0; i < tile.rows; ++i) {
+      for (int j = 0; j < tile.blocks; ++j, ++sum) {
+        const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.p);
+        if (timeline_.computed(s, p.row)) steps_.finish_factor(s, p, *sum, to, entered);
+      }
+    }
   }
 
   void keep_dm(const Tile& tile, const V* sum) const {

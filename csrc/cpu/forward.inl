@@ -262,7 +262,8 @@ class Forward {
     return reinterpret_cast<V*>(products_) + (row * blocks_of<T>(a_.h) + block) * kGates;
   }
 
-  void keep_products(int64_t s, const Tile& tile, const V* gh) const {
+  // Not inlined, like finish_tile.
+  __attribute__((noinline)) void keep_products(int64_t s, const Tile& tile, const V* gh) const {
     for (int i = 0; i < tile.rows; ++i) {
       const int64_t row = tile.row + i;
       for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
@@ -404,8 +405,10 @@ class Forward {
     }
   }
 
-  // The product of the early gates, and what enters that of the late ones.
-  void keep_early(int64_t s, const Tile& tile, const Input& input, const V* gh) const {
+  // The product of the early gates, and what enters that of the late ones. Not inlined, like
+  // finish_tile.
+  __attribute__((noinline)) void keep_early(int64_t s, const Tile& tile, const Input& input,
+                                            const V* gh) const {
     const int64_t t = timeline_.time(s);
     for (int i = 0; i < tile.rows; ++i) {
       const int64_t row = tile.row + i;
