@@ -96,7 +96,7 @@ def test_training_steps(tmp_path, request):
         workers.append(subprocess.Popen(command, env=environment, **output))
         request.addfinalizer(workers[-1].kill)
     for worker in workers:
-        output, _ = worker.communicate(timeout=120)
+        output, _ = worker.communicate(timeout=600)
         assert worker.returncode == 0, output
         equal = [line for line in output.splitlines() if line.endswith(" equal")]
         assert equal == ["ddp equal", "fsdp-load equal", "fsdp-assign equal"], output

@@ -437,8 +437,8 @@ class Backward {
     const T* x = a_.x + first * a_.i;
     const T* h_prev = a_.h_prev + first * a_.p;
     add_sums(g, first, units, rows);
-    const T *dx = dproduct(0, g), *dh = dproduct(1, g);
-    if (a_.dx) multiply_dx(slice, dx, all);
+    const T *of_x = dproduct(0, g), *of_h = dproduct(1, g);
+    if (a_.dx) multiply_dx(slice, of_x, all);
     const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
     const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih},
         dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
@@ -446,14 +446,14 @@ class Backward {
       const int64_t late = kEarly * a_.h;
       const OuterProduct<T> dw_late{late_ + (g.dgx - gradients_.dgx) / gates * a_.p, a_.p, a_.dw_hh,
                                     a_.noise.dropout, a_.b};
-      outer.add(dx, gates, {units.begin, min(units.end, late)}, rows, {dw_ih, dw_hh});
-      outer.add(dx, gates, {units.begin > late ? units.begin : late, units.end}, rows,
+      outer.add(of_x, gates, {units.begin, min(units.end, late)}, rows, {dw_ih, dw_hh});
+      outer.add(of_x, gates, {units.begin > late ? units.begin : late, units.end}, rows,
                 {dw_ih, dw_late});
-    } else if (dx == dh) {
-      outer.add(dx, gates, units, rows, {dw_ih, dw_hh});
+    } else if (of_x == of_h) {
+      outer.add(of_x, gates, units, rows, {dw_ih, dw_hh});
     } else {
-      outer.add(dx, gates, units, rows, {dw_ih, none});
-      outer.add(dh, gates, units, rows, {dw_hh, none});
+      outer.add(of_x, gates, units, rows, {dw_ih, none});
+      outer.add(of_h, gates, units, rows, {dw_hh, none});
     }
     if (a_.w_hr) {
       const OuterProduct<T> dw_hr{a_.m + first * a_.h, a_.h, a_.dw_hr};
