@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them itself: test_gpu.py"),
 ]
 
+FUSED = {name: cell for name, cell in CELLS.items() if cell.triton}
 ARITHMETICS = ["float16", "bfloat16", "tf32", "float32", "float64"]
 DEVICES = {
     "sequence": Device(132, 90, 232448),
@@ -114,7 +115,7 @@ def test_more_than_one_round_of_k(machine, algorithm, shape, arithmetic):
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
-@pytest.mark.parametrize("name", [*(name for name in CELLS if name not in PLAIN), "slow"])
+@pytest.mark.parametrize("name", [*(name for name in FUSED if name not in PLAIN), "slow"])
 def test_other_cells(machine, algorithm, name, feature, arithmetic):
     """With params, and a user's with more states than two."""
     from user_cells import SLOW
@@ -254,7 +255,7 @@ def test_bounds_of_arrays(machine, algorithm, call, name):
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
 def test_inference_gives_the_same(machine, algorithm, cell, arithmetic):
     case = Case(cell, 3, 9, 4, 17, dtype=machine.choose(arithmetic), lengths=True)
     inputs = make_inputs(case)
@@ -278,7 +279,7 @@ def test_a_second_backward_is_the_same(machine, algorithm, dtype):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
 def test_a_nan_stays_in_its_sequence(machine, algorithm, cell):
     """A reset keeps it from later steps in forward and from earlier ones in backward."""
     case = Case(cell, 4, 3, 4, 20, dtype=torch.bfloat16, resets=True)
@@ -295,7 +296,7 @@ def test_a_nan_stays_in_its_sequence(machine, algorithm, cell):
     assert not dx[:2].isnan().any() and not dx[:, 1:].isnan().any()
 
 
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
 def test_empty_batch(machine, cell):
     machine.check(Case(cell, T=3, B=0, I=4, H=5))
 
@@ -325,7 +326,7 @@ def test_beside_torch_nn(machine, kind):
         assert_equals_torch(ours, theirs, torch.randn(4, 3, 5), make_hx(theirs, 3))
 
 
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
 def test_ops(machine, cell):
     """Their schemas and their shapes while traced."""
     case = Case(

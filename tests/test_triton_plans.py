@@ -24,6 +24,8 @@ def present(monkeypatch):
     monkeypatch.setattr(cuda, "device", lambda i: GPUS["sm_90"])
 
 
+FUSED = {name: cell for name, cell in CELLS.items() if cell.triton}
+LATE = replace(LSTM, name="late", late=1)
 UNKNOWN = replace(LSTM, name="unknown", triton=None)
 GPU = torch.device("cuda", 0)
 REASONS = {
@@ -35,6 +37,7 @@ REASONS = {
     "projection": (Request(LSTM, torch.float32, GPU, 8, 4), "has no projection"),
     "huge": (Request(LSTM, torch.float32, GPU, 23171, 0), "into the weights, too few for 23171"),
     "cell": (Request(UNKNOWN, torch.float32, GPU, 8, 0), "no kernel for the cell unknown"),
+    "late": (Request(LATE, torch.float32, GPU, 8, 0), "no kernel for the cell late"),
 }
 
 
@@ -87,7 +90,7 @@ GPUS = {
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
 def test_plans(gpu):
-    for cell in CELLS.values():
+    for cell in FUSED.values():
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             for hidden in (1, 16, 17, 64, 100, 128, 129, 256, 1024, 4096):
                 for backward in (False, True):
@@ -118,6 +121,6 @@ def test_plans_of_the_sizes_that_matter():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
 def test_supports(present, cell, dtype):
     assert backend.Triton().supports(Request(cell, dtype, GPU, 8, 0)) is None

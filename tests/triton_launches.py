@@ -142,7 +142,7 @@ def main() -> None:
     driver = Driver()
     triton.runtime.driver.set_active(driver)
     backends._ALL["triton"] = OnNothing()
-    cells = (*CELLS.values(), user_cells.SLOW)
+    cells = (*(cell for cell in CELLS.values() if cell.triton), user_cells.SLOW)
     for algorithm, device in DEVICES.items():
         cuda.device = lambda index, device=device: device
         for cell in cells:
