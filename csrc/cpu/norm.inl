@@ -112,27 +112,16 @@ class Statistics {
   }
 
   // For moments(): of a block's numbers in kCount vectors, the mean and the sum of squares about
-  // it. They are first taken about one of the numbers, which loses little and is known at once.
+  // it.
   template <int kCount>
   void describe(int64_t row, int64_t block, const V* values) const {
-    const T about = values[0][0];
-    const auto with = [&](V there, T lanes) {
-      V sum{}, squares{};
-      for (int i = 0; i < kCount; ++i) {
-        const V delta = there * (values[i] - about);
-        sum += delta;
-        squares += delta * delta;
-      }
-      const Two<T> sums = sums_of_lanes<T>(sum, squares);
-      const T delta = sums.first * (T(1) / (T(kCount) * lanes));
-      put(row, block, {about + delta, sums.second - sums.first * delta});
-    };
     const int64_t lanes = lanes_of(block);
-    if (lanes == kLanes<T>) {
-      with(frnn::broadcast<V>(1), T(kLanes<T>));
-    } else {
-      with(first_lanes<T>(lanes), T(lanes));
-    }
+    const V there = lanes == kLanes<T> ? frnn::broadcast<V>(1) : first_lanes<T>(lanes);
+    V sum{}, squares{};
+    for (int i = 0; i < kCount; ++i) sum += values[i];
+    const T mean = sum_of_lanes<T>(there * sum) * (T(1) / T(kCount * lanes));
+    for (int i = 0; i < kCount; ++i) squares += (values[i] - mean) * (values[i] - mean);
+    put(row, block, {mean, sum_of_lanes<T>(there * squares)});
   }
 
   Two<T> of(const Slice& slice, int64_t row) const {
