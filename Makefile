@@ -87,7 +87,7 @@ asan: sets = (cpu-base or cpu-$$best or cpu and (shapes or threads or weights or
 asan: options = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 tsan: sanitizer = thread
 tsan: preload = $(call runtime,libtsan.so) $(CURDIR)/build/tsan/openmp.so
-tsan: sets = cpu-$$best
+tsan: sets = (cpu-$$best or cpu-base and threads)
 tsan: options = TSAN_OPTIONS=halt_on_error=1
 tsan: build/tsan/openmp.so
 
@@ -97,7 +97,8 @@ build/tsan/openmp.so: tests/cpp/tsan_openmp.c
 
 # The instrumented engine in a copy of the package. Addresses depend on the size of vectors: everything
 # on the plainest and the best instruction set of the machine, on those between what asks for all
-# shapes. Threads do not: the best one alone. What has 16 bits on AMX tiles only, since it is float32
+# shapes. Threads do not: the best one, and on the plainest, with more blocks to divide, what is about
+# them. What has 16 bits on AMX tiles only, since it is float32
 # inside elsewhere, and of the LSTM's variants the one that is all of them. The sanitizer's runtime
 # must be the first library of the process, before Python's own; pytest must not capture what it
 # writes before it aborts.

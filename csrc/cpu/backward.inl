@@ -166,6 +166,11 @@ class Backward {
     return products_[which] + (g.dgx - gradients_.dgx);
   }
 
+  // What entered the late gates' product, [B, P] of a step or of a chunk's.
+  T* entered(const StepGradients<T>& g) const {
+    return late_ + (g.dgx - gradients_.dgx) / (kGates * a_.h) * a_.p;
+  }
+
   bool normalises() const { return a_.norm.gain_hh != nullptr; }
   T scale(int which, int64_t r) const { return a_.norm.scale[which * a_.t * a_.b + r]; }
 
@@ -320,11 +325,11 @@ class Backward {
   void run_late(const Slice& slice, int64_t s) const {
     if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) return;
     const StepGradients<T> to = gradients(s);
-    T* entered = late_ + (to.dgx - gradients_.dgx) / (kGates * a_.h) * a_.p;
+    T* to_late = entered(to);
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [](int64_t, int64_t) {};
     const auto finish = [&](const Tile& tile, const V* sum) {
-      finish_factors(s, tile, sum, to, entered);
+      finish_factors(s, tile, sum, to, to_late);
     };
     const int64_t k = kLate * a_.h;
     product<1, T>(to.dgx + kEarly * a_.h, kGates * a_.h, slice.rows, k, packed(late_weights(), k),
@@ -444,8 +449,7 @@ class Backward {
         dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
     if (kLate > 0) {
       const int64_t late = kEarly * a_.h;
-      const OuterProduct<T> dw_late{late_ + (g.dgx - gradients_.dgx) / gates * a_.p, a_.p, a_.dw_hh,
-                                    a_.noise.dropout, a_.b};
+      const OuterProduct<T> dw_late{entered(g), a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
       outer.add(of_x, gates, {units.begin, min(units.end, late)}, rows, {dw_ih, dw_hh});
       outer.add(of_x, gates, {units.begin > late ? units.begin : late, units.end}, rows,
                 {dw_ih, dw_late});

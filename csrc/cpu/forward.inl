@@ -360,10 +360,9 @@ class Forward {
   }
 
   void run_cells(const Slice& slice, int64_t s) const {
-    if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) {
-      if (normalises() || kLate > 0) return;
-      return pad(s, {slice.rows.begin, slice.hidden.begin, static_cast<int>(slice.rows.size()),
-                     static_cast<int>(slice.hidden.size())});
+    if (idle(slice, s)) {
+      if (!normalises() && kLate == 0) pad(slice, s);
+      return;
     }
     const Input gx = input(slice, s - s % chunk_);
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
@@ -424,10 +423,7 @@ class Forward {
   }
 
   void run_late(const Slice& slice, int64_t s) const {
-    if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) {
-      return pad(s, {slice.rows.begin, slice.hidden.begin, static_cast<int>(slice.rows.size()),
-                     static_cast<int>(slice.hidden.size())});
-    }
+    if (idle(slice, s)) return pad(slice, s);
     const Input gx = input(slice, s - s % chunk_);
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
     const auto finish = [&](const Tile& tile, const V* gh) {
@@ -448,6 +444,14 @@ class Forward {
                            late_weights(w_hh_, blocks_of<T>(a_.h) * kLanes<T>), fetch, finish);
   }
 
+  bool idle(const Slice& slice, int64_t s) const {
+    return all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); });
+  }
+
+  void pad(const Slice& slice, int64_t s) const {
+    pad(s, {slice.rows.begin, slice.hidden.begin, static_cast<int>(slice.rows.size()),
+            static_cast<int>(slice.hidden.size())});
+  }
   void pad(int64_t s, const Tile& tile) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
