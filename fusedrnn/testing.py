@@ -285,12 +285,14 @@ def check_case(
 
 
 def _reference(case: Case, inputs: Inputs, ref64: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reference in the dtype of ``case``; in float64, where it is what is exact itself, as far
-    from that as in float32, but by as much less as float64 is finer."""
+    """The reference in the dtype of ``case``. In float64, where that is what is exact itself: as far
+    from it as the arithmetic of float32 leads, but by as much less as float64 is finer."""
     if case.dtype != torch.float64:
         return run_case(case, inputs, Reference())
-    low = run_case(replace(case, dtype=torch.float32), inputs.to(torch.float32), Reference())
-    return {name: x + FINER * (low[name].double() - x) for name, x in ref64.items()}
+    rounded = inputs.to(torch.float32)
+    low = run_case(replace(case, dtype=torch.float32), rounded, Reference())
+    exact = run_case(case, rounded.to(torch.float64), Reference())
+    return {name: x + FINER * (low[name].double() - exact[name]) for name, x in ref64.items()}
 
 
 def _errors_with_norms(case: Case, inputs: Inputs) -> dict[str, Tensor]:

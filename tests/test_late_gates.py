@@ -28,6 +28,13 @@ def backend(request):
     return request.param
 
 
+def assert_same_gradients(y, expected, leaves):
+    weigh = torch.randn_like(y)
+    found = [torch.autograd.grad(out, leaves, weigh) for out in (y, expected)]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def by_hand(module, x, suffix, h):
     """One layer and direction of one row, ``x [T,I]``, each gate by its own block of weights."""
     weights = dict(module.named_parameters())
@@ -72,13 +79,7 @@ def test_equations(options, backend):
     expected = layers_by_hand(module, x)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(h_n[-1], expected[0 if module.bidirectional else -1, :, -5:])
-    weigh, leaves = torch.randn_like(y), [x, *module.parameters()]
-    for ours, theirs in zip(
-        torch.autograd.grad(y, leaves, weigh),
-        torch.autograd.grad(expected, leaves, weigh),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    assert_same_gradients(y, expected, [x, *module.parameters()])
 
 
 def test_it_is_not_the_other_gru():
@@ -122,13 +123,7 @@ def test_dropout_and_zoneout_by_hand(backend):
         expected.append(h)
     expected = torch.stack(expected)
     torch.testing.assert_close(y, expected)
-    weigh = torch.randn_like(y)
-    for ours, theirs in zip(
-        torch.autograd.grad(y, leaves, weigh),
-        torch.autograd.grad(expected, leaves, weigh),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+    assert_same_gradients(y, expected, leaves)
 
 
 def test_second_derivatives():
