@@ -50,9 +50,9 @@ class LSTM(Layers):
         recompute: what backward makes anew, so that less is kept for it, to the same gradients.
             Beside the layer's input and masks, each step of a row in a layer and direction keeps
             ``e*(P + H + R*H)`` bytes with "none": h, c (of an LSTM alone) and R numbers a unit, the
-            gates and of a GRU with reset_after one more; with a projection ``e*H`` more, and with layer_norm
-            ``e*(2*G*H + H + 3)`` (of a GRU ``e*(2*G*H + 3)``). "gates" keeps h and c, ``e*(P +
-            H)``, and makes the rest of all steps at once; "chunks" keeps them at every
+            gates and of a GRU with reset_after one more; with a projection ``e*H`` more, and with
+            layer_norm ``e*(2*G*H + H + 3)`` (of a GRU ``e*(2*G*H + 3)``). "gates" keeps h and c,
+            ``e*(P + H)``, and makes the rest of all steps at once; "chunks" keeps them at every
             ceil(sqrt(T))-th step after the first, and runs the steps between again, in float32 for
             16 bits. e is the size of a number, 4 for 16 bits on a CPU, in "chunks" and of c. The
             backend "reference" keeps what autograd does.

@@ -285,8 +285,8 @@ def check_case(
 
 
 def _reference(case: Case, inputs: Inputs, ref64: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reference in the dtype of ``case``. In float64, where that is what is exact itself: as far
-    from it as the arithmetic of float32 leads, but by as much less as float64 is finer."""
+    """The reference in the dtype of ``case``. In float64, where that is what is exact itself: as
+    far from it as the arithmetic of float32 leads, but by as much less as float64 is finer."""
     if case.dtype != torch.float64:
         return run_case(case, inputs, Reference())
     rounded = inputs.to(torch.float32)
@@ -388,11 +388,12 @@ def rounding_of_products(inputs: Inputs, stored: dict[str, Tensor]) -> dict[str,
 
     x, (w_ih, *_), dropout = inputs.x, inputs.weights, inputs.noise.dropout
     h = stored["h_prev"] if dropout is None else stored["h_prev"] * dropout
+    of_x, d_x, d_h = ("wx", "dwx", "dwh") if "wx" in stored else ("gx", "dgx", "dgh")
     bounds = {
-        "gx": both(x, w_ih.t()),
-        "dx": both(stored["dgx"], w_ih),
-        "dw_ih": both(rows("dgx").t(), x.flatten(0, 1)),
-        "dw_hh": both(rows("dgh").t(), h.flatten(0, 1)),
+        of_x: both(x, w_ih.t()),
+        "dx": both(stored[d_x], w_ih),
+        "dw_ih": both(rows(d_x).t(), x.flatten(0, 1)),
+        "dw_hh": both(rows(d_h).t(), h.flatten(0, 1)),
     }
     if "dh" in stored:
         bounds["dw_hr"] = both(rows("dh").t(), rows("m"))
@@ -401,31 +402,51 @@ def rounding_of_products(inputs: Inputs, stored: dict[str, Tensor]) -> dict[str,
 
 @contextmanager
 def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
-    """What a backend of GPUs stores in the call inside, each ``[T,B,..]``."""
+    """What a backend of GPUs stores in the call inside, each ``[T,B,..]``. Where products are
+    normalised, wx and wh are what they are before."""
     stored: dict[str, Tensor] = {}
 
     def inputs(*args: Any) -> Tensor:
-        stored["gx"] = inputs_themselves(*args)
-        return stored["gx"]
+        name = "wx" if case.layer_norm else "gx"
+        stored[name] = inputs_themselves(*args)
+        return stored[name]
+
+    def normalised(*args: Any) -> tuple[Tensor, products.Normalised]:
+        stored["gx"], of_x = normalised_itself(*args)
+        stored["hats ih"] = of_x.hats
+        return stored["gx"], of_x
 
     def forward(*args: Any) -> Run:
         run = forward_itself(*args)
-        stored["h_prev"], c_prev, saved, *_ = run.reserve
+        stored["h_prev"], c_prev, saved, _, *norms = run.reserve
         stored.update({f"c_prev {j}": t for j, t in enumerate(c_prev)})
         stored.update({f"saved {r}": t for r, t in enumerate(saved)})
+        if case.layer_norm:
+            stored["hats hh"] = norms[0][0]
+            stored.update({"hats c": norms[1]} if len(c_prev) else {})
         return run
+
+    def of_normalised(*args: Any) -> tuple[Tensor, Tensor]:
+        found = of_normalised_itself(*args)
+        stored.setdefault("dwx", found[0])  # the first call is for x
+        return found
 
     def gradients(*args: Any) -> Gradients:
         recurrent: products.Recurrent = args[2]
         for name in ("dgx", "dgh", *(("m", "dh") if case.P else ())):
             stored[name] = getattr(recurrent, name)
+        if recurrent.norms is not None:
+            stored["dwh"] = recurrent.norms.dproduct
         return gradients_themselves(*args)
 
     inputs_themselves, gradients_themselves = products.inputs, products.gradients
+    normalised_itself, of_normalised_itself = products.normalised, products.of_normalised
     forward_itself = backend.forward
     with (
         patch.object(products, "inputs", inputs),
+        patch.object(products, "normalised", normalised),
         patch.object(backend, "forward", forward),
+        patch.object(products, "of_normalised", of_normalised),
         patch.object(products, "gradients", gradients),
     ):
         yield stored
@@ -445,6 +466,41 @@ class _Product(torch.autograd.Function):
         a, w = ctx.saved_tensors
         a, w, d = map(ctx.operand, (a, w, d))
         return d @ w, d.t() @ a, None
+
+
+class _Normalised(torch.autograd.Function):
+    """``gain * hats``, in place of what layer norm makes of x, with the gradients that follow from
+    these hats and one over x's standard deviation; that of x from ``d``, known in backward, if it
+    is not the one that arrives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, hats: Tensor, scale: Tensor, d: Tensor | None
+    ) -> Tensor:
+        ctx.tensors = gain.detach(), hats, scale, d
+        return gain * hats
+
+    @staticmethod
+    def backward(ctx: Any, arrives: Tensor) -> Any:
+        gain, hats, scale, d = ctx.tensors
+        of_hats = (arrives if d is None else d) * gain
+        means = of_hats.mean(-1, keepdim=True), (of_hats * hats).mean(-1, keepdim=True)
+        dx = scale * (of_hats - means[0] - hats * means[1])
+        return dx, (arrives * hats).sum(0), None, None, None
+
+
+def normalised(
+    x: Tensor, gain: Tensor, hats: Tensor, scale: Tensor, exact: Tensor, d: Tensor | None = None
+) -> Tensor:
+    """``gain * exact``, with the gradients of :class:`_Normalised`."""
+    out: Tensor = _Normalised.apply(x, gain, hats, scale, d)  # type: ignore[no-untyped-call]
+    return _with_value(out, exact * gain.detach())
+
+
+def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The hats of x, and one over its standard deviation."""
+    hats, _, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, reference.NORM_EPSILON)
+    return hats, scale
 
 
 def _with_value(x: Tensor, value: Tensor) -> Tensor:
@@ -467,7 +523,8 @@ class OnStored:
         self.made = {name: torch.zeros_like(t, dtype=x.dtype) for name, t in self.stored.items()}
         steps = range(self.case.T)
         self.times = reversed(steps) if self.case.reverse else iter(steps)
-        cell, weights = replace(self.case.cell, step=self.step), weights._replace(w_hr=None)
+        cell = replace(self.case.cell, step=self.step)
+        weights = Weights(*weights[:4], params=weights.params)
         reverse, cell_states = self.case.reverse, self.case.cell_states
         call = Call(cell, x, weights, h0, c0, self.seq, reverse, cell_states)
         return reference.recurrence(call)
@@ -476,7 +533,7 @@ class OnStored:
         self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], *params: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         t, planes, weights = next(self.times), gx.shape[-2:], self.weights
-        w_ih, w_hh, bias, b_hh, w_hr, *_ = weights
+        w_ih, w_hh, bias, b_hh, w_hr, _, norm_ih, norm_hh, *_ = weights
         h = self.value("h_prev", t, state[0])
         others = [self.value(f"c_prev {j}", t, c) for j, c in enumerate(state[1:])]
         entering = h
@@ -484,6 +541,15 @@ class OnStored:
             dropped = h * self.noise.dropout
             entering = _with_value(dropped, dropped.to(self.case.dtype).to(h.dtype))
         gx, gh = self.product(self.x[t], w_ih), self.product(entering, w_hh)
+        if norm_ih is not None and norm_hh is not None:
+            gx = _with_value(gx, self.take("wx", t, gx.detach()))
+            gx = self.gradient("dwx", t, gx)
+            exact, scale = _normalise(gx.detach())
+            gx = normalised(gx, norm_ih, self.take("hats ih", t, exact), scale, exact)
+            gh = self.gradient("dwh", t, gh)
+            exact, scale = _normalise(gh.detach())
+            hats, unrounded = self.exchange("hats hh", t, exact), self.made["dgh"][t]
+            gh = normalised(gh, norm_hh, hats, scale, exact, unrounded)
         if bias is not None and b_hh is not None:
             if self.case.cell.additive:  # their sum is stored
                 both = bias + b_hh
@@ -522,10 +588,27 @@ class OnStored:
         def unpack(x: Tensor) -> Tensor:
             return planes[x.data_ptr()][1] if x.data_ptr() in planes else x
 
-        exact = self.case.cell.step(gx, gh, state, *params, keep=note)
+        # A normalised state is read anew from its hats, as the planes are.
+        exact_norm: dict[str, Any] = {}
+        stored_norm: dict[str, Any] = {}
+        if self.weights.norm_c is not None and self.weights.norm_c_bias is not None:
+            gain, bias = self.weights.norm_c, self.weights.norm_c_bias
+            of_c: list[tuple[Tensor, Tensor]] = []
+
+            def norm(c: Tensor) -> Tensor:
+                of_c.append(_normalise(c.detach()))
+                return of_c[0][0] * gain + bias
+
+            def norm_of_stored(c: Tensor) -> Tensor:
+                hats = self.exchange("hats c", t, of_c[0][0])
+                return normalised(c, gain, hats, of_c[0][1], hats) + bias
+
+            exact_norm, stored_norm = {"norm": norm}, {"norm": norm_of_stored}
+
+        exact = self.case.cell.step(gx, gh, state, *params, keep=note, **exact_norm)
         stored = iter([self.exchange(f"saved {r}", t, x.detach()) for r, x in enumerate(made)])
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
-            new = self.case.cell.step(gx, gh, state, *params, keep=keep)
+            new = self.case.cell.step(gx, gh, state, *params, keep=keep, **stored_norm)
         return tuple(map(_with_value, new, exact))
 
     def product(self, a: Tensor, w: Tensor) -> Tensor:

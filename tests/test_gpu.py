@@ -94,6 +94,15 @@ def test_triton_with_other_cells(name, arithmetic):
     check(cell, 4, 19, 8, 40, arithmetic=arithmetic, backend="triton", cell_states=True)
 
 
+# All units in a program; programs that meet; as many rows at a time as can.
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("shape", [(5, 33, 8, 20), (3, 40, 8, 520), (2, 1100, 8, 520)], ids=str)
+@pytest.mark.parametrize("name", ["lstm", "gru", "lstm_coupled_peephole"])
+def test_triton_with_layer_norm(name, shape, arithmetic):
+    check(CELLS[name], *shape, arithmetic=arithmetic, backend="triton", layer_norm=True,
+          lengths=True, resets=True)  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_triton_cell_update(dtype):
     gates, c = torch.randn(40, 4 * 70, 3).to(dtype), torch.randn(40, 70, 3).to(dtype)

@@ -373,19 +373,22 @@ def test_backends_are_asked(monkeypatch):
     assert seen == ["gates"]
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("arithmetic", ["float16", "float32"])
 @pytest.mark.parametrize("cell", [LSTM, GRU, LSTM_PEEPHOLE], ids=lambda c: c.name)
-def test_on_triton(monkeypatch, cell, arithmetic):
+def test_on_triton(monkeypatch, cell, arithmetic, layer_norm):
     """The gates that its kernels left, from the states alone; and chunks, which run in float32."""
     pytest.importorskip("triton")
     from test_triton import Machine
 
     machine = Machine(monkeypatch)
     case = Case(cell, 3, 5, 4, 20, dtype=machine.choose(arithmetic), lengths=True, resets=True)
+    case = replace(case, layer_norm=layer_norm)
     call = make_inputs(case).call(case)
     kept = recompute.forward(machine.backend, "gates", call).reserve
     made = recompute._with_gates(machine.backend, call, *kept)
-    torch.testing.assert_close(made, machine.backend.forward(call, True).reserve)
+    for found, expected in zip(made, machine.backend.forward(call, True).reserve, strict=True):
+        torch.testing.assert_close(found.view_as(expected), expected)
     inputs = make_inputs(case)
     out = run_case(replace(case, recompute="chunks"), inputs, machine.backend)
     exact = run_case(case, inputs.to(torch.float64), backends.REFERENCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,75 @@ def test_noise(machine, algorithm, arithmetic, way, name, noise):
     machine.check(Case(cell, 3, 17, 4, 20, dtype=dtype, cell_states=c, **noise, **way))
 
 
+NORMED = ["lstm", "gru", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole"]
+
+
+@pytest.fixture(params=["sequence", "grid"])
+def norm_algorithm(machine, request):
+    """Those that normalise: what rows sum up may not wait for another launch."""
+    machine.device = DEVICES[request.param]
+    return request.param
+
+
+@pytest.mark.parametrize("noise", [{}, NOISES["both"]], ids=["", "noise"])
+@pytest.mark.parametrize("name", NORMED)
+@pytest.mark.parametrize("arithmetic, way", [*zip(ARITHMETICS, WAYS, strict=True)], ids=ARITHMETICS)
+def test_layer_norm(machine, norm_algorithm, arithmetic, way, name, noise):
+    cell, dtype = CELLS[name], machine.choose(arithmetic)
+    c, options = len(cell.states) > 1, way | noise
+    case = Case(cell, 3, 19, 4, 20, dtype=dtype, cell_states=c, layer_norm=True, **options)
+    machine.check(case)
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(1, 2, 2, 3), (2, 17, 3, 16), (3, 5, 4, 136)], ids=str)
+@pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
+def test_layer_norm_of_shapes(machine, norm_algorithm, cell, shape, arithmetic):
+    dtype = machine.choose(arithmetic)
+    machine.check(Case(cell, *shape, dtype=dtype, layer_norm=True, bias=False, lengths=True))
+
+
+def test_layer_norm_of_more_rows_than_have_room(machine):
+    """So many at a time as can meet."""
+    machine.device = Device(5, 90, 0)
+    case = Case(LSTM, 2, 200, 4, 40, layer_norm=True)
+    machine.check(case)
+    forward, backward = machine.interpreter.launches[:2], machine.interpreter.launches[2:]
+    for launches in (forward, backward):
+        assert [n["rows_before"] for n in launches] == [0, 2]
+        assert all(n["launch_cooperative_grid"] and n["NORM"] == 2 for n in launches)
+    request = Request(LSTM, torch.float32, torch.device("cuda"), 40, 0, layer_norm=True)
+    assert "grid (2 launches, 2 x 4 programs" in machine.backend.algorithm(request, 200)
+    reason = machine.backend.supports(request._replace(hidden_size=200))
+    assert reason == ("needs 7 multiprocessors for layer norm of 200 units, CUDA device 0 has 5")
+
+
+WRONG_NORMS = {
+    "another epsilon": ("normalised", "+ EPSILON", "+ 1e-4"),
+    "the mean of some": ("normalised", "tl.sum(counts * means, 0) / (N * H)", "mean"),
+    "squares about one's own mean": ("normalised", " + counts * means * means", ""),
+    "no mean of the gradient": ("of_normalised", "d[n] - alone", "d[n]"),
+    "no slope": ("of_normalised", " - hats[n] * times_hats", ""),
+    "one's own sums": ("of_normalised", "tl.sum(alone, 0), tl.sum(times_hats, 0)",
+                       "sum_of_row(d, N), tl.sum(times_hats, 0)"),
+    "the same numbers for both": ("meeting", "(k - 1) * 2", "0 * 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name, right, wrong", WRONG_NORMS.values(), ids=list(WRONG_NORMS))
+def test_planted_norms_are_found(machine, monkeypatch, name, right, wrong, dtype):
+    machine.device = DEVICES["grid"]
+    case = Case(LSTM, 3, 5, 2, 40, dtype=dtype, layer_norm=True)
+    machine.check(case)
+    source = source_of(name)
+    assert source.count(right) == 1
+    planted(monkeypatch, name, source.replace(right, wrong))
+    with pytest.raises(AssertionError):
+        for seed in range(30):
+            machine.check(case, seed)
+
+
 def test_readme_s_cell(machine, tmp_path, monkeypatch):
     """Runs as it stands there, in fewer than 40 lines, and is right."""
     readme = Path(__file__).parents[1] / "README.md"
@@ -175,12 +245,20 @@ def test_tiles(machine, monkeypatch, tile):
     machine.check(Case(GRU, 2, 67, 3, 40, dtype=torch.bfloat16, lengths=True, reverse=True))
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
-def test_programs_in_any_order(machine, cell):
-    """Which meet after each step."""
+def test_programs_in_any_order(machine, cell, layer_norm):
+    """Which meet after each step, and for layer norm within."""
     machine.device = DEVICES["grid"]
-    for seed in range(40):
-        machine.check(Case(cell, 4, 3, 2, 40, lengths=True, reverse=seed % 2 == 1), seed)
+    case = Case(cell, 4, 3, 2, 40, lengths=True, layer_norm=layer_norm)
+    for seed in range(16 if layer_norm else 40):
+        machine.check(replace(case, reverse=seed % 2 == 1), seed)
+
+
+def source_of(name: str) -> str:
+    from fusedrnn.backends.triton import kernels
+
+    return inspect.getsource(getattr(kernels, name).fn).removeprefix("@triton.jit\n")
 
 
 def planted(monkeypatch, name: str, source: str) -> None:
@@ -230,17 +308,20 @@ def test_waiting_in_vain_is_found(machine, monkeypatch):
 
 
 ARRAYS = {
-    "forward": "gx w_t b_hh parameters h0 lengths resets dropout renew_h renew_c y c h_prev c_prev "
-    "saved states counters",
-    "backward": "dy dc w_hh parameters lengths resets dropout renew_h renew_c h_prev c_prev saved "
-    "dgx dgh dstates dparameters counters",
+    "forward": "gx w_t b_hh gain parameters h0 lengths resets dropout renew_h renew_c y c h_prev "
+    "c_prev saved hats hats_of_state scales states counters numbers",
+    "backward": "dy dc w_hh gain parameters lengths resets dropout renew_h renew_c h_prev c_prev "
+    "saved hats hats_of_state scales dgx dgh dproduct dstates dparameters counters numbers",
 }
+OF_NORMS = {"gain", "hats", "hats_of_state", "scales", "dproduct", "numbers"}
 
 
 @pytest.mark.parametrize("call, name", [(c, name) for c in ARRAYS for name in ARRAYS[c].split()])
 def test_bounds_of_arrays(machine, algorithm, call, name):
     """Each array ends one element before the kernels take it to."""
-    if (name == "counters" and algorithm != "grid") or (name == "h0" and algorithm == "sequence"):
+    not_of = {"sequence": {"counters", "numbers", "h0"}, "grid": set(),
+              "step": OF_NORMS | {"counters"}}  # fmt: skip
+    if name in not_of[algorithm]:
         pytest.skip("not of this algorithm")
     machine.interpreter.short = call, name
     cell = GRU if name in ("b_hh", "dgh", "dgx", "h_prev") else LSTM
@@ -250,6 +331,8 @@ def test_bounds_of_arrays(machine, algorithm, call, name):
         case = replace(case, resets=True, reverse=True)
     if name in ("dropout", "renew_h", "renew_c"):
         case = replace(case, dropout=True, zoneout="training")
+    if name in OF_NORMS:
+        case = replace(case, layer_norm=True)
     with pytest.raises(AssertionError, match="beyond all arrays"):
         run_case(case, make_inputs(case), machine.backend)
 
@@ -258,6 +341,7 @@ def test_bounds_of_arrays(machine, algorithm, call, name):
 @pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
 def test_inference_gives_the_same(machine, algorithm, cell, arithmetic):
     case = Case(cell, 3, 9, 4, 17, dtype=machine.choose(arithmetic), lengths=True)
+    case = replace(case, layer_norm=cell.name in NORMED and algorithm != "step")
     inputs = make_inputs(case)
     training = run_case(case, inputs, machine.backend)
     outputs = recurrence(machine.backend, inputs.call(case))
@@ -267,7 +351,7 @@ def test_inference_gives_the_same(machine, algorithm, cell, arithmetic):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_second_backward_is_the_same(machine, algorithm, dtype):
-    case = Case(LSTM, 3, 5, 4, 16, dtype=dtype)
+    case = Case(LSTM, 3, 5, 4, 16, dtype=dtype, layer_norm=algorithm != "step")
     inputs = make_inputs(case)
     x = inputs.x.clone().requires_grad_()
     weights = inputs.weights._replace(w_hh=inputs.weights.w_hh.clone().requires_grad_())
@@ -283,6 +367,7 @@ def test_a_second_backward_is_the_same(machine, algorithm, dtype):
 def test_a_nan_stays_in_its_sequence(machine, algorithm, cell):
     """A reset keeps it from later steps in forward and from earlier ones in backward."""
     case = Case(cell, 4, 3, 4, 20, dtype=torch.bfloat16, resets=True)
+    case = replace(case, layer_norm=cell.name in NORMED and algorithm != "step")
     resets = torch.zeros(4, 3, dtype=torch.bool)
     resets[2] = True
     inputs = replace(make_inputs(case), seq=make_inputs(case).seq._replace(resets=resets))
@@ -326,18 +411,21 @@ def test_beside_torch_nn(machine, kind):
         assert_equals_torch(ours, theirs, torch.randn(4, 3, 5), make_hx(theirs, 3))
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
-def test_ops(machine, cell):
+def test_ops(machine, cell, layer_norm):
     """Their schemas and their shapes while traced."""
+    if layer_norm and cell.name not in NORMED:
+        pytest.skip("has none")
     case = Case(
         cell, 3, 4, 5, 6, lengths=True, resets=True, cell_states=cell is LSTM, dropout=True,
-        zoneout="training",
+        zoneout="training", layer_norm=layer_norm,
     )  # fmt: skip
     inputs = make_inputs(case)
     masks = *inputs.seq.masks, *inputs.noise.masks
-    w_ih, w_hh, b_ih, b_hh, _, params, *_ = inputs.weights
+    w_ih, w_hh, b_ih, b_hh, _, *of_units = inputs.weights
     args = (
-        inputs.x, w_ih, w_hh, b_ih, b_hh, params, inputs.h0, inputs.c0, *masks, cell.key, True,
+        inputs.x, w_ih, w_hh, b_ih, b_hh, *of_units, inputs.h0, inputs.c0, *masks, cell.key, True,
         True, cell is LSTM, *inputs.noise.rates,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor")
@@ -346,14 +434,15 @@ def test_ops(machine, cell):
     y, h_n, c_n, c, *reserve = forward(*args)
     others = (c_n, c) if cell is LSTM else (None, None)
     args = (
-        y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, params, *reserve, *masks, cell.key,
+        y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, *of_units, *reserve, *masks, cell.key,
         True, *inputs.noise.rates, True, True, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedrnn.triton_backward, args, test_utils=tests)
 
 
-def test_compiles_in_one_graph(machine):
-    module = fusedrnn.LSTM(4, 20, backend="triton")
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_compiles_in_one_graph(machine, layer_norm):
+    module = fusedrnn.LSTM(4, 20, layer_norm=layer_norm, backend="triton")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     for steps in (3, 5):
         x = torch.randn(steps, 2, 4, requires_grad=True)

@@ -63,15 +63,20 @@ TENSOR = {
     "fp64": r"DMMA\.\w+",
 }
 # Bytes that kernels of "sequence" spill in 16 bits or tf32, and no more.
-SPILLS = {("backward<gru, tf32, 64 x 8, noise>", "sm_100"): 16}
-UNSPECIALISED = {"T", "B", "first", "last", "N"}
+SPILLS = {
+    ("backward<gru, tf32, 64 x 8, noise>", "sm_100"): 16,
+    ("backward<lstm, bf16, 128 x 8, norm>", "sm_100"): 8,
+    ("forward<lstm, bf16, 100 x 8, norm>", "sm_80"): 24,
+}
+UNSPECIALISED = {"T", "B", "first", "last", "rows_before", "N"}
 # Arrays by the type of their elements: that of x, that of states.
 NOISE = ("dropout", "renew_h", "renew_c")
+NORMS = ("gain", "hats", "hats_of_state", "scales", "dproduct", "numbers")
 STORED = (
     "gx w_t w_hh b_hh parameters h0 resets renew_h renew_c y c dy dc h_prev saved dgx dgh "
-    "gates dgates h_new c_new dh_new dc_new"
+    "gates dgates h_new c_new dh_new dc_new gain hats hats_of_state dproduct"
 ).split()
-COMPUTED = "dropout states dstates c_prev dparameters".split()
+COMPUTED = "dropout states dstates c_prev dparameters scales numbers".split()
 
 
 class Case(NamedTuple):
@@ -81,12 +86,12 @@ class Case(NamedTuple):
     hidden: int
     rows: int
     device: Device
-    noise: bool = False  # with dropout and zoneout
+    beside: str = ""  # "noise": dropout and zoneout, "norm": layer norm
 
     def __str__(self) -> str:
         shape = "" if self.alone else f", {self.hidden} x {self.rows}"
-        noise = ", noise" if self.noise else ""
-        return f"{self.kernel}<{self.cell}, {self.arithmetic}{shape}{noise}>"
+        beside = f", {self.beside}" if self.beside else ""
+        return f"{self.kernel}<{self.cell}, {self.arithmetic}{shape}{beside}>"
 
     @property
     def alone(self) -> bool:
@@ -101,7 +106,8 @@ class Case(NamedTuple):
     def plan(self) -> Plan:
         cell, dtype = CELLS[self.cell], DTYPES[self.arithmetic]
         backward = self.kernel.endswith("backward")
-        return plan(cell, dtype, self.hidden, self.rows, backward, self.device)
+        norm = self.beside == "norm"
+        return plan(cell, dtype, self.hidden, self.rows, backward, self.device, norm)
 
     @property
     def compiled(self) -> tuple[object, ...]:
@@ -139,9 +145,16 @@ def cases() -> list[Case]:
             both = ("forward", "backward")
             for shape in shapes:
                 found += [Case(k, cell, arithmetic, *shape, d) for k in both for d in DEVICES]
-            with_noise = cell in ("lstm", "gru") and arithmetic in ("bf16", "tf32", "fp64")
-            for shape in shapes[:2] if with_noise else ():
-                found += [Case(k, cell, arithmetic, *shape, d, True) for k in both for d in DEVICES]
+            beside = {
+                "noise": cell in ("lstm", "gru") and arithmetic in ("bf16", "tf32", "fp64"),
+                "norm": cell in ("lstm", "gru") or cell == "lstm_coupled_peephole",
+            }
+            for what in (what for what, wanted in beside.items() if wanted):
+                at = shapes if (what, arithmetic) == ("norm", "bf16") else shapes[:2]
+                found += [
+                    Case(k, cell, arithmetic, *shape, d, what)
+                    for shape in at for k in both for d in DEVICES
+                ]  # fmt: skip
         if arithmetic != "tf32":  # which is of products
             both = ("update", "update_backward")
             found += [Case(k, "lstm", arithmetic, 1, 1, d) for k in both for d in DEVICES]
@@ -157,16 +170,20 @@ def source(case: Case) -> ASTSource:
     else:
         fixed = constants(
             cell, dtype, case.arithmetic == "tf32", case.hidden, False, case.kernel == "backward",
-            case.plan, case.noise,
+            case.plan, case.beside == "noise", case.beside == "norm",
         )  # fmt: skip
-        if not case.noise:
+        if case.beside != "noise":
             fixed |= dict.fromkeys(NOISE)
+        if case.beside != "norm":
+            fixed |= dict.fromkeys(NORMS)
+        elif len(cell.states) == 1:
+            fixed["hats_of_state"] = None
         if cell.additive:
             fixed["b_hh"] = None
-        if not cell.params:
+        if not cell.params and fixed["NORM"] < 2:
             fixed["parameters"] = None
         if case.plan.algorithm != "grid":
-            fixed["counters"] = None
+            fixed |= {"counters": None, "numbers": None}
         if case.plan.algorithm != "step" or case.cell != "lstm":
             fixed |= {"c": None, "dc": None}
         if len(cell.states) == 1:
@@ -216,7 +233,7 @@ def compile_case(case: Case) -> Compiled | str:
     )
 
 
-def meeting(ptx: str, waits: int) -> str | None:
+def meeting(ptx: str, releases: int, acquires: int) -> str | None:
     """What is wrong with how programs meet, which no schedule of the interpreter shows: they store,
     all threads come together, and one releases; one acquires, all come together, and they load."""
     kinds = {
@@ -228,10 +245,10 @@ def meeting(ptx: str, waits: int) -> str | None:
     }
     found = [kind for line in ptx.splitlines() for kind, p in kinds.items() if re.search(p, line)]
     order = " ".join(found)
-    if order.count("release") != 1 or not re.search("store( load)* together release", order):
-        return "does not come together between its stores and one release"
-    if len(re.findall("acquire together", order)) != waits:
-        return f"does not come together after each of {waits} acquires"
+    if order.count("release") != releases or order.count("together release") != releases:
+        return f"does not come together between its stores and each of {releases} releases"
+    if len(re.findall("acquire together", order)) != acquires:
+        return f"does not come together after each of {acquires} acquires"
     return None
 
 
@@ -247,7 +264,8 @@ def violations(case: Case, made: Compiled | str) -> list[str]:
     if made.shared > case.device.shared_memory:
         errors.append(f"{what} has more shared memory than {case.device.shared_memory}: {made}")
     if case.plan.algorithm == "grid" and not case.alone:
-        wrong = meeting(made.ptx, 1 if case.kernel == "forward" else 2)
+        within = len(CELLS[case.cell].states) if case.beside == "norm" else 0
+        wrong = meeting(made.ptx, 1 + within, (1 if case.kernel == "forward" else 2) + within)
         errors += [f"{what} {wrong}"] if wrong else []
     wanted = None if case.alone else TENSOR.get(case.arithmetic)
     optional = case.arithmetic == "fp64" and case.device.capability > 90

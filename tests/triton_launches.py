@@ -7,7 +7,9 @@ Triton's own launcher specialises and compiles; the interpreter and triton_gate.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":
@@ -102,12 +104,14 @@ def check_noise(cell: fusedrnn.Cell, hidden: int, dtype: torch.dtype, zoneout: s
     assert compiled() == before, f"{cell.name} is compiled anew for other rates"
 
 
-def check_cell(driver: Driver, cell: fusedrnn.Cell, algorithm: str, dtype: torch.dtype) -> None:
+def check_layers(
+    driver: Driver, make: Callable[..., Any], algorithm: str, dtype: torch.dtype
+) -> None:
     """All arguments there are, and none that need not be; then other T and B."""
     x = torch.randn(3, 19, 4, dtype=dtype, requires_grad=True)
     hidden = 24 if dtype == torch.float64 else 40
-    full = fusedrnn.Recurrent(cell, 4, hidden, dtype=dtype, bidirectional=True, backend="triton")
-    bare = fusedrnn.Recurrent(cell, 4, hidden, dtype=dtype, bias=False, backend="triton")
+    full = make(4, hidden, dtype=dtype, bidirectional=True, backend="triton")
+    bare = make(4, hidden, dtype=dtype, bias=False, backend="triton")
     y, *_, c = full(x, lengths=[3] * 19, resets=torch.ones(3, 19).bool(), return_cell_states=True)
     (y.sum() + c.sum()).backward()
     bare(x)[0].sum().backward()
@@ -117,7 +121,7 @@ def check_cell(driver: Driver, cell: fusedrnn.Cell, algorithm: str, dtype: torch
     for steps, rows in ((1, 1), (2, 1), (16, 16), (5, 32)):
         x = torch.randn(steps, rows, 4, dtype=dtype, requires_grad=True)
         bare(x)[0].sum().backward()
-    what = f"{cell.name} in {dtype} by {algorithm}"
+    what = f"{full} in {dtype} by {algorithm}"
     assert compiled() == before, f"{what} is compiled anew for other numbers of steps and rows"
     for kernel, programs, metadata in driver.launched:
         meets = algorithm == "grid"
@@ -146,9 +150,12 @@ def main() -> None:
     for algorithm, device in DEVICES.items():
         cuda.device = lambda index, device=device: device
         for cell in cells:
-            check_cell(driver, cell, algorithm, torch.bfloat16)
-        check_cell(driver, CELLS["lstm"], algorithm, torch.float32)
-        check_cell(driver, CELLS["gru"], algorithm, torch.float64)
+            check_layers(driver, partial(fusedrnn.Recurrent, cell), algorithm, torch.bfloat16)
+        check_layers(driver, fusedrnn.LSTM, algorithm, torch.float32)
+        check_layers(driver, partial(fusedrnn.Recurrent, CELLS["gru"]), algorithm, torch.float64)
+        if algorithm != "step":
+            normed = partial(fusedrnn.LSTM, layer_norm=True)
+            check_layers(driver, normed, algorithm, torch.bfloat16)
         for zoneout in ("training", "eval"):
             check_noise(CELLS["lstm"], 40, torch.bfloat16, zoneout)
             check_noise(CELLS["gru"], 24, torch.float64, zoneout)

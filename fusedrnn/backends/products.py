@@ -8,6 +8,22 @@ import torch
 from torch import Tensor
 
 from fusedrnn.backends.backend import Gradients, Wanted, Weights
+from fusedrnn.backends.reference import NORM_EPSILON, compute_dtype
+
+
+class Normalised(NamedTuple):
+    """What layer norm makes of rows ``[T,B,N]``."""
+
+    hats: Tensor  # [T,B,N] without mean, over their standard deviation
+    scale: Tensor  # [T,B] one over it, in the dtype of computation
+
+
+class Norms(NamedTuple):
+    """Of a recurrence whose products are normalised."""
+
+    of_x: Normalised  # W_ih x
+    of_h: Normalised  # W_hh h
+    dproduct: Tensor  # [T,B,G*H] the gradient of W_hh h
 
 
 class Recurrent(NamedTuple):
@@ -21,6 +37,7 @@ class Recurrent(NamedTuple):
     dh0: Tensor  # [B,P]
     dc0: Tensor  # [S-1,B,H]
     dparams: Tensor | None = None  # [K,H]
+    norms: Norms | None = None
 
 
 class Product(Protocol):
@@ -35,12 +52,39 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def inputs(x: Tensor, weights: Weights, additive: bool, product: Product) -> Tensor:
-    """``gx [T,B,G*H]``, with both biases if they only meet as a sum."""
+    """``gx [T,B,G*H]``, with both biases if they only meet as a sum; without, if it has yet to be
+    normalised."""
+    bias = None if weights.norm_ih is not None else _bias(weights, additive)
+    gx = product(x.flatten(0, 1), weights.w_ih.t(), bias)
+    return gx.view(*x.shape[:2], gx.shape[1])
+
+
+def _bias(weights: Weights, additive: bool) -> Tensor | None:
     bias = weights.b_ih
     if additive and weights.b_hh is not None:
         bias = weights.b_hh if bias is None else bias + weights.b_hh
-    gx = product(x.flatten(0, 1), weights.w_ih.t(), bias)
-    return gx.view(*x.shape[:2], gx.shape[1])
+    return bias
+
+
+def normalised(gx: Tensor, weights: Weights, additive: bool) -> tuple[Tensor, Normalised]:
+    """``LN(gx) * norm_ih`` and the biases that :func:`inputs` left out."""
+    bias, wide = _bias(weights, additive), compute_dtype(gx.dtype)
+    assert weights.norm_ih is not None
+    hats, _, scale = torch.native_layer_norm(gx.to(wide), gx.shape[2:], None, None, NORM_EPSILON)
+    found = Normalised(hats.to(gx.dtype), scale.squeeze(-1))
+    gx = hats * weights.norm_ih if bias is None else torch.addcmul(bias, hats, weights.norm_ih)
+    return gx.to(found.hats.dtype), found
+
+
+def of_normalised(d: Tensor, of: Normalised, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of what was normalised and of the gain, from ``d`` of both together."""
+    wide = of.scale.dtype
+    none, one = (torch.full_like(of.scale, n).unsqueeze(-1) for n in (0, 1))
+    dx, dgain, _ = torch.ops.aten.native_layer_norm_backward(
+        d.to(wide), of.hats.to(wide), d.shape[2:], none, one, gain.to(wide), None,
+        (True, True, False),
+    )  # fmt: skip
+    return (dx * of.scale.unsqueeze(-1)).to(d.dtype), dgain.to(d.dtype)
 
 
 def gradients(
@@ -48,13 +92,19 @@ def gradients(
 ) -> Gradients:
     """All gradients: one GEMM or sum for each of x, weights and biases, without atomics."""
     rows_ih, rows_hh = run.dgx.flatten(0, 1), run.dgh.flatten(0, 1)
-    dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = None
+    dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = dnorm_ih = dnorm_hh = None
+    of_x, of_h = rows_ih, rows_hh
+    if run.norms is not None:
+        assert weights.norm_ih is not None and weights.norm_hh is not None
+        dgx, dnorm_ih = of_normalised(run.dgx, run.norms.of_x, weights.norm_ih)
+        _, dnorm_hh = of_normalised(run.dgh, run.norms.of_h, weights.norm_hh)
+        of_x, of_h = dgx.flatten(0, 1), run.norms.dproduct.flatten(0, 1)
     if wanted.x:
-        dx = product(rows_ih, weights.w_ih).view_as(x)
+        dx = product(of_x, weights.w_ih).view_as(x)
     if wanted.w_ih:
-        dw_ih = product(rows_ih.t(), x.flatten(0, 1))
+        dw_ih = product(of_x.t(), x.flatten(0, 1))
     if wanted.w_hh:
-        dw_hh = product(rows_hh.t(), run.h_prev.flatten(0, 1))
+        dw_hh = product(of_h.t(), run.h_prev.flatten(0, 1))
     if wanted.b_ih:
         db_ih = rows_ih.sum(0)
     if wanted.b_hh:
@@ -62,5 +112,6 @@ def gradients(
     if wanted.w_hr and run.dh is not None:
         dw_hr = product(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))
     return Gradients(
-        dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dparams, *(None,) * 4, run.dh0, run.dc0
-    )
+        dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dparams, dnorm_ih, dnorm_hh, None, None,
+        run.dh0, run.dc0,
+    )  # fmt: skip

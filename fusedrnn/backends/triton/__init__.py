@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fusedrnn.backends import cuda
 from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted
-from fusedrnn.backends.native import unfit_dtype
+from fusedrnn.backends.native import Device, unfit_dtype
 from fusedrnn.backends.triton import ops as ops  # registers them
-from fusedrnn.backends.triton.plans import describe, plan
+from fusedrnn.backends.triton.plans import Plan, at_once, describe, plan
 from fusedrnn.cells import Cell
 
 _missing = None
@@ -50,27 +50,30 @@ class Triton:
         if request.proj_size:
             return "has no projection"
         if request.layer_norm:
-            return "has no layer norm"
+            on = cuda.device(request.device.index or 0)
+            for found in _plans(request, 1, on):
+                if found.algorithm == "grid" and not at_once(found, request.hidden_size, on):
+                    needed = found.programs(1, request.hidden_size)[1]
+                    return (
+                        f"needs {needed} multiprocessors for layer norm of {request.hidden_size} "
+                        f"units, CUDA device {request.device.index or 0} has {on.multiprocessors}"
+                    )
         if request.cell_update and request.cell.params:
             return f"has no cell update of the cell {request.cell.name}"
         return None
 
     def algorithm(self, request: Request, rows: int) -> str:
-        cell, dtype, index, hidden, *_ = request
-        arithmetic = (
-            "tf32" if cuda.uses_tf32(dtype, cuda.precision()) else str(dtype).removeprefix("torch.")
-        )
-        on = cuda.device(index.index or 0)
+        tf32 = cuda.uses_tf32(request.dtype, cuda.precision())
+        arithmetic = "tf32" if tf32 else str(request.dtype).removeprefix("torch.")
+        on = cuda.device(request.device.index or 0)
         forward, backward = (
-            describe(plan(cell, dtype, hidden, rows, backward, on), rows, hidden)
-            for backward in (False, True)
+            describe(found, rows, request.hidden_size, on) for found in _plans(request, rows, on)
         )
         return f"{arithmetic}, forward {forward}, backward {backward}"
 
     def forward(self, call: Call, training: bool) -> Run:
         cell, x, weights, h0, c0, seq, reverse, cell_states, noise = call
-        w_ih, w_hh, b_ih, b_hh, _, params, *_ = weights
-        tensors = (x, w_ih, w_hh, b_ih, b_hh, params, h0, c0, *seq.masks, *noise.masks)
+        tensors = (x, *weights[:4], *weights[5:], h0, c0, *seq.masks, *noise.masks)
         y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.triton_forward(
             *_contiguous(*tensors), cell.key, reverse, training, cell_states, *noise.rates
         )
@@ -81,14 +84,17 @@ class Triton:
     ) -> Gradients:
         cell, x, weights, _, c0, seq, reverse, _, noise = call
         dy, dh_n, dc_n, dc = upstream
-        tensors = (dy, dc, dh_n, dc_n, x, weights.w_ih, weights.w_hh, weights.params)
+        tensors = (dy, dc, dh_n, dc_n, x, *weights[:2], *weights[5:])
         found = torch.ops.fusedrnn.triton_backward(
             *_contiguous(*tensors, *reserve, *seq.masks, *noise.masks), cell.key, reverse,
             *noise.rates, *wanted[:5],
         )  # fmt: skip
-        given = (*wanted[:5], wanted.params, True, c0 is not None)
-        asked = [d if g else None for d, g in zip(found, given, strict=True)]
-        return Gradients._make((*asked[:5], None, asked[5], *(None,) * 4, *asked[6:]))
+        *of_weights, of_units, dnorm_ih, dnorm_hh, dh0, dc0 = found
+        dparams, dnorm_c = of_units[: len(cell.params)], of_units[len(cell.params) :]
+        norms = dnorm_ih, dnorm_hh, *(dnorm_c if weights.norm_c is not None else (None, None))
+        given = (*wanted[:11], True, c0 is not None)
+        all_of_them = (*of_weights, None, dparams, *norms, dh0, dc0)
+        return Gradients(*(d if g else None for d, g in zip(all_of_them, given, strict=True)))
 
     def cell_update(
         self, cell: Cell, gates: Tensor, c: Tensor, params: Tensor | None
@@ -109,6 +115,12 @@ class Triton:
             *_contiguous(gates, c, dh, dc), cell.key
         )
         return dgates, dc, None
+
+
+def _plans(request: Request, rows: int, on: Device) -> list[Plan]:
+    """Forward's and backward's."""
+    cell, dtype, _, hidden, *_ = request
+    return [plan(cell, dtype, hidden, rows, b, on, request.layer_norm) for b in (False, True)]
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

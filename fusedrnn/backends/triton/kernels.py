@@ -7,12 +7,14 @@ and runs steps ``first`` to ``last``:
   registers.
 - Else it reads what the programs of the same rows stored at the step before: h in forward, the
   gates' gradients in backward. Either each launch runs one step, or (``MEETS``) one launch runs
-  them all and those programs meet in between, for which all programs must run at once.
+  them all and those programs meet in between, for which all programs must run at once. They also
+  meet within a step for each of the ``NORM`` sums over units that layer norm asks for: of W_hh h,
+  and of the second state.
 
-``CELL`` is the cell's function of cells/; ``G``, ``S``, ``R`` and ``K`` count its gates,
-states, saved planes and params. 16 bits are for what is stored and for the operands of products;
-everything else is of type ``COMPUTE``. Names begin with what they hold: ``o_`` offsets, ``p_``
-pointers.
+``CELL`` and ``OUTPUT`` are the cell's functions of cells/; ``G``, ``S``, ``R`` and ``K`` count its
+gates, states, saved planes and params. 16 bits are for what is stored and for the operands of
+products; everything else is of type ``COMPUTE``. Names begin with what they hold: ``o_`` offsets,
+``p_`` pointers.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fusedrnn.backends.reference import NORM_EPSILON
+
+EPSILON = tl.constexpr(NORM_EPSILON)
+
 # For one plan one kernel is compiled, whatever T and B are, and wherever h0 begins in a stack's
 # states. An argument must not be called params: what Triton generates to launch a kernel has that
 # name itself.
 specialised = triton.jit(
-    do_not_specialize=["T", "B", "first", "last"],
+    do_not_specialize=["T", "B", "first", "last", "rows_before"],
     do_not_specialize_on_alignment=["h0", "lengths", "resets"],
 )
 
@@ -35,6 +41,7 @@ class Tile(NamedTuple):
     """What a program owns."""
 
     row: tl.tensor  # the first one, of 64 bits; offsets are from there, and of 32
+    i_h: tl.tensor  # which of those that share the rows it is
     o_b: tl.tensor  # [BLOCK_B]
     o_h: tl.tensor  # [BLOCK_H]
     rows: tl.tensor  # [BLOCK_B] those there are
@@ -60,7 +67,7 @@ def tile_of(
     mask = rows[:, None] & units[None, :]
     plane = o_b[:, None] * H + o_h[None, :]
     gates = o_b[:, None] * (G * H) + o_h[None, :]
-    return Tile(row, o_b, o_h, rows, units, mask, plane, gates, length)
+    return Tile(row, i_h, o_b, o_h, rows, units, mask, plane, gates, length)
 
 
 @triton.jit
@@ -104,6 +111,23 @@ def add(values, others, N: tl.constexpr):
     for n in tl.static_range(N):
         out += (values[n] + others[n],)
     return out
+
+
+@triton.jit
+def multiply(values, others, N: tl.constexpr):
+    out = ()
+    for n in tl.static_range(N):
+        out += (values[n] * others[n],)
+    return out
+
+
+@triton.jit
+def sum_of_row(values, N: tl.constexpr):
+    """[BLOCK_B]"""
+    sum = tl.sum(values[0], 1)
+    for n in tl.static_range(1, N):
+        sum += tl.sum(values[n], 1)
+    return sum
 
 
 @triton.jit
@@ -182,12 +206,99 @@ def wait(p_counter, arrivals):
     tl.debug_barrier()
 
 
+class Meeting(NamedTuple):
+    """Of the programs of some rows, within a step."""
+
+    counter: tl.tensor
+    arrivals: tl.tensor  # after all have come
+    numbers: tl.tensor  # [N_H,2,B] of type COMPUTE, not used by the next meeting
+
+
+@triton.jit
+def meeting(counters, numbers, i_b, s, k: tl.constexpr, B, N_H: tl.constexpr, NORM: tl.constexpr):
+    """The k-th of step s, from 1; the one after them all ends the step."""
+    out = None
+    if N_H > 1:
+        arrivals = N_H * (s * (NORM + 1) + k)
+        out = Meeting(counters + i_b, arrivals, numbers + (k - 1) * 2 * N_H * tl.cast(B, tl.int64))
+    return out
+
+
+@triton.jit
+def of_all_programs(first, second, meeting, tile, B, N_H: tl.constexpr):
+    """Two numbers a row [BLOCK_B] of each program, as two [N, BLOCK_B], 0 from N_H on."""
+    p = meeting.numbers + tile.row + tile.o_b
+    tl.store(p + tile.i_h * 2 * B, first, mask=tile.rows)
+    tl.store(p + (tile.i_h * 2 + 1) * B, second, mask=tile.rows)
+    arrive(meeting.counter)
+    wait(meeting.counter, meeting.arrivals)
+    o_n = tl.arange(0, triton.next_power_of_2(N_H))[:, None]
+    p = meeting.numbers + tile.row + tile.o_b[None, :] + o_n * 2 * B
+    on = (o_n < N_H) & tile.rows[None, :]
+    return tl.load(p, mask=on, other=0), tl.load(p + B, mask=on, other=0)
+
+
+@triton.jit
+def normalised(
+    values, meeting, tile, B, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """``values`` less their mean over their standard deviation, those that N planes have in a row
+    together; and one over that deviation [BLOCK_B]. What is squared lies about a mean: of squares
+    less that of the mean little might remain."""
+    N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    mean = sum_of_row(values, N) / (N * tl.minimum(H - tile.i_h * BLOCK_H, BLOCK_H))
+    deltas = ()
+    for n in tl.static_range(N):
+        deltas += (tl.where(tile.units[None, :], values[n] - mean[:, None], 0),)
+    squares = sum_of_row(multiply(deltas, deltas, N), N)
+    if N_H > 1:
+        means, of_each = of_all_programs(mean, squares, meeting, tile, B, N_H)
+        o_n = tl.arange(0, triton.next_power_of_2(N_H))
+        counts = (N * tl.maximum(tl.minimum(H - o_n * BLOCK_H, BLOCK_H), 0))[:, None]
+        own, mean = mean, tl.sum(counts * means, 0) / (N * H)
+        means -= mean[None, :]
+        squares = tl.sum(of_each + counts * means * means, 0)
+        others = ()
+        for n in tl.static_range(N):
+            others += (deltas[n] + (own - mean)[:, None],)
+        deltas = others
+    scale = 1 / tl.sqrt(squares / (N * H) + EPSILON)
+    hats = ()
+    for n in tl.static_range(N):
+        hats += (deltas[n] * scale[:, None],)
+    return hats, scale
+
+
+@triton.jit
+def of_normalised(
+    d, hats, scale, meeting, tile, B, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The gradient of what was normalised, from ``d`` of the hats."""
+    N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    alone, times_hats = sum_of_row(d, N), sum_of_row(multiply(d, hats, N), N)
+    if N_H > 1:
+        alone, times_hats = of_all_programs(alone, times_hats, meeting, tile, B, N_H)
+        alone, times_hats = tl.sum(alone, 0), tl.sum(times_hats, 0)
+    alone, times_hats = alone[:, None] / (N * H), times_hats[:, None] / (N * H)
+    out = ()
+    for n in tl.static_range(N):
+        out += (scale[:, None] * (d[n] - alone - hats[n] * times_hats),)
+    return out
+
+
+@triton.jit
+def store_scale(p, scale, active, tile):
+    """One program of a row does it."""
+    tl.store(p + tile.o_b, tl.where(active, scale, 0), mask=tile.rows & (tile.i_h == 0))
+
+
 @specialised
 def forward(
     gx,  # [T,B,G*H]
     w_t,  # [H,G*H] W_hh transposed
     b_hh,  # [G*H], None if gx has it
-    parameters,  # [K,H] or None
+    gain,  # [G*H] of W_hh h, or None
+    parameters,  # [K,H], two more rows for the gain and bias of a normalised state, or None
     h0,  # [B,H]
     lengths,  # [B] or None
     resets,  # [T,B] or None
@@ -199,15 +310,21 @@ def forward(
     h_prev,  # [T,B,H] what entered each step, None in inference as the next two
     c_prev,  # [S-1,T,B,H] of type COMPUTE
     saved,  # [R,T,B,H]
+    hats,  # [T,B,G*H] W_hh h normalised, or None as the next two
+    hats_of_state,  # [T,B,H]
+    scales,  # [2,T,B] of type COMPUTE, one over the deviation of each
     states,  # [S,B,H] of type COMPUTE, the ones before step first, then those after the last
     counters,  # [rows of programs] 0, where programs meet
+    numbers,  # [NORM,N_H,2,B] of type COMPUTE, what they then tell each other
     rate_h: tl.float64,  # the share of the new value in h
     rate_c: tl.float64,
     T,
     B,
     first,
     last,
+    rows_before,  # of programs, in other launches
     CELL: tl.constexpr,
+    OUTPUT: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
@@ -220,16 +337,19 @@ def forward(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MEETS: tl.constexpr,
+    NORM: tl.constexpr,
     ZONEOUT: tl.constexpr,
 ):
     N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     storage: tl.constexpr = y.dtype.element_ty
-    i_b, i_h = tl.program_id(0) // N_H, tl.program_id(0) % N_H
+    i_b, i_h = rows_before + tl.program_id(0) // N_H, tl.program_id(0) % N_H
     tile = tile_of(i_b, i_h, lengths, T, B, G, H, BLOCK_B, BLOCK_H)
     step = tl.cast(B, tl.int64) * H
     all_steps = T * step
     state = load_planes(states + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
     of_units = load_of_units(parameters, tile, K, H, COMPUTE)
+    if NORM > 1:
+        gain_of_state, bias_of_state = load_of_units(parameters + K * H, tile, 2, H, COMPUTE)
     if N_H == 1:
         weights = ()
         for g in tl.static_range(G):
@@ -259,7 +379,7 @@ def forward(
             gh = sums
         else:
             if MEETS:
-                wait(counters + i_b, N_H * s)
+                wait(counters + i_b, N_H * (NORM + 1) * s)
             # Two loads, not one by chosen pointers, of which Triton knows no alignment.
             p_y = (y + p + step if REVERSE else y + p - step) + tile.o_b * H
             p_h0 = h0 + tile.row * H + tile.o_b * H
@@ -284,6 +404,13 @@ def forward(
                     w = load_weights(w_t + g * H, o_k, in_k, tile, G * H, PRECISION)
                     sums += (add_product(gh[g], h, w, PRECISION),)
                 gh = sums
+        if NORM > 0:
+            met = meeting(counters, numbers, i_b, s, 1, B, N_H, NORM)
+            normal, scale = normalised(gh, met, tile, B, H, BLOCK_H, G)
+            gh = multiply(normal, load_of_units(gain, tile, G, H, COMPUTE), G)
+            if hats is not None:
+                store_planes(hats + p * G + tile.gates, H, normal, active, tile.mask, G)
+                store_scale(scales + i_t * B + tile.row, scale, active, tile)
         if b_hh is not None:
             gh = add(gh, load_of_units(b_hh, tile, G, H, COMPUTE), G)
 
@@ -291,6 +418,13 @@ def forward(
             new, kept = CELL(x, gh, state, of_units)
         else:
             new, kept = CELL(x, gh, state)
+        if NORM > 1:
+            met = meeting(counters, numbers, i_b, s, 2, B, N_H, NORM)
+            normal, scale = normalised(new[1:2], met, tile, B, H, BLOCK_H, 1)
+            new = (OUTPUT(kept, normal[0] * gain_of_state + bias_of_state),) + new[1:]
+            if hats is not None:
+                store_planes(hats_of_state + p + tile.plane, 0, normal, active, tile.mask, 1)
+                store_scale(scales + (T + i_t) * B + tile.row, scale, active, tile)
         if ZONEOUT:
             of_new = shares(renew_h, renew_c, rate_h, rate_c, p + tile.plane, on, S, COMPUTE)
             zoned = ()
@@ -339,7 +473,8 @@ def backward(
     dy,  # [T,B,H] or None
     dc,  # [T,B,H] or None
     w_hh,  # [G*H,H]
-    parameters,  # [K,H] or None
+    gain,  # as in forward, and the next
+    parameters,
     lengths,  # [B] or None
     resets,  # [T,B] or None
     dropout,  # as in forward, and the next two
@@ -348,18 +483,25 @@ def backward(
     h_prev,  # [T,B,H]
     c_prev,  # [S-1,T,B,H] of type COMPUTE
     saved,  # [R,T,B,H]
+    hats,  # as in forward, and the next two
+    hats_of_state,
+    scales,
     dgx,  # [T,B,G*H]
     dgh,  # [T,B,G*H], the same array where gx and gh have the same gradients
+    dproduct,  # [T,B,G*H] of W_hh h where that is normalised, else None
     dstates,  # [S,B,H] of type COMPUTE: the gradients of what left step first, then of the rest
-    dparameters,  # [K,B,H] of type COMPUTE, to which those of each row are added
+    dparameters,  # [..,B,H] of type COMPUTE, to which those of each row are added
     counters,  # [rows of programs] 0, where programs meet
+    numbers,  # [NORM,N_H,2,B] of type COMPUTE, what they then tell each other
     rate_h: tl.float64,
     rate_c: tl.float64,
     T,
     B,
     first,  # of the steps from the last one on
     last,
+    rows_before,
     CELL: tl.constexpr,
+    OUTPUT: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
@@ -372,18 +514,23 @@ def backward(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MEETS: tl.constexpr,
+    NORM: tl.constexpr,
     ZONEOUT: tl.constexpr,
     ADDITIVE: tl.constexpr,
 ):
     N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    PARAMS: tl.constexpr = K + 2 if NORM > 1 else K
     storage: tl.constexpr = dgx.dtype.element_ty
-    i_b, i_h = tl.program_id(0) // N_H, tl.program_id(0) % N_H
+    of_product = dgh if NORM == 0 else dproduct
+    i_b, i_h = rows_before + tl.program_id(0) // N_H, tl.program_id(0) % N_H
     tile = tile_of(i_b, i_h, lengths, T, B, G, H, BLOCK_B, BLOCK_H)
     step = tl.cast(B, tl.int64) * H
     all_steps = T * step
     dstate = load_planes(dstates + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
     of_units = load_of_units(parameters, tile, K, H, COMPUTE)
-    sums = load_planes(dparameters + tile.row * H + tile.plane, step, tile.mask, K, COMPUTE)
+    if NORM > 1:
+        gain_of_state, bias_of_state = load_of_units(parameters + K * H, tile, 2, H, COMPUTE)
+    sums = load_planes(dparameters + tile.row * H + tile.plane, step, tile.mask, PARAMS, COMPUTE)
     if N_H == 1:
         weights = ()
         for g in tl.static_range(G):
@@ -406,10 +553,10 @@ def backward(
         if N_H > 1:
             if s > 0:
                 if MEETS:
-                    wait(counters + i_b, N_H * s)
+                    wait(counters + i_b, N_H * (NORM + 1) * s)
                 dh = of_next(
-                    dstate[0], dgh, w_hh, resets, dropout, t, T, B, tile, G, H, REVERSE, PRECISION,
-                    BLOCK_K,
+                    dstate[0], of_product, w_hh, resets, dropout, t, T, B, tile, G, H, REVERSE,
+                    PRECISION, BLOCK_K,
                 )  # fmt: skip
                 dstate = (dh,) + dstate[1:]
         dnew = add(dnew, dstate, S)
@@ -421,14 +568,34 @@ def backward(
                 past_cell += ((1 - of_new[n]) * dnew[n],)
             dnew = of_cell + dnew[2:]
 
+        upstream, of_norm = (dnew,), ()
+        if NORM > 1:
+            normal = load_planes(hats_of_state + p + tile.plane, 0, on, 1, COMPUTE)
+            new = normal[0] * gain_of_state + bias_of_state
+            d_gate, d = OUTPUT(kept, new, dnew[0])
+            of_norm = (d * normal[0], d)
+            scale = tl.load(scales + (T + i_t) * B + tile.row + tile.o_b, mask=active, other=0)
+            met = meeting(counters, numbers, i_b, s, 1, B, N_H, NORM)
+            d = of_normalised((d * gain_of_state,), normal, scale, met, tile, B, H, BLOCK_H, 1)
+            upstream = d_gate, dnew[1] + d[0]
         if K > 0:
-            d_x, d_h, before, d_units = CELL(state, kept, dnew, of_units)
-            sums = add(sums, select(active, d_units, zeros(K, BLOCK_B, BLOCK_H, COMPUTE), K), K)
+            d_x, d_h, before, d_units = CELL(state, kept, *upstream, of_units)
         else:
-            d_x, d_h, before = CELL(state, kept, dnew)
+            d_x, d_h, before = CELL(state, kept, *upstream)
+            d_units = ()
+        d_units += of_norm
+        nothing = zeros(PARAMS, BLOCK_B, BLOCK_H, COMPUTE)
+        sums = add(sums, select(active, d_units, nothing, PARAMS), PARAMS)
         if ZONEOUT:
             before = add(before, past_cell, min(S, 2)) + before[2:]
         store_planes(dgh + p * G + tile.gates, H, d_h, active, tile.mask, G)
+        if NORM > 0:
+            normal = load_planes(hats + p * G + tile.gates, H, on, G, COMPUTE)
+            scale = tl.load(scales + i_t * B + tile.row + tile.o_b, mask=active, other=0)
+            met = meeting(counters, numbers, i_b, s, NORM, B, N_H, NORM)
+            d = multiply(d_h, load_of_units(gain, tile, G, H, COMPUTE), G)
+            d_h = of_normalised(d, normal, scale, met, tile, B, H, BLOCK_H, G)
+            store_planes(dproduct + p * G + tile.gates, H, d_h, active, tile.mask, G)
         if MEETS:
             arrive(counters + i_b)
         if not ADDITIVE:
@@ -449,12 +616,12 @@ def backward(
     if N_H > 1:
         if last == T and (MEETS or first == T):  # each step with a launch of its own: so does this
             if MEETS:
-                wait(counters + i_b, N_H * T)
+                wait(counters + i_b, N_H * (NORM + 1) * T)
             t = T if REVERSE else -1
             dh = of_next(
-                dstate[0], dgh, w_hh, resets, dropout, t, T, B, tile, G, H, REVERSE, PRECISION,
-                BLOCK_K,
+                dstate[0], of_product, w_hh, resets, dropout, t, T, B, tile, G, H, REVERSE,
+                PRECISION, BLOCK_K,
             )  # fmt: skip
             dstate = (dh,) + dstate[1:]
     store_planes(dstates + tile.row * H + tile.plane, step, dstate, tile.rows, tile.mask, S)
-    store_planes(dparameters + tile.row * H + tile.plane, step, sums, tile.rows, tile.mask, K)
+    store_planes(dparameters + tile.row * H + tile.plane, step, sums, tile.rows, tile.mask, PARAMS)

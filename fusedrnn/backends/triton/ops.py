@@ -18,7 +18,7 @@ from fusedrnn.backends import cuda, products
 from fusedrnn.backends.backend import Noise, Wanted, Weights
 from fusedrnn.backends.native import empty_gradients, empty_run
 from fusedrnn.backends.reference import compute_dtype
-from fusedrnn.backends.triton.plans import Plan, plan
+from fusedrnn.backends.triton.plans import Plan, at_once, plan
 from fusedrnn.cells import Cell, by_key
 
 
@@ -31,9 +31,12 @@ def _pair(cell: Cell) -> tuple[Any, Any]:
     """The cell's functions forward and backward."""
     if isinstance(cell.triton, tuple):
         return cell.triton
-    assert cell.triton is not None
-    module = _module(cell.triton)
-    return module.forward, module.backward
+    return _function(cell, "forward"), _function(cell, "backward")
+
+
+def _function(cell: Cell, name: str) -> Any:
+    assert isinstance(cell.triton, str)
+    return getattr(_module(cell.triton), name)
 
 
 def _compute_type(dtype: torch.dtype) -> Any:
@@ -50,10 +53,16 @@ def constants(
     backward: bool,
     how: Plan,
     zoneout: bool = False,
+    layer_norm: bool = False,
 ) -> dict[str, Any]:
     """What a kernel is compiled for, beside the types of its arguments."""
+    function, output = _pair(cell)[backward], None
+    if layer_norm and len(cell.states) > 1:
+        output = _function(cell, "backward_of_output" if backward else "output")
+        function = _function(cell, "backward_of_gates") if backward else function
     return {
-        "CELL": _pair(cell)[backward],
+        "CELL": function,
+        "OUTPUT": output,
         "G": len(cell.gates),
         "S": len(cell.states),
         "R": cell.saved,
@@ -66,6 +75,7 @@ def constants(
         "BLOCK_H": how.block_h,
         "BLOCK_K": how.block_k,
         "MEETS": how.algorithm == "grid",
+        "NORM": layer_norm * len(cell.states),
         "ZONEOUT": zoneout,
         **({"ADDITIVE": cell.additive} if backward else {}),
     }
@@ -83,30 +93,40 @@ def _launch(
     noise: Noise,
     reverse: bool,
     backward: bool,
+    layer_norm: bool,
     arguments: dict[str, Any],
 ) -> None:
     """Runs all steps of ``x [T,B,..]`` on the current stream of its device."""
     steps, rows = x.shape[:2]
     if rows == 0:
         return
-    how = plan(cell, x.dtype, hidden, rows, backward, cuda.device(x.device.index))
+    on = cuda.device(x.device.index)
+    how = plan(cell, x.dtype, hidden, rows, backward, on, layer_norm)
     along_rows, along_units = how.programs(rows, hidden)
     tf32 = cuda.uses_tf32(x.dtype, cuda.precision())
-    arguments |= constants(cell, x.dtype, tf32, hidden, reverse, backward, how, noise.zoneout)
-    arguments |= noise._asdict()
+    facts = constants(
+        cell, x.dtype, tf32, hidden, reverse, backward, how, noise.zoneout, layer_norm
+    )
+    arguments |= facts | noise._asdict()
     arguments |= {name: _flags(arguments[name], x.dtype) for name in FLAGS}
-    arguments |= {"T": steps, "B": rows, "counters": None, **how.options}
-    spans = [(0, steps)]
+    arguments |= {"T": steps, "B": rows, "counters": None, "numbers": None, **how.options}
+    spans, launch = [(0, steps)], along_rows
     if how.algorithm == "grid":
+        launch = min(launch, at_once(how, hidden, on))
         arguments["counters"] = torch.zeros(along_rows, dtype=torch.int32, device=x.device)
         arguments["launch_cooperative_grid"] = True
+        if layer_norm:
+            numbers = facts["NORM"], along_units, 2, rows
+            arguments["numbers"] = x.new_empty(numbers, dtype=compute_dtype(x.dtype))
     elif how.algorithm == "step":
         spans = [(s, s + 1) for s in range(steps)] + [(steps, steps)] * backward
     kernels = _module("fusedrnn.backends.triton.kernels")
-    kernel = (kernels.backward if backward else kernels.forward)[(along_rows * along_units,)]
+    kernel = kernels.backward if backward else kernels.forward
     with _current(x):
-        for first, last in spans:
-            kernel(**arguments, first=first, last=last)
+        for before in range(0, along_rows, launch):
+            programs = min(launch, along_rows - before) * along_units
+            for first, last in spans:
+                kernel[(programs,)](**arguments, first=first, last=last, rows_before=before)
 
 
 FLAGS = ("resets", "renew_h", "renew_c")
@@ -125,6 +145,10 @@ def _forward(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     params: Tensor | None,
+    norm_ih: Tensor | None,
+    norm_hh: Tensor | None,
+    norm_c: Tensor | None,
+    norm_c_bias: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     lengths: Tensor | None,
@@ -139,17 +163,24 @@ def _forward(
     rate_h: float,
     rate_c: float,
 ) -> tuple[Tensor, ...]:
-    facts, hidden = by_key(cell), w_hh.shape[1]
+    facts, hidden, training_norm = by_key(cell), w_hh.shape[1], training and norm_ih is not None
     noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
-    run = empty_run(x, w_hh, None, c0, len(facts.gates), facts.saved, training, cell_states)
-    y, h_n, c_n, c, h_prev, c_prev, saved, _ = run
-    gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh), facts.additive, products.product)
+    run = _empty_run(x, w_hh, norm_ih, c0, facts, training, cell_states)
+    y, h_n, c_n, c, h_prev, c_prev, saved, _, hats, hats_of_state, scales = run
+    norms = norm_ih, norm_hh, norm_c, norm_c_bias
+    weights = Weights(w_ih, w_hh, b_ih, b_hh, None, params, *norms)
+    gx = products.inputs(x, weights, facts.additive, products.product)
+    if norm_ih is not None:
+        gx, of_x = products.normalised(gx, weights, facts.additive)
+        if training:
+            hats[1], scales[-1] = of_x
     states = torch.cat([h0.unsqueeze(0), *([] if c0 is None else [c0])]).to(compute_dtype(x.dtype))
     arguments = {
         "gx": gx,
         "w_t": w_hh.t().contiguous(),
         "b_hh": None if facts.additive else b_hh,
-        "parameters": params,
+        "gain": norm_hh,
+        "parameters": _of_units(params, norm_c, norm_c_bias),
         "h0": h0,
         "lengths": lengths,
         "resets": resets,
@@ -158,13 +189,44 @@ def _forward(
         "h_prev": h_prev if training else None,
         "c_prev": c_prev if training else None,
         "saved": saved if training else None,
+        "hats": hats[0] if training_norm else None,
+        "hats_of_state": hats_of_state if training_norm else None,
+        "scales": scales[:-1] if training_norm else None,
         "states": states,
     }
-    _launch(gx, facts, hidden, noise, reverse, False, arguments)
+    _launch(gx, facts, hidden, noise, reverse, False, norm_ih is not None, arguments)
     h_n.copy_(states[0])
     if c0 is not None:
         c_n.copy_(states[1:])
     return run
+
+
+def _of_units(*rows: Tensor | None) -> Tensor | None:
+    """Numbers ``[K,H]`` and ``[H]`` of each unit together."""
+    given = [t if t.dim() > 1 else t.unsqueeze(0) for t in rows if t is not None]
+    return torch.cat(given) if given else None
+
+
+def _empty_run(
+    x: Tensor,
+    w_hh: Tensor,
+    norm_ih: Tensor | None,
+    c0: Tensor | None,
+    facts: Cell,
+    training: bool,
+    cell_states: bool,
+) -> tuple[Tensor, ...]:
+    """The results of the forward op, unset. After those of every backend come, with layer norm, the
+    hats of W_hh h and W_ih x, those of the second state, and the scales of all: first of what the
+    kernels normalise, which find them at the beginning of an array."""
+    run = empty_run(x, w_hh, None, c0, len(facts.gates), facts.saved, training, cell_states)
+    rows, wide = x.shape[:2], compute_dtype(x.dtype)
+    if not training or norm_ih is None:
+        return (*run, *(x.new_empty(0, dtype=dtype) for dtype in (x.dtype, x.dtype, wide)))
+    of_state = (0,) if c0 is None else (*rows, w_hh.shape[1])
+    hats, hats_of_state = x.new_empty(2, *rows, w_hh.shape[0]), x.new_empty(of_state)
+    scales = x.new_empty(2 if c0 is None else 3, *rows, dtype=wide)
+    return (*run, hats, hats_of_state, scales)
 
 
 def _backward(
@@ -176,10 +238,17 @@ def _backward(
     w_ih: Tensor,
     w_hh: Tensor,
     params: Tensor | None,
+    norm_ih: Tensor | None,
+    norm_hh: Tensor | None,
+    norm_c: Tensor | None,
+    norm_c_bias: Tensor | None,
     h_prev: Tensor,
     c_prev: Tensor,
     saved: Tensor,
     m: Tensor,
+    hats: Tensor,
+    hats_of_state: Tensor,
+    scales: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
     dropout: Tensor | None,
@@ -200,8 +269,16 @@ def _backward(
     steps, rows, hidden = h_prev.shape
     dgx = x.new_empty(steps, rows, len(facts.gates) * hidden)
     dgh = dgx if facts.additive else torch.empty_like(dgx)
+    dproduct = norms = None
+    if norm_ih is not None:
+        hats, scales = hats.view(2, *dgx.shape), scales.view(-1, steps, rows)
+        dproduct = torch.empty_like(dgx)
+        of_h, of_x = map(products.Normalised, hats, (scales[0], scales[-1]))
+        norms = products.Norms(of_x, of_h, dproduct)
+    parameters = _of_units(params, norm_c, norm_c_bias)
     dstates = x.new_zeros(len(facts.states), rows, hidden, dtype=wide)
-    dparams = x.new_zeros(len(facts.params), rows, hidden, dtype=wide)
+    units = 0 if parameters is None else len(parameters)
+    dparameters = x.new_zeros(units, rows, hidden, dtype=wide)
     if dh_n is not None:
         dstates[0] = dh_n
     if dc_n is not None:
@@ -210,31 +287,35 @@ def _backward(
         "dy": dy,
         "dc": dc,
         "w_hh": w_hh,
-        "parameters": params,
+        "gain": norm_hh,
+        "parameters": parameters,
         "lengths": lengths,
         "resets": resets,
         "h_prev": h_prev,
         "c_prev": c_prev,
         "saved": saved,
+        "hats": None if norms is None else hats[0],
+        "hats_of_state": None if norms is None else hats_of_state,
+        "scales": None if norms is None else scales[:-1],
         "dgx": dgx,
         "dgh": dgh,
+        "dproduct": dproduct,
         "dstates": dstates,
-        "dparameters": dparams,
+        "dparameters": dparameters,
     }
-    _launch(h_prev, facts, hidden, noise, reverse, True, arguments)
+    _launch(h_prev, facts, hidden, noise, reverse, True, norms is not None, arguments)
     dh0, dc0 = (d.to(x.dtype, copy=True) for d in (dstates[0], dstates[1:]))
     dc0 = dc0 if len(facts.states) > 1 else x.new_empty(0)
-    of_params = dparams.sum(1).to(x.dtype) if facts.params else None
+    d_of_units = dparameters.sum(1).to(x.dtype)
     entering = h_prev if dropout is None else (h_prev * dropout).to(x.dtype)
-    run = products.Recurrent(entering, m, dgx, dgh, None, dh0, dc0, of_params)
+    run = products.Recurrent(entering, m, dgx, dgh, None, dh0, dc0, d_of_units, norms)
     wanted = Wanted(
-        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, *(False,) * 4, True, True
+        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, *(True,) * 4, True, True
     )
-    weights = Weights(w_ih, w_hh, None, None)
+    weights = Weights(w_ih, w_hh, None, None, norm_ih=norm_ih, norm_hh=norm_hh)
     found = products.gradients(x, weights, run, wanted, products.product)
-    return tuple(
-        x.new_empty(0) if d is None else d for d in (*found[:5], found.params, found.h0, found.c0)
-    )
+    of_op = (*found[:5], *found[6:9], *found[11:])
+    return tuple(x.new_empty(0) if d is None else d for d in of_op)
 
 
 BLOCK = 512  # elements of a program of update
@@ -283,6 +364,10 @@ def _fake_forward(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     params: Tensor | None,
+    norm_ih: Tensor | None,
+    norm_hh: Tensor | None,
+    norm_c: Tensor | None,
+    norm_c_bias: Tensor | None,
     h0: Tensor,
     c0: Tensor | None,
     lengths: Tensor | None,
@@ -297,8 +382,7 @@ def _fake_forward(
     rate_h: float,
     rate_c: float,
 ) -> tuple[Tensor, ...]:
-    facts = by_key(cell)
-    return empty_run(x, w_hh, None, c0, len(facts.gates), facts.saved, training, cell_states)
+    return _empty_run(x, w_hh, norm_ih, c0, by_key(cell), training, cell_states)
 
 
 def _fake_backward(
@@ -310,10 +394,17 @@ def _fake_backward(
     w_ih: Tensor,
     w_hh: Tensor,
     params: Tensor | None,
+    norm_ih: Tensor | None,
+    norm_hh: Tensor | None,
+    norm_c: Tensor | None,
+    norm_c_bias: Tensor | None,
     h_prev: Tensor,
     c_prev: Tensor,
     saved: Tensor,
     m: Tensor,
+    hats: Tensor,
+    hats_of_state: Tensor,
+    scales: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
     dropout: Tensor | None,
@@ -325,26 +416,33 @@ def _fake_backward(
     rate_c: float,
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
-    states = len(by_key(cell).states)
-    found = empty_gradients(x, w_ih, w_hh, None, saved, states, (*wanted, False))
-    return (*found[:5], x.new_empty(0) if params is None else torch.empty_like(params), *found[6:])
+    facts = by_key(cell)
+    found = empty_gradients(x, w_ih, w_hh, None, saved, len(facts.states), (*wanted, False))
+    units = len(facts.params) + (0 if norm_c is None else 2)
+    of_gates = w_hh.shape[0] if norm_hh is not None else 0
+    return (
+        *found[:5], x.new_empty(units, w_hh.shape[1]), x.new_empty(of_gates),
+        x.new_empty(of_gates), *found[6:],
+    )  # fmt: skip
 
 
 _library = torch.library.Library("fusedrnn", "FRAGMENT")
 _library.define(
     "triton_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-    "Tensor? params, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
+    "Tensor? params, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_c_bias, "
+    "Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
     "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, str cell, bool reverse, bool training, "
-    "bool cell_states, float rate_h, float rate_c) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool cell_states, float rate_h, float rate_c) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "triton_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor w_ih, "
-    "Tensor w_hh, Tensor? params, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, "
-    "Tensor? lengths, Tensor? resets, Tensor? dropout, Tensor? renew_h, Tensor? renew_c, "
-    "str cell, bool reverse, float rate_h, float rate_c, bool want_x, bool want_w_ih, "
-    "bool want_w_hh, bool want_b_ih, bool want_b_hh) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor w_hh, Tensor? params, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
+    "Tensor? norm_c_bias, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, Tensor hats, "
+    "Tensor hats_of_state, Tensor scales, Tensor? lengths, Tensor? resets, Tensor? dropout, "
+    "Tensor? renew_h, Tensor? renew_c, str cell, bool reverse, float rate_h, float rate_c, "
+    "bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh) -> (Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("triton_update(Tensor gates, Tensor c, str cell) -> (Tensor, Tensor)")
 _library.define(

@@ -38,7 +38,13 @@ TILES = ((16, 16, 4), (16, 32, 4), (32, 32, 8), (64, 32, 8))
 
 
 def plan(
-    cell: Cell, dtype: torch.dtype, hidden: int, rows: int, backward: bool, on: Device
+    cell: Cell,
+    dtype: torch.dtype,
+    hidden: int,
+    rows: int,
+    backward: bool,
+    on: Device,
+    layer_norm: bool = False,
 ) -> Plan:
     """The plan for forward or backward, a function of these facts alone.
 
@@ -46,28 +52,40 @@ def plan(
     of a multiprocessor; it is the same for any number of rows. "grid": several share the rows, with
     the smallest tiles that let all of them be on the device at once. "step": as these, a launch for
     each step. So T never asks for another kernel, and B only where other tiles are taken.
+
+    With layer norm, for which programs that share rows meet within a step, "grid" takes the place
+    of "step": as many rows in a launch as the device has room for, see :func:`at_once`.
     """
     width, power = dtype.itemsize, max(16, 1 << (hidden - 1).bit_length())
-    for stages in (2, 1) if width < 8 or power <= 32 else ():  # else float64 runs out of registers
+    # Layer norm leaves no registers for a step ahead, float64 soon none at all.
+    for stages in ((1,) if layer_norm else (2, 1)) if width < 8 or power <= 32 else ():
         # Backward reads a step ahead; the rest is for h or gradients on their way to a product.
         planes = cell.saved + 4 if backward and stages == 2 else 2
         beside = 16 * power * (planes * width + max(4, width) * len(cell.states))
         if width == 8:  # what operands of that width take to change their layout
             beside += beside // 2
         if len(cell.gates) * power**2 * width + beside <= on.shared_memory:
-            return Plan("sequence", 16, power, power, min(16, max(4, power * width // 32)), stages)
+            warps = min(16, max(8 if layer_norm else 4, power * width // 32))
+            return Plan("sequence", 16, power, power, warps, stages)
     for block_b, block_h, warps in TILES if width < 8 else TILES[:-1]:
         found = Plan("grid", block_b, block_h, 128 // width, warps, 3)
         along_rows, along_units = found.programs(rows, hidden)
         if along_rows * along_units <= on.multiprocessors:
             return found
-    return found._replace(algorithm="step")
+    return found if layer_norm else found._replace(algorithm="step")
 
 
-def describe(found: Plan, rows: int, hidden: int) -> str:
+def at_once(found: Plan, hidden: int, on: Device) -> int:
+    """Programs along the rows that a launch of "grid" may have, 0: not even one has room."""
+    return on.multiprocessors // found.programs(1, hidden)[1]
+
+
+def describe(found: Plan, rows: int, hidden: int, on: Device) -> str:
     along_rows, along_units = found.programs(rows, hidden)
     blocks = (
         f"{along_units} x {along_rows} programs of {found.block_h} units x {found.block_b} rows"
     )
     launches = "a launch a step" if found.algorithm == "step" else "one launch"
+    if found.algorithm == "grid" and along_rows > (most := at_once(found, hidden, on)):
+        launches = f"{-(-along_rows // most)} launches"
     return f"{found.algorithm} ({launches}, {blocks})"

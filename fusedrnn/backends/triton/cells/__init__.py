@@ -10,5 +10,13 @@ Each argument is a tuple of blocks ``[BLOCK_B, BLOCK_H]`` of float32 or float64:
 A cell with params takes them as a last argument, a tuple of rows ``[1, BLOCK_H]``, and its backward
 returns their gradients last, ``[BLOCK_B, BLOCK_H]`` each: what every row adds to them.
 
+Of a cell whose second state layer norm may make another of on its way into h, the module has three
+more. There c is as it goes into h, and gates' gradients are before their activations:
+
+- ``output(saved, c) -> h``;
+- ``backward_of_output(saved, c, dh) -> dgate, dc``: of the gate that lets c out;
+- ``backward_of_gates(state, saved, dgate, dc)`` returns what ``backward`` does; dc is all that
+  comes to the new c from outside.
+
 What forward saves, and the new h, is rounded to the dtype of x in between.
 """

@@ -20,14 +20,26 @@ def forward(gx, gh, state):
 
 
 @triton.jit
-def backward(state, saved, dnew):
-    i, f, g, o = saved
-    tanh_c = tanh(f * state[1] + i * g)
-    dc = dnew[1] + tanh_backward(dnew[0] * o, tanh_c)
-    d = (
-        sigmoid_backward(dc * g, i),
-        sigmoid_backward(dc * state[1], f),
-        tanh_backward(dc * i, g),
-        sigmoid_backward(dnew[0] * tanh_c, o),
-    )
+def output(saved, c):
+    return saved[-1] * tanh(c)
+
+
+@triton.jit
+def backward_of_output(saved, c, dh):
+    tanh_c = tanh(c)
+    return sigmoid_backward(dh * tanh_c, saved[-1]), tanh_backward(dh * saved[-1], tanh_c)
+
+
+@triton.jit
+def backward_of_gates(state, saved, do, dc):
+    i, f, g, _ = saved
+    di, df = sigmoid_backward(dc * g, i), sigmoid_backward(dc * state[1], f)
+    d = di, df, tanh_backward(dc * i, g), do
     return d, d, (tl.zeros_like(dc), dc * f)
+
+
+@triton.jit
+def backward(state, saved, dnew):
+    i, f, g, _ = saved
+    do, dc = backward_of_output(saved, f * state[1] + i * g, dnew[0])
+    return backward_of_gates(state, saved, do, dnew[1] + dc)

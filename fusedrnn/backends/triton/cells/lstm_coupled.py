@@ -6,6 +6,8 @@ Saved: the activated gates.
 import triton
 import triton.language as tl
 
+from fusedrnn.backends.triton.cells.lstm import backward_of_output
+from fusedrnn.backends.triton.cells.lstm import output as output
 from fusedrnn.backends.triton.cells.numeric import (
     sigmoid,
     sigmoid_backward,
@@ -22,13 +24,14 @@ def forward(gx, gh, state):
 
 
 @triton.jit
-def backward(state, saved, dnew):
-    f, g, o = saved
-    tanh_c = tanh(f * state[1] + (1 - f) * g)
-    dc = dnew[1] + tanh_backward(dnew[0] * o, tanh_c)
-    d = (
-        sigmoid_backward(dc * (state[1] - g), f),
-        tanh_backward(dc * (1 - f), g),
-        sigmoid_backward(dnew[0] * tanh_c, o),
-    )
+def backward_of_gates(state, saved, do, dc):
+    f, g, _ = saved
+    d = sigmoid_backward(dc * (state[1] - g), f), tanh_backward(dc * (1 - f), g), do
     return d, d, (tl.zeros_like(dc), dc * f)
+
+
+@triton.jit
+def backward(state, saved, dnew):
+    f, g, _ = saved
+    do, dc = backward_of_output(saved, f * state[1] + (1 - f) * g, dnew[0])
+    return backward_of_gates(state, saved, do, dnew[1] + dc)

@@ -6,6 +6,8 @@ Saved: the activated gates.
 import triton
 import triton.language as tl
 
+from fusedrnn.backends.triton.cells.lstm import backward_of_output
+from fusedrnn.backends.triton.cells.lstm import output as output
 from fusedrnn.backends.triton.cells.numeric import (
     sigmoid,
     sigmoid_backward,
@@ -24,12 +26,17 @@ def forward(gx, gh, state, params):
 
 
 @triton.jit
-def backward(state, saved, dnew, params):
-    f, g, o = saved
+def backward_of_gates(state, saved, do, dc, params):
+    f, g, _ = saved
     c = f * state[1] + (1 - f) * g
-    tanh_c = tanh(c)
-    do = sigmoid_backward(dnew[0] * tanh_c, o)
-    dc = dnew[1] + tanh_backward(dnew[0] * o, tanh_c) + do * params[1]
+    dc += do * params[1]
     df = sigmoid_backward(dc * (state[1] - g), f)
     d = df, tanh_backward(dc * (1 - f), g), do
-    return d, d, (tl.zeros_like(c), dc * f + df * params[0]), (df * state[1], do * c)
+    return d, d, (tl.zeros_like(dc), dc * f + df * params[0]), (df * state[1], do * c)
+
+
+@triton.jit
+def backward(state, saved, dnew, params):
+    f, g, _ = saved
+    do, dc = backward_of_output(saved, f * state[1] + (1 - f) * g, dnew[0])
+    return backward_of_gates(state, saved, do, dnew[1] + dc, params)

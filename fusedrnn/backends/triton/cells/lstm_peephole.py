@@ -6,6 +6,8 @@ Saved: the activated gates.
 import triton
 import triton.language as tl
 
+from fusedrnn.backends.triton.cells.lstm import backward_of_output
+from fusedrnn.backends.triton.cells.lstm import output as output
 from fusedrnn.backends.triton.cells.numeric import (
     sigmoid,
     sigmoid_backward,
@@ -25,14 +27,18 @@ def forward(gx, gh, state, params):
 
 
 @triton.jit
-def backward(state, saved, dnew, params):
-    i, f, g, o = saved
+def backward_of_gates(state, saved, do, dc, params):
+    i, f, g, _ = saved
     c = f * state[1] + i * g
-    tanh_c = tanh(c)
-    do = sigmoid_backward(dnew[0] * tanh_c, o)
-    dc = dnew[1] + tanh_backward(dnew[0] * o, tanh_c) + do * params[2]
-    di = sigmoid_backward(dc * g, i)
-    df = sigmoid_backward(dc * state[1], f)
+    dc += do * params[2]
+    di, df = sigmoid_backward(dc * g, i), sigmoid_backward(dc * state[1], f)
     d = di, df, tanh_backward(dc * i, g), do
     dc_prev = dc * f + di * params[0] + df * params[1]
-    return d, d, (tl.zeros_like(c), dc_prev), (di * state[1], df * state[1], do * c)
+    return d, d, (tl.zeros_like(dc), dc_prev), (di * state[1], df * state[1], do * c)
+
+
+@triton.jit
+def backward(state, saved, dnew, params):
+    i, f, g, _ = saved
+    do, dc = backward_of_output(saved, f * state[1] + i * g, dnew[0])
+    return backward_of_gates(state, saved, do, dnew[1] + dc, params)
