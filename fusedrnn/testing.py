@@ -355,7 +355,7 @@ def assert_stored(
     expected = differentiate(inputs.to(torch.float64), model) | model.made
     got = out | stored
     given = [t for t in (inputs.x, inputs.h0, inputs.c0, *inputs.weights) if t is not None]
-    loose = {} if operand is unrounded else rounding_of_products(inputs, stored)
+    loose = {} if operand is unrounded else rounding_of_products(case, inputs, stored)
     assert got.keys() == expected.keys(), f"got {list(got)}, expected {list(expected)}"
     for name, exact in expected.items():
         value, terms = got[name], [exact]
@@ -376,7 +376,9 @@ def assert_stored(
         )
 
 
-def rounding_of_products(inputs: Inputs, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+def rounding_of_products(
+    case: Case, inputs: Inputs, stored: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """How far products that a library makes may be from those of operands in tf32: cuBLAS leaves
     them as they are where a shape does not suit its tensor core kernels."""
 
@@ -389,11 +391,15 @@ def rounding_of_products(inputs: Inputs, stored: dict[str, Tensor]) -> dict[str,
     x, (w_ih, *_), dropout = inputs.x, inputs.weights, inputs.noise.dropout
     h = stored["h_prev"] if dropout is None else stored["h_prev"] * dropout
     of_x, d_x, d_h = ("wx", "dwx", "dwh") if "wx" in stored else ("gx", "dgx", "dgh")
+    dw_hh = both(rows(d_h).t(), h.flatten(0, 1))
+    if case.cell.late:
+        late = slice(-case.cell.late * case.H, None)
+        dw_hh[late] = both(rows(d_h)[:, late].t(), rows("late"))
     bounds = {
         of_x: both(x, w_ih.t()),
         "dx": both(stored[d_x], w_ih),
         "dw_ih": both(rows(d_x).t(), x.flatten(0, 1)),
-        "dw_hh": both(rows(d_h).t(), h.flatten(0, 1)),
+        "dw_hh": dw_hh,
     }
     if "dh" in stored:
         bounds["dw_hr"] = both(rows("dh").t(), rows("m"))
@@ -418,12 +424,14 @@ def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
 
     def forward(*args: Any) -> Run:
         run = forward_itself(*args)
-        stored["h_prev"], c_prev, saved, _, *norms = run.reserve
+        stored["h_prev"], c_prev, saved, _, *others = run.reserve
         stored.update({f"c_prev {j}": t for j, t in enumerate(c_prev)})
         stored.update({f"saved {r}": t for r, t in enumerate(saved)})
         if case.layer_norm:
-            stored["hats hh"] = norms[0][0]
-            stored.update({"hats c": norms[1]} if len(c_prev) else {})
+            stored["hats hh"] = others[0][0]
+            stored.update({"hats c": others[1]} if len(c_prev) else {})
+        if case.cell.late:
+            stored["late"] = others[-1]
         return run
 
     def of_normalised(*args: Any) -> tuple[Tensor, Tensor]:
@@ -530,7 +538,12 @@ class OnStored:
         return reference.recurrence(call)
 
     def step(
-        self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], *params: tuple[Tensor, ...]
+        self,
+        gx: Tensor,
+        gh: Tensor,
+        state: tuple[Tensor, ...],
+        *params: tuple[Tensor, ...],
+        **inside: Any,
     ) -> tuple[Tensor, ...]:
         t, planes, weights = next(self.times), gx.shape[-2:], self.weights
         w_ih, w_hh, bias, b_hh, w_hr, _, norm_ih, norm_hh, *_ = weights
@@ -540,7 +553,8 @@ class OnStored:
         if self.noise.dropout is not None:
             dropped = h * self.noise.dropout
             entering = _with_value(dropped, dropped.to(self.case.dtype).to(h.dtype))
-        gx, gh = self.product(self.x[t], w_ih), self.product(entering, w_hh)
+        early = slice((planes[0] - self.case.cell.late) * planes[1])
+        gx, gh = self.product(self.x[t], w_ih), self.product(entering, w_hh[early])
         if norm_ih is not None and norm_hh is not None:
             gx = _with_value(gx, self.take("wx", t, gx.detach()))
             gx = self.gradient("dwx", t, gx)
@@ -555,12 +569,13 @@ class OnStored:
                 both = bias + b_hh
                 bias = _with_value(both, both.to(self.case.dtype).to(both.dtype))
             else:
-                gh = gh + b_hh
+                gh = gh + b_hh[early]
             gx = gx + bias
         gx = _with_value(gx, self.take("gx", t, gx.detach()))
         gx = self.gradient("dgx", t, gx)
-        gh = self.gradient("dgh", t, gh)
-        new = self.cell(t, gx.unflatten(-1, planes), gh.unflatten(-1, planes), (h, *others), params)
+        gh = self.gradient("dgh", t, gh, early)
+        gx, gh = gx.unflatten(-1, planes), gh.unflatten(-1, (-1, planes[1]))
+        new = self.cell(t, gx, gh, (h, *others), params, entering)
         if w_hr is not None:
             projected = self.product(self.value("m", t, new[0]), w_hr)
             new = (self.gradient("dh", t, projected), *new[1:])
@@ -569,7 +584,13 @@ class OnStored:
         return new
 
     def cell(
-        self, t: int, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...], params: tuple[Any, ...]
+        self,
+        t: int,
+        gx: Tensor,
+        gh: Tensor,
+        state: tuple[Tensor, ...],
+        params: tuple[Any, ...],
+        entering: Tensor,
     ) -> tuple[Tensor, ...]:
         """The cell's step, differentiated where it was saved: what autograd itself keeps for
         backward, such as the results of activations, it finds exchanged for the saved planes."""
@@ -588,9 +609,10 @@ class OnStored:
         def unpack(x: Tensor) -> Tensor:
             return planes[x.data_ptr()][1] if x.data_ptr() in planes else x
 
-        # A normalised state is read anew from its hats, as the planes are.
-        exact_norm: dict[str, Any] = {}
-        stored_norm: dict[str, Any] = {}
+        # A normalised state is read anew from its hats, and what late gates see where it was
+        # stored, as the planes are.
+        exact_inside: dict[str, Any] = {}
+        stored_inside: dict[str, Any] = {}
         if self.weights.norm_c is not None and self.weights.norm_c_bias is not None:
             gain, bias = self.weights.norm_c, self.weights.norm_c_bias
             of_c: list[tuple[Tensor, Tensor]] = []
@@ -603,12 +625,32 @@ class OnStored:
                 hats = self.exchange("hats c", t, of_c[0][0])
                 return normalised(c, gain, hats, of_c[0][1], hats) + bias
 
-            exact_norm, stored_norm = {"norm": norm}, {"norm": norm_of_stored}
+            exact_inside["norm"], stored_inside["norm"] = norm, norm_of_stored
+        if self.case.cell.late:
+            late = slice(-self.case.cell.late * gx.shape[-1], None)
+            w_hh, b_hh = self.weights.w_hh[late], self.weights.b_hh
 
-        exact = self.case.cell.step(gx, gh, state, *params, keep=note, **exact_norm)
+            def of_late(h: Tensor) -> Tensor:
+                gates = self.product(h, w_hh)
+                if b_hh is not None and not self.case.cell.additive:
+                    gates = gates + b_hh[late]
+                self.gradient("dgh", t, gates, late)
+                out: Tensor = gates.unflatten(-1, (-1, gx.shape[-1]))
+                return out
+
+            def product(factor: Tensor) -> Tensor:
+                return of_late(self.exchange("late", t, (factor * entering).detach()))
+
+            def product_of_stored(factor: Tensor) -> Tensor:
+                stored = self.stored["late"][t].to(factor.dtype)
+                return of_late(_with_value(factor * entering, stored))
+
+            exact_inside["product"], stored_inside["product"] = product, product_of_stored
+
+        exact = self.case.cell.step(gx, gh, state, *params, keep=note, **exact_inside)
         stored = iter([self.exchange(f"saved {r}", t, x.detach()) for r, x in enumerate(made)])
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
-            new = self.case.cell.step(gx, gh, state, *params, keep=keep, **stored_norm)
+            new = self.case.cell.step(gx, gh, state, *params, keep=keep, **stored_inside)
         return tuple(map(_with_value, new, exact))
 
     def product(self, a: Tensor, w: Tensor) -> Tensor:
@@ -618,16 +660,16 @@ class OnStored:
     def value(self, name: str, t: int, x: Tensor) -> Tensor:
         return _with_value(x, self.exchange(name, t, x.detach()))
 
-    def gradient(self, name: str, t: int, x: Tensor) -> Tensor:
-        x.register_hook(lambda d: self.exchange(name, t, d))
+    def gradient(self, name: str, t: int, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        x.register_hook(lambda d: self.exchange(name, t, d, columns))
         return x
 
-    def exchange(self, name: str, t: int, made: Tensor) -> Tensor:
+    def exchange(self, name: str, t: int, made: Tensor, columns: slice = slice(None)) -> Tensor:
         """The stored value for the one made of it; where step t is not computed, both are 0."""
         if self.seq.lengths is not None:
             made = made * (t < self.seq.lengths).unsqueeze(-1)
-        return self.take(name, t, made)
+        return self.take(name, t, made, columns)
 
-    def take(self, name: str, t: int, made: Tensor) -> Tensor:
-        self.made[name][t] = made
-        return self.stored[name][t].to(made.dtype)
+    def take(self, name: str, t: int, made: Tensor, columns: slice = slice(None)) -> Tensor:
+        self.made[name][t][:, columns] = made
+        return self.stored[name][t][:, columns].to(made.dtype)

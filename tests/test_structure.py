@@ -128,6 +128,7 @@ def test_readme_table_of_cells(monkeypatch):
 
     monkeypatch.setattr(cuda, "_missing", None)
     monkeypatch.setattr(cuda, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "device", lambda index: native.Device(132, 90, 232448))
     monkeypatch.setattr(triton, "_missing", None)
     monkeypatch.setattr(cudnn, "_missing", None)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn.BFLOAT16_SINCE)

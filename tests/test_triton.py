@@ -17,7 +17,7 @@ from fusedrnn.backends import triton as backend
 from fusedrnn.backends.native import DTYPES, Device
 from fusedrnn.backends.triton import plans
 from fusedrnn.backends.triton.plans import TILES
-from fusedrnn.cells import CELLS, GRU, LSTM, LSTM_PEEPHOLE, PLAIN
+from fusedrnn.cells import CELLS, GRU, GRU_RESET_BEFORE, LSTM, LSTM_PEEPHOLE, PLAIN
 from fusedrnn.recurrence import recurrence
 from fusedrnn.testing import Case, check_case, make_inputs, run_case
 
@@ -118,14 +118,26 @@ def test_more_than_one_round_of_k(machine, algorithm, shape, arithmetic):
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("name", [*(name for name in FUSED if name not in PLAIN), "slow"])
 def test_other_cells(machine, algorithm, name, feature, arithmetic):
-    """With params, and a user's with more states than two."""
+    """With params, with late gates, and a user's with more states than two."""
     from user_cells import SLOW
 
-    case = Case(
-        CELLS.get(name, SLOW), 3, 19, 4, 20, dtype=machine.choose(arithmetic), cell_states=True,
-        **feature,
-    )  # fmt: skip
-    machine.check(case)
+    cell = CELLS.get(name, SLOW)
+    skip_late(cell, algorithm)
+    c, dtype = len(cell.states) > 1, machine.choose(arithmetic)
+    machine.check(Case(cell, 3, 19, 4, 20, dtype=dtype, cell_states=c, **feature))
+
+
+def skip_late(cell, algorithm):
+    if cell.late and algorithm == "step":
+        pytest.skip("late gates wait within a step")
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(2, 17, 3, 16), (3, 5, 4, 136)], ids=str)
+def test_late_gates_of_shapes(machine, algorithm, shape, arithmetic):
+    skip_late(GRU_RESET_BEFORE, algorithm)
+    dtype = machine.choose(arithmetic)
+    machine.check(Case(GRU_RESET_BEFORE, *shape, dtype=dtype, bias=False, lengths=True))
 
 
 NOISES = {
@@ -143,10 +155,11 @@ WAYS = (
 
 
 @pytest.mark.parametrize("noise", NOISES.values(), ids=list(NOISES))
-@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", "lstm_peephole"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", "lstm_peephole", "gru_reset_before"])
 @pytest.mark.parametrize("arithmetic, way", [*zip(ARITHMETICS, WAYS, strict=True)], ids=ARITHMETICS)
 def test_noise(machine, algorithm, arithmetic, way, name, noise):
     cell, dtype = CELLS[name], machine.choose(arithmetic)
+    skip_late(cell, algorithm)
     c = len(cell.states) > 1
     machine.check(Case(cell, 3, 17, 4, 20, dtype=dtype, cell_states=c, **noise, **way))
 
@@ -190,8 +203,10 @@ def test_layer_norm_of_more_rows_than_have_room(machine):
         assert all(n["launch_cooperative_grid"] and n["NORM"] == 2 for n in launches)
     request = Request(LSTM, torch.float32, torch.device("cuda"), 40, 0, layer_norm=True)
     assert "grid (2 launches, 2 x 4 programs" in machine.backend.algorithm(request, 200)
-    reason = machine.backend.supports(request._replace(hidden_size=200))
-    assert reason == ("needs 7 multiprocessors for layer norm of 200 units, CUDA device 0 has 5")
+    for wish in (request, request._replace(cell=GRU_RESET_BEFORE, layer_norm=False)):
+        assert machine.backend.supports(wish._replace(hidden_size=200)) == (
+            "needs 7 multiprocessors for 200 units that meet within a step, CUDA device 0 has 5"
+        )
 
 
 WRONG_NORMS = {
@@ -245,13 +260,16 @@ def test_tiles(machine, monkeypatch, tile):
     machine.check(Case(GRU, 2, 67, 3, 40, dtype=torch.bfloat16, lengths=True, reverse=True))
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "cell, layer_norm",
+    [(LSTM, False), (GRU, False), (LSTM, True), (GRU, True), (GRU_RESET_BEFORE, False)],
+    ids=lambda c: getattr(c, "name", str(c)),
+)
 def test_programs_in_any_order(machine, cell, layer_norm):
-    """Which meet after each step, and for layer norm within."""
+    """Which meet after each step, and for layer norm and late gates within."""
     machine.device = DEVICES["grid"]
     case = Case(cell, 4, 3, 2, 40, lengths=True, layer_norm=layer_norm)
-    for seed in range(16 if layer_norm else 40):
+    for seed in range(16 if layer_norm or cell.late else 40):
         machine.check(replace(case, reverse=seed % 2 == 1), seed)
 
 
@@ -309,7 +327,7 @@ def test_waiting_in_vain_is_found(machine, monkeypatch):
 
 ARRAYS = {
     "forward": "gx w_t b_hh gain parameters h0 lengths resets dropout renew_h renew_c y c h_prev "
-    "c_prev saved hats hats_of_state scales states counters numbers",
+    "c_prev saved hats hats_of_state scales late states counters numbers",
     "backward": "dy dc w_hh gain parameters lengths resets dropout renew_h renew_c h_prev c_prev "
     "saved hats hats_of_state scales dgx dgh dproduct dstates dparameters counters numbers",
 }
@@ -320,13 +338,14 @@ OF_NORMS = {"gain", "hats", "hats_of_state", "scales", "dproduct", "numbers"}
 def test_bounds_of_arrays(machine, algorithm, call, name):
     """Each array ends one element before the kernels take it to."""
     not_of = {"sequence": {"counters", "numbers", "h0"}, "grid": set(),
-              "step": OF_NORMS | {"counters"}}  # fmt: skip
+              "step": OF_NORMS | {"counters", "late"}}  # fmt: skip
     if name in not_of[algorithm]:
         pytest.skip("not of this algorithm")
     machine.interpreter.short = call, name
     cell = GRU if name in ("b_hh", "dgh", "dgx", "h_prev") else LSTM
     cell = LSTM_PEEPHOLE if "parameters" in name else cell
-    case = Case(cell, 3, 19, 4, 40, lengths=True, cell_states=cell is not GRU)
+    cell = GRU_RESET_BEFORE if name == "late" else cell
+    case = Case(cell, 3, 19, 4, 40, lengths=True, cell_states=len(cell.states) > 1)
     if name == "resets":  # which hides h0
         case = replace(case, resets=True, reverse=True)
     if name in ("dropout", "renew_h", "renew_c"):
@@ -340,6 +359,7 @@ def test_bounds_of_arrays(machine, algorithm, call, name):
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
 def test_inference_gives_the_same(machine, algorithm, cell, arithmetic):
+    skip_late(cell, algorithm)
     case = Case(cell, 3, 9, 4, 17, dtype=machine.choose(arithmetic), lengths=True)
     case = replace(case, layer_norm=cell.name in NORMED and algorithm != "step")
     inputs = make_inputs(case)
@@ -366,6 +386,7 @@ def test_a_second_backward_is_the_same(machine, algorithm, dtype):
 @pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
 def test_a_nan_stays_in_its_sequence(machine, algorithm, cell):
     """A reset keeps it from later steps in forward and from earlier ones in backward."""
+    skip_late(cell, algorithm)
     case = Case(cell, 4, 3, 4, 20, dtype=torch.bfloat16, resets=True)
     case = replace(case, layer_norm=cell.name in NORMED and algorithm != "step")
     resets = torch.zeros(4, 3, dtype=torch.bool)

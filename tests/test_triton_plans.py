@@ -13,8 +13,8 @@ import fusedrnn
 from fusedrnn.backends import Request, cuda
 from fusedrnn.backends import triton as backend
 from fusedrnn.backends.native import DTYPES, Device
-from fusedrnn.backends.triton.plans import plan
-from fusedrnn.cells import CELLS, LSTM
+from fusedrnn.backends.triton.plans import at_once, plan
+from fusedrnn.cells import CELLS, GRU_RESET_BEFORE, LSTM
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def present(monkeypatch):
 
 
 FUSED = {name: cell for name, cell in CELLS.items() if cell.triton}
-LATE = replace(LSTM, name="late", late=1)
+LATE = replace(LSTM, name="late", late=1, triton=("forward", "backward"))
 UNKNOWN = replace(LSTM, name="unknown", triton=None)
 GPU = torch.device("cuda", 0)
 REASONS = {
@@ -38,6 +38,7 @@ REASONS = {
     "huge": (Request(LSTM, torch.float32, GPU, 23171, 0), "into the weights, too few for 23171"),
     "cell": (Request(UNKNOWN, torch.float32, GPU, 8, 0), "no kernel for the cell unknown"),
     "late": (Request(LATE, torch.float32, GPU, 8, 0), "no kernel for the cell late"),
+    "meets": (Request(GRU_RESET_BEFORE, torch.float32, GPU, 4264, 0), "needs 134 multiprocessors"),
 }
 
 
@@ -103,7 +104,9 @@ def test_plans(gpu):
                             weights = len(cell.gates) * how.block_h**2 * dtype.itemsize
                             assert weights < gpu.shared_memory
                         elif how.algorithm == "grid":
-                            assert programs[0] * programs[1] <= gpu.multiprocessors
+                            rows_at_once = min(programs[0], at_once(how, hidden, gpu))
+                            assert rows_at_once * programs[1] <= gpu.multiprocessors
+                            assert rows_at_once == programs[0] or cell.late
                         assert how.options["maxnreg"] * 32 * how.warps <= 65536
 
 

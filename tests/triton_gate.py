@@ -74,7 +74,7 @@ NOISE = ("dropout", "renew_h", "renew_c")
 NORMS = ("gain", "hats", "hats_of_state", "scales", "dproduct", "numbers")
 STORED = (
     "gx w_t w_hh b_hh parameters h0 resets renew_h renew_c y c dy dc h_prev saved dgx dgh "
-    "gates dgates h_new c_new dh_new dc_new gain hats hats_of_state dproduct"
+    "gates dgates h_new c_new dh_new dc_new gain hats hats_of_state dproduct late"
 ).split()
 COMPUTED = "dropout states dstates c_prev dparameters scales numbers".split()
 
@@ -133,7 +133,7 @@ def cases() -> list[Case]:
         for cell in (name for name, cell in CELLS.items() if cell.triton):
             if cell not in PLAIN and arithmetic not in ("bf16", "fp32"):
                 continue
-            shapes = [(64, 8)]
+            shapes = [(64, 8), *([(512, 8)] if CELLS[cell].late else [])]
             if cell in ("lstm", "gru"):
                 shapes += [(512, 8), (512, 64)]
                 if arithmetic in ("bf16", "fp16"):
@@ -145,11 +145,10 @@ def cases() -> list[Case]:
             both = ("forward", "backward")
             for shape in shapes:
                 found += [Case(k, cell, arithmetic, *shape, d) for k in both for d in DEVICES]
-            beside = {
-                "noise": cell in ("lstm", "gru") and arithmetic in ("bf16", "tf32", "fp64"),
-                "norm": cell in ("lstm", "gru") or cell == "lstm_coupled_peephole",
-            }
-            for what in (what for what, wanted in beside.items() if wanted):
+            beside = ["noise", "norm"] if cell in ("lstm", "gru") else []
+            if cell == "lstm_coupled_peephole":
+                beside = ["norm"]
+            for what in beside if arithmetic in ("bf16", "tf32", "fp64") else []:
                 at = shapes if (what, arithmetic) == ("norm", "bf16") else shapes[:2]
                 found += [
                     Case(k, cell, arithmetic, *shape, d, what)
@@ -188,6 +187,8 @@ def source(case: Case) -> ASTSource:
             fixed |= {"c": None, "dc": None}
         if len(cell.states) == 1:
             fixed["renew_c"] = None
+        if not cell.late:
+            fixed["late"] = None
     types = {"lengths": "*i64", "counters": "*i32", "H": "i32"}
     types |= {p.name: p.annotation_type for p in kernel.params if p.annotation_type}
     types |= dict.fromkeys(UNSPECIALISED, "i32")
@@ -264,7 +265,8 @@ def violations(case: Case, made: Compiled | str) -> list[str]:
     if made.shared > case.device.shared_memory:
         errors.append(f"{what} has more shared memory than {case.device.shared_memory}: {made}")
     if case.plan.algorithm == "grid" and not case.alone:
-        within = len(CELLS[case.cell].states) if case.beside == "norm" else 0
+        cell = CELLS[case.cell]
+        within = len(cell.states) if case.beside == "norm" else int(cell.late > 0)
         wrong = meeting(made.ptx, 1 + within, (1 if case.kernel == "forward" else 2) + within)
         errors += [f"{what} {wrong}"] if wrong else []
     wanted = None if case.alone else TENSOR.get(case.arithmetic)

@@ -38,6 +38,7 @@ class Recurrent(NamedTuple):
     dc0: Tensor  # [S-1,B,H]
     dparams: Tensor | None = None  # [K,H]
     norms: Norms | None = None
+    late: tuple[Tensor, int] | None = None  # [T,B,P] what the last rows of W_hh see, and how many
 
 
 class Product(Protocol):
@@ -103,7 +104,11 @@ def gradients(
         dx = product(of_x, weights.w_ih).view_as(x)
     if wanted.w_ih:
         dw_ih = product(of_x.t(), x.flatten(0, 1))
-    if wanted.w_hh:
+    if wanted.w_hh and run.late is not None:
+        h_late, rows = run.late
+        parts = (of_h[:, :-rows], run.h_prev), (of_h[:, -rows:], h_late)
+        dw_hh = torch.cat([product(d.t(), h.flatten(0, 1)) for d, h in parts])
+    elif wanted.w_hh:
         dw_hh = product(of_h.t(), run.h_prev.flatten(0, 1))
     if wanted.b_ih:
         db_ih = rows_ih.sum(0)

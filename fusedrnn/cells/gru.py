@@ -50,6 +50,7 @@ GRU_RESET_BEFORE = Cell(
     states="h",
     step=step_reset_before,
     late=1,
+    triton="fusedrnn.backends.triton.cells.gru_reset_before",
 )
 
 

@@ -36,7 +36,8 @@ class Triton:
         reason = unfit_dtype(request)
         if reason is not None:
             return reason
-        if request.cell.triton is None or request.cell.late:
+        alone = isinstance(request.cell.triton, tuple) and request.cell.late  # without what is late
+        if request.cell.triton is None or alone:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
@@ -49,14 +50,15 @@ class Triton:
             return "enters zeros at resets"
         if request.proj_size:
             return "has no projection"
-        if request.layer_norm:
+        if request.layer_norm or request.cell.late:
             on = cuda.device(request.device.index or 0)
             for found in _plans(request, 1, on):
                 if found.algorithm == "grid" and not at_once(found, request.hidden_size, on):
                     needed = found.programs(1, request.hidden_size)[1]
                     return (
-                        f"needs {needed} multiprocessors for layer norm of {request.hidden_size} "
-                        f"units, CUDA device {request.device.index or 0} has {on.multiprocessors}"
+                        f"needs {needed} multiprocessors for {request.hidden_size} units that meet "
+                        f"within a step, CUDA device {request.device.index or 0} has "
+                        f"{on.multiprocessors}"
                     )
         if request.cell_update and request.cell.params:
             return f"has no cell update of the cell {request.cell.name}"

@@ -8,13 +8,13 @@ and runs steps ``first`` to ``last``:
 - Else it reads what the programs of the same rows stored at the step before: h in forward, the
   gates' gradients in backward. Either each launch runs one step, or (``MEETS``) one launch runs
   them all and those programs meet in between, for which all programs must run at once. They also
-  meet within a step for each of the ``NORM`` sums over units that layer norm asks for: of W_hh h,
-  and of the second state.
+  meet ``WITHIN`` a step: for each of the ``NORM`` sums over units that layer norm asks for, of
+  W_hh h and of the second state, or before the product of the ``LATE`` last gates.
 
-``CELL`` and ``OUTPUT`` are the cell's functions of cells/; ``G``, ``S``, ``R`` and ``K`` count its
-gates, states, saved planes and params. 16 bits are for what is stored and for the operands of
-products; everything else is of type ``COMPUTE``. Names begin with what they hold: ``o_`` offsets,
-``p_`` pointers.
+``CELL``, ``OUTPUT`` and ``FIRST`` are the cell's functions of cells/; ``G``, ``S``, ``R`` and ``K``
+count its gates, states, saved planes and params. 16 bits are for what is stored and for the
+operands of products; everything else is of type ``COMPUTE``. Names begin with what they hold:
+``o_`` offsets, ``p_`` pointers.
 """
 
 from __future__ import annotations
@@ -162,6 +162,43 @@ def load_weights(p, o_k, in_k, tile, stride, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_products(
+    sums, p, on, w, tile, stride, K: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``sums`` and the products of rows of K numbers at ``p [BLOCK_B]`` with N planes of w, which
+    lie H apart in its rows, ``stride`` apart."""
+    for k in range(0, K, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        in_k = o_k < K
+        a = tl.load(p[:, None] + o_k[None, :], mask=on[:, None] & in_k[None, :], other=0)
+        a = operand(a, PRECISION)
+        out = ()
+        for n in tl.static_range(N):
+            of_plane = load_weights(w + n * H, o_k, in_k, tile, stride, PRECISION)
+            out += (add_product(sums[n], a, of_plane, PRECISION),)
+        sums = out
+    return sums
+
+
+@triton.jit
+def factors_of(dropout, tile, H: tl.constexpr):
+    """Those of the tile's own h on its way into W_hh, or None."""
+    factors = None
+    if dropout is not None:
+        factors = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
+    return factors
+
+
+@triton.jit
+def entering(h, factors, DTYPE: tl.constexpr):
+    """What of the tile's own h goes into products, rounded as they find it."""
+    if factors is not None:
+        h *= factors
+    return h.to(DTYPE).to(h.dtype)
+
+
+@triton.jit
 def cuts(resets, t, T, B, tile, REVERSE: tl.constexpr):
     """The rows in which nothing passes from the step before, in the direction, into step t."""
     begins = t + 1 if REVERSE else t
@@ -215,11 +252,11 @@ class Meeting(NamedTuple):
 
 
 @triton.jit
-def meeting(counters, numbers, i_b, s, k: tl.constexpr, B, N_H: tl.constexpr, NORM: tl.constexpr):
+def meeting(counters, numbers, i_b, s, k: tl.constexpr, B, N_H: tl.constexpr, WITHIN: tl.constexpr):
     """The k-th of step s, from 1; the one after them all ends the step."""
     out = None
     if N_H > 1:
-        arrivals = N_H * (s * (NORM + 1) + k)
+        arrivals = N_H * (s * (WITHIN + 1) + k)
         out = Meeting(counters + i_b, arrivals, numbers + (k - 1) * 2 * N_H * tl.cast(B, tl.int64))
     return out
 
@@ -313,6 +350,7 @@ def forward(
     hats,  # [T,B,G*H] W_hh h normalised, or None as the next two
     hats_of_state,  # [T,B,H]
     scales,  # [2,T,B] of type COMPUTE, one over the deviation of each
+    late,  # [T,B,H] what enters the product of the late gates, or None
     states,  # [S,B,H] of type COMPUTE, the ones before step first, then those after the last
     counters,  # [rows of programs] 0, where programs meet
     numbers,  # [NORM,N_H,2,B] of type COMPUTE, what they then tell each other
@@ -325,6 +363,7 @@ def forward(
     rows_before,  # of programs, in other launches
     CELL: tl.constexpr,
     OUTPUT: tl.constexpr,
+    FIRST: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
@@ -338,9 +377,12 @@ def forward(
     BLOCK_K: tl.constexpr,
     MEETS: tl.constexpr,
     NORM: tl.constexpr,
+    LATE: tl.constexpr,
     ZONEOUT: tl.constexpr,
 ):
     N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    EARLY: tl.constexpr = G - LATE
+    WITHIN: tl.constexpr = NORM + 1 if LATE > 0 else NORM
     storage: tl.constexpr = y.dtype.element_ty
     i_b, i_h = rows_before + tl.program_id(0) // N_H, tl.program_id(0) % N_H
     tile = tile_of(i_b, i_h, lengths, T, B, G, H, BLOCK_B, BLOCK_H)
@@ -354,8 +396,7 @@ def forward(
         weights = ()
         for g in tl.static_range(G):
             weights += (load_weights(w_t + g * H, tile.o_h, tile.units, tile, G * H, PRECISION),)
-        if dropout is not None:
-            factor = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
+    factors = factors_of(dropout, tile, H)
 
     for s in range(first, last):
         t = T - 1 - s if REVERSE else s
@@ -367,19 +408,16 @@ def forward(
         anew = cuts(resets, t, T, B, tile, REVERSE)
         state = select(anew, zeros(S, BLOCK_B, BLOCK_H, COMPUTE), state, S)
 
-        gh = zeros(G, BLOCK_B, BLOCK_H, COMPUTE)
+        gh = zeros(EARLY, BLOCK_B, BLOCK_H, COMPUTE)
         if N_H == 1:
-            h = state[0]
-            if dropout is not None:
-                h *= factor
-            h = operand(h.to(storage), PRECISION)
+            h = operand(entering(state[0], factors, storage).to(storage), PRECISION)
             sums = ()
-            for g in tl.static_range(G):
+            for g in tl.static_range(EARLY):
                 sums += (add_product(gh[g], h, weights[g], PRECISION),)
             gh = sums
         else:
             if MEETS:
-                wait(counters + i_b, N_H * (NORM + 1) * s)
+                wait(counters + i_b, N_H * (WITHIN + 1) * s)
             # Two loads, not one by chosen pointers, of which Triton knows no alignment.
             p_y = (y + p + step if REVERSE else y + p - step) + tile.o_b * H
             p_h0 = h0 + tile.row * H + tile.o_b * H
@@ -400,26 +438,49 @@ def forward(
                     h = (h.to(COMPUTE) * factor).to(storage)
                 h = operand(h, PRECISION)
                 sums = ()
-                for g in tl.static_range(G):
+                for g in tl.static_range(EARLY):
                     w = load_weights(w_t + g * H, o_k, in_k, tile, G * H, PRECISION)
                     sums += (add_product(gh[g], h, w, PRECISION),)
                 gh = sums
         if NORM > 0:
-            met = meeting(counters, numbers, i_b, s, 1, B, N_H, NORM)
+            met = meeting(counters, numbers, i_b, s, 1, B, N_H, WITHIN)
             normal, scale = normalised(gh, met, tile, B, H, BLOCK_H, G)
             gh = multiply(normal, load_of_units(gain, tile, G, H, COMPUTE), G)
             if hats is not None:
                 store_planes(hats + p * G + tile.gates, H, normal, active, tile.mask, G)
                 store_scale(scales + i_t * B + tile.row, scale, active, tile)
         if b_hh is not None:
-            gh = add(gh, load_of_units(b_hh, tile, G, H, COMPUTE), G)
+            gh = add(gh, load_of_units(b_hh, tile, EARLY, H, COMPUTE), EARLY)
+        if LATE > 0:
+            h = FIRST(x, gh) * entering(state[0], factors, storage)
+            if late is not None:
+                store_planes(late + p + tile.plane, 0, (h,), active, tile.mask, 1)
+            of_late = zeros(LATE, BLOCK_B, BLOCK_H, COMPUTE)
+            if N_H == 1:
+                h = operand(h.to(storage), PRECISION)
+                sums = ()
+                for g in tl.static_range(LATE):
+                    sums += (add_product(of_late[g], h, weights[EARLY + g], PRECISION),)
+                of_late = sums
+            else:
+                arrive(counters + i_b)
+                wait(counters + i_b, N_H * ((WITHIN + 1) * s + 1))
+                p_late = late + p + tile.o_b * H
+                of_late = add_products(
+                    of_late, p_late, active, w_t + EARLY * H, tile, G * H, H, H, LATE, PRECISION,
+                    BLOCK_K,
+                )  # fmt: skip
+            if b_hh is not None:
+                biases = load_of_units(b_hh + EARLY * H, tile, LATE, H, COMPUTE)
+                of_late = add(of_late, biases, LATE)
+            gh += of_late
 
         if K > 0:
             new, kept = CELL(x, gh, state, of_units)
         else:
             new, kept = CELL(x, gh, state)
         if NORM > 1:
-            met = meeting(counters, numbers, i_b, s, 2, B, N_H, NORM)
+            met = meeting(counters, numbers, i_b, s, 2, B, N_H, WITHIN)
             normal, scale = normalised(new[1:2], met, tile, B, H, BLOCK_H, 1)
             new = (OUTPUT(kept, normal[0] * gain_of_state + bias_of_state),) + new[1:]
             if hats is not None:
@@ -448,23 +509,20 @@ def forward(
 
 @triton.jit
 def of_next(
-    dh, dgh, w_hh, resets, dropout, t, T, B, tile, G: tl.constexpr, H: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    dh, dgh, w_hh, resets, dropout, t, T, B, tile, G: tl.constexpr, EARLY: tl.constexpr,
+    H: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``dh`` of what leaves step t, with what the gates of the step after it add."""
+    """``dh`` of what leaves step t, with what the gates of the step after it add, but late ones."""
     after = t - 1 if REVERSE else t + 1
     on = tile.rows & (cuts(resets, after, T, B, tile, REVERSE) == 0)
     p_d = dgh + (tl.cast(after, tl.int64) * B + tile.row) * (G * H) + tile.o_b * (G * H)
     sum = dh if dropout is None else tl.zeros_like(dh)
-    for k in range(0, G * H, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        in_k = o_k < G * H
-        d = tl.load(p_d[:, None] + o_k[None, :], mask=on[:, None] & in_k[None, :], other=0)
-        w = load_weights(w_hh, o_k, in_k, tile, H, PRECISION)
-        sum = add_product(sum, operand(d, PRECISION), w, PRECISION)
+    sums = add_products(
+        (sum,), p_d, on, w_hh, tile, H, EARLY * H, H, 1, PRECISION, BLOCK_K
+    )  # fmt: skip
+    sum = sums[0]
     if dropout is not None:
-        factor = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
-        sum = dh + sum * factor
+        sum = dh + sum * factors_of(dropout, tile, H)
     return sum
 
 
@@ -502,6 +560,7 @@ def backward(
     rows_before,
     CELL: tl.constexpr,
     OUTPUT: tl.constexpr,
+    FIRST: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     R: tl.constexpr,
@@ -515,11 +574,14 @@ def backward(
     BLOCK_K: tl.constexpr,
     MEETS: tl.constexpr,
     NORM: tl.constexpr,
+    LATE: tl.constexpr,
     ZONEOUT: tl.constexpr,
     ADDITIVE: tl.constexpr,
 ):
     N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     PARAMS: tl.constexpr = K + 2 if NORM > 1 else K
+    EARLY: tl.constexpr = G - LATE
+    WITHIN: tl.constexpr = NORM + 1 if LATE > 0 else NORM
     storage: tl.constexpr = dgx.dtype.element_ty
     of_product = dgh if NORM == 0 else dproduct
     i_b, i_h = rows_before + tl.program_id(0) // N_H, tl.program_id(0) % N_H
@@ -553,10 +615,10 @@ def backward(
         if N_H > 1:
             if s > 0:
                 if MEETS:
-                    wait(counters + i_b, N_H * (NORM + 1) * s)
+                    wait(counters + i_b, N_H * (WITHIN + 1) * s)
                 dh = of_next(
-                    dstate[0], of_product, w_hh, resets, dropout, t, T, B, tile, G, H, REVERSE,
-                    PRECISION, BLOCK_K,
+                    dstate[0], of_product, w_hh, resets, dropout, t, T, B, tile, G, EARLY, H,
+                    REVERSE, PRECISION, BLOCK_K,
                 )  # fmt: skip
                 dstate = (dh,) + dstate[1:]
         dnew = add(dnew, dstate, S)
@@ -569,13 +631,35 @@ def backward(
             dnew = of_cell + dnew[2:]
 
         upstream, of_norm = (dnew,), ()
+        if LATE > 0:
+            d_late = FIRST(state, kept, dnew)
+            p_late = dgh + p * G + EARLY * H
+            store_planes(p_late + tile.gates, H, d_late, active, tile.mask, LATE)
+            d = tl.zeros_like(dnew[0])
+            if N_H == 1:
+                for g in tl.static_range(LATE):
+                    of_gate = operand(d_late[g].to(storage), PRECISION)
+                    d = add_product(d, of_gate, weights[EARLY + g], PRECISION)
+            else:
+                arrive(counters + i_b)
+                wait(counters + i_b, N_H * ((WITHIN + 1) * s + 1))
+                sums = add_products(
+                    (d,), p_late + tile.o_b * (G * H), active, w_hh + EARLY * H * H, tile, H,
+                    LATE * H, H, 1, PRECISION, BLOCK_K,
+                )  # fmt: skip
+                d = sums[0]
+            factors = factors_of(dropout, tile, H)
+            upstream = dnew, d * entering(state[0], factors, storage)
+            through_factor = d * kept[0]
+            if dropout is not None:
+                through_factor *= factors
         if NORM > 1:
             normal = load_planes(hats_of_state + p + tile.plane, 0, on, 1, COMPUTE)
             new = normal[0] * gain_of_state + bias_of_state
             d_gate, d = OUTPUT(kept, new, dnew[0])
             of_norm = (d * normal[0], d)
             scale = tl.load(scales + (T + i_t) * B + tile.row + tile.o_b, mask=active, other=0)
-            met = meeting(counters, numbers, i_b, s, 1, B, N_H, NORM)
+            met = meeting(counters, numbers, i_b, s, 1, B, N_H, WITHIN)
             d = of_normalised((d * gain_of_state,), normal, scale, met, tile, B, H, BLOCK_H, 1)
             upstream = d_gate, dnew[1] + d[0]
         if K > 0:
@@ -588,11 +672,13 @@ def backward(
         sums = add(sums, select(active, d_units, nothing, PARAMS), PARAMS)
         if ZONEOUT:
             before = add(before, past_cell, min(S, 2)) + before[2:]
-        store_planes(dgh + p * G + tile.gates, H, d_h, active, tile.mask, G)
+        if LATE > 0:
+            before = (before[0] + through_factor,) + before[1:]
+        store_planes(dgh + p * G + tile.gates, H, d_h, active, tile.mask, EARLY)
         if NORM > 0:
             normal = load_planes(hats + p * G + tile.gates, H, on, G, COMPUTE)
             scale = tl.load(scales + i_t * B + tile.row + tile.o_b, mask=active, other=0)
-            met = meeting(counters, numbers, i_b, s, NORM, B, N_H, NORM)
+            met = meeting(counters, numbers, i_b, s, NORM, B, N_H, WITHIN)
             d = multiply(d_h, load_of_units(gain, tile, G, H, COMPUTE), G)
             d_h = of_normalised(d, normal, scale, met, tile, B, H, BLOCK_H, G)
             store_planes(dproduct + p * G + tile.gates, H, d_h, active, tile.mask, G)
@@ -602,12 +688,11 @@ def backward(
             store_planes(dgx + p * G + tile.gates, H, d_x, active, tile.mask, G)
         if N_H == 1:
             dh = before[0] if dropout is None else tl.zeros_like(before[0])
-            for g in tl.static_range(G):
+            for g in tl.static_range(EARLY):
                 d = operand(d_h[g].to(storage), PRECISION)
                 dh = add_product(dh, d, weights[g], PRECISION)
             if dropout is not None:
-                factor = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
-                dh = before[0] + dh * factor
+                dh = before[0] + dh * factors_of(dropout, tile, H)
             before = (dh,) + before[1:]
         dstate = select(active, before, dstate, S)
         anew = cuts(resets, t, T, B, tile, REVERSE)
@@ -616,11 +701,11 @@ def backward(
     if N_H > 1:
         if last == T and (MEETS or first == T):  # each step with a launch of its own: so does this
             if MEETS:
-                wait(counters + i_b, N_H * (NORM + 1) * T)
+                wait(counters + i_b, N_H * (WITHIN + 1) * T)
             t = T if REVERSE else -1
             dh = of_next(
-                dstate[0], of_product, w_hh, resets, dropout, t, T, B, tile, G, H, REVERSE,
-                PRECISION, BLOCK_K,
+                dstate[0], of_product, w_hh, resets, dropout, t, T, B, tile, G, EARLY, H,
+                REVERSE, PRECISION, BLOCK_K,
             )  # fmt: skip
             dstate = (dh,) + dstate[1:]
     store_planes(dstates + tile.row * H + tile.plane, step, dstate, tile.rows, tile.mask, S)

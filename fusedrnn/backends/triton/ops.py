@@ -56,13 +56,16 @@ def constants(
     layer_norm: bool = False,
 ) -> dict[str, Any]:
     """What a kernel is compiled for, beside the types of its arguments."""
-    function, output = _pair(cell)[backward], None
+    function, output, first = _pair(cell)[backward], None, None
     if layer_norm and len(cell.states) > 1:
         output = _function(cell, "backward_of_output" if backward else "output")
         function = _function(cell, "backward_of_gates") if backward else function
+    if cell.late:
+        first = _function(cell, "backward_of_late" if backward else "factor")
     return {
         "CELL": function,
         "OUTPUT": output,
+        "FIRST": first,
         "G": len(cell.gates),
         "S": len(cell.states),
         "R": cell.saved,
@@ -76,6 +79,7 @@ def constants(
         "BLOCK_K": how.block_k,
         "MEETS": how.algorithm == "grid",
         "NORM": layer_norm * len(cell.states),
+        "LATE": cell.late,
         "ZONEOUT": zoneout,
         **({"ADDITIVE": cell.additive} if backward else {}),
     }
@@ -166,7 +170,9 @@ def _forward(
     facts, hidden, training_norm = by_key(cell), w_hh.shape[1], training and norm_ih is not None
     noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
     run = _empty_run(x, w_hh, norm_ih, c0, facts, training, cell_states)
-    y, h_n, c_n, c, h_prev, c_prev, saved, _, hats, hats_of_state, scales = run
+    y, h_n, c_n, c, h_prev, c_prev, saved, _, hats, hats_of_state, scales, late = run
+    if facts.late and not training:
+        late = torch.empty_like(y)
     norms = norm_ih, norm_hh, norm_c, norm_c_bias
     weights = Weights(w_ih, w_hh, b_ih, b_hh, None, params, *norms)
     gx = products.inputs(x, weights, facts.additive, products.product)
@@ -192,6 +198,7 @@ def _forward(
         "hats": hats[0] if training_norm else None,
         "hats_of_state": hats_of_state if training_norm else None,
         "scales": scales[:-1] if training_norm else None,
+        "late": late if facts.late else None,
         "states": states,
     }
     _launch(gx, facts, hidden, noise, reverse, False, norm_ih is not None, arguments)
@@ -218,15 +225,21 @@ def _empty_run(
 ) -> tuple[Tensor, ...]:
     """The results of the forward op, unset. After those of every backend come, with layer norm, the
     hats of W_hh h and W_ih x, those of the second state, and the scales of all: first of what the
-    kernels normalise, which find them at the beginning of an array."""
+    kernels normalise, which find them at the beginning of an array. Last is what late gates see."""
     run = empty_run(x, w_hh, None, c0, len(facts.gates), facts.saved, training, cell_states)
-    rows, wide = x.shape[:2], compute_dtype(x.dtype)
-    if not training or norm_ih is None:
-        return (*run, *(x.new_empty(0, dtype=dtype) for dtype in (x.dtype, x.dtype, wide)))
-    of_state = (0,) if c0 is None else (*rows, w_hh.shape[1])
-    hats, hats_of_state = x.new_empty(2, *rows, w_hh.shape[0]), x.new_empty(of_state)
-    scales = x.new_empty(2 if c0 is None else 3, *rows, dtype=wide)
-    return (*run, hats, hats_of_state, scales)
+    normalises, sees = training and norm_ih is not None, training and facts.late > 0
+
+    def empty(wanted: bool, *shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
+        return x.new_empty(shape if wanted else (0,), dtype=dtype)
+
+    (steps, batch), (gates, hidden) = x.shape[:2], w_hh.shape
+    return (
+        *run,
+        empty(normalises, 2, steps, batch, gates),
+        empty(normalises and c0 is not None, steps, batch, hidden),
+        empty(normalises, 2 if c0 is None else 3, steps, batch, dtype=compute_dtype(x.dtype)),
+        empty(sees, steps, batch, hidden),
+    )
 
 
 def _backward(
@@ -249,6 +262,7 @@ def _backward(
     hats: Tensor,
     hats_of_state: Tensor,
     scales: Tensor,
+    late: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
     dropout: Tensor | None,
@@ -308,7 +322,8 @@ def _backward(
     dc0 = dc0 if len(facts.states) > 1 else x.new_empty(0)
     d_of_units = dparameters.sum(1).to(x.dtype)
     entering = h_prev if dropout is None else (h_prev * dropout).to(x.dtype)
-    run = products.Recurrent(entering, m, dgx, dgh, None, dh0, dc0, d_of_units, norms)
+    of_late = (late.view_as(h_prev), facts.late * hidden) if facts.late else None
+    run = products.Recurrent(entering, m, dgx, dgh, None, dh0, dc0, d_of_units, norms, of_late)
     wanted = Wanted(
         want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, *(True,) * 4, True, True
     )
@@ -405,6 +420,7 @@ def _fake_backward(
     hats: Tensor,
     hats_of_state: Tensor,
     scales: Tensor,
+    late: Tensor,
     lengths: Tensor | None,
     resets: Tensor | None,
     dropout: Tensor | None,
@@ -433,16 +449,16 @@ _library.define(
     "Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
     "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, str cell, bool reverse, bool training, "
     "bool cell_states, float rate_h, float rate_c) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "triton_backward(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor w_ih, "
     "Tensor w_hh, Tensor? params, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
     "Tensor? norm_c_bias, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, Tensor hats, "
-    "Tensor hats_of_state, Tensor scales, Tensor? lengths, Tensor? resets, Tensor? dropout, "
-    "Tensor? renew_h, Tensor? renew_c, str cell, bool reverse, float rate_h, float rate_c, "
-    "bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh) -> (Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor hats_of_state, Tensor scales, Tensor late, Tensor? lengths, Tensor? resets, "
+    "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, str cell, bool reverse, float rate_h, "
+    "float rate_c, bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define("triton_update(Tensor gates, Tensor c, str cell) -> (Tensor, Tensor)")
 _library.define(

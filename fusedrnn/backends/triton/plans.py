@@ -53,8 +53,8 @@ def plan(
     the smallest tiles that let all of them be on the device at once. "step": as these, a launch for
     each step. So T never asks for another kernel, and B only where other tiles are taken.
 
-    With layer norm, for which programs that share rows meet within a step, "grid" takes the place
-    of "step": as many rows in a launch as the device has room for, see :func:`at_once`.
+    Where programs that share rows meet within a step, with layer norm or late gates, "grid" takes
+    the place of "step": as many rows in a launch as the device has room for, see :func:`at_once`.
     """
     width, power = dtype.itemsize, max(16, 1 << (hidden - 1).bit_length())
     # Layer norm leaves no registers for a step ahead, float64 soon none at all.
@@ -72,7 +72,7 @@ def plan(
         along_rows, along_units = found.programs(rows, hidden)
         if along_rows * along_units <= on.multiprocessors:
             return found
-    return found if layer_norm else found._replace(algorithm="step")
+    return found if layer_norm or cell.late else found._replace(algorithm="step")
 
 
 def at_once(found: Plan, hidden: int, on: Device) -> int:

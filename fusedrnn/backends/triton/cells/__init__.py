@@ -18,5 +18,11 @@ more. There c is as it goes into h, and gates' gradients are before their activa
 - ``backward_of_gates(state, saved, dgate, dc)`` returns what ``backward`` does; dc is all that
   comes to the new c from outside.
 
+Of a cell with late gates, which see h times a factor, the module has two more:
+
+- ``factor(gx, gh)``, of the other gates; forward saves it first;
+- ``backward_of_late(state, saved, dnew) -> dlate``: the late gates' gradients, before their
+  activations; ``backward`` takes as a last argument that of the factor.
+
 What forward saves, and the new h, is rounded to the dtype of x in between.
 """
