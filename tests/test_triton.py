@@ -78,6 +78,13 @@ def algorithm(machine, request):
     return request.param
 
 
+@pytest.fixture(params=["sequence", "grid"])
+def meeting(machine, request):
+    """An algorithm whose programs meet within a step, if several share rows: not by launches."""
+    machine.device = DEVICES[request.param]
+    return request.param
+
+
 FEATURES = {
     "plain": {},
     "nobias-reverse": {"bias": False, "reverse": True},
@@ -140,6 +147,16 @@ def test_late_gates_of_shapes(machine, algorithm, shape, arithmetic):
     machine.check(Case(GRU_RESET_BEFORE, *shape, dtype=dtype, bias=False, lengths=True))
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_late_gates_of_a_user(machine, meeting, arithmetic):
+    """With params, and a bias that stays with the product."""
+    from late_cell import BOUNDED
+
+    dtype, seldom = machine.choose(arithmetic), {"dropout": True, "zoneout": "training"}
+    machine.check(Case(BOUNDED, 3, 19, 4, 20, dtype=dtype, resets=True))
+    machine.check(Case(BOUNDED, 3, 19, 4, 20, dtype=dtype, lengths=True, reverse=True, **seldom))
+
+
 NOISES = {
     "dropout": {"dropout": True},
     "both": {"dropout": True, "zoneout": "training"},
@@ -167,17 +184,10 @@ def test_noise(machine, algorithm, arithmetic, way, name, noise):
 NORMED = ["lstm", "gru", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole"]
 
 
-@pytest.fixture(params=["sequence", "grid"])
-def norm_algorithm(machine, request):
-    """Those that normalise: what rows sum up may not wait for another launch."""
-    machine.device = DEVICES[request.param]
-    return request.param
-
-
 @pytest.mark.parametrize("noise", [{}, NOISES["both"]], ids=["", "noise"])
 @pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("arithmetic, way", [*zip(ARITHMETICS, WAYS, strict=True)], ids=ARITHMETICS)
-def test_layer_norm(machine, norm_algorithm, arithmetic, way, name, noise):
+def test_layer_norm(machine, meeting, arithmetic, way, name, noise):
     cell, dtype = CELLS[name], machine.choose(arithmetic)
     c, options = len(cell.states) > 1, way | noise
     case = Case(cell, 3, 19, 4, 20, dtype=dtype, cell_states=c, layer_norm=True, **options)
@@ -187,7 +197,7 @@ def test_layer_norm(machine, norm_algorithm, arithmetic, way, name, noise):
 @pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(1, 2, 2, 3), (2, 17, 3, 16), (3, 5, 4, 136)], ids=str)
 @pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
-def test_layer_norm_of_shapes(machine, norm_algorithm, cell, shape, arithmetic):
+def test_layer_norm_of_shapes(machine, meeting, cell, shape, arithmetic):
     dtype = machine.choose(arithmetic)
     machine.check(Case(cell, *shape, dtype=dtype, layer_norm=True, bias=False, lengths=True))
 

@@ -389,7 +389,9 @@ def forward(
     step = tl.cast(B, tl.int64) * H
     all_steps = T * step
     state = load_planes(states + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
-    of_units = load_of_units(parameters, tile, K, H, COMPUTE)
+    of_units = ()  # what the cell's functions take last
+    if K > 0:
+        of_units = (load_of_units(parameters, tile, K, H, COMPUTE),)
     if NORM > 1:
         gain_of_state, bias_of_state = load_of_units(parameters + K * H, tile, 2, H, COMPUTE)
     if N_H == 1:
@@ -452,7 +454,7 @@ def forward(
         if b_hh is not None:
             gh = add(gh, load_of_units(b_hh, tile, EARLY, H, COMPUTE), EARLY)
         if LATE > 0:
-            h = FIRST(x, gh) * entering(state[0], factors, storage)
+            h = FIRST(x, gh, state, *of_units) * entering(state[0], factors, storage)
             if late is not None:
                 store_planes(late + p + tile.plane, 0, (h,), active, tile.mask, 1)
             of_late = zeros(LATE, BLOCK_B, BLOCK_H, COMPUTE)
@@ -475,10 +477,7 @@ def forward(
                 of_late = add(of_late, biases, LATE)
             gh += of_late
 
-        if K > 0:
-            new, kept = CELL(x, gh, state, of_units)
-        else:
-            new, kept = CELL(x, gh, state)
+        new, kept = CELL(x, gh, state, *of_units)
         if NORM > 1:
             met = meeting(counters, numbers, i_b, s, 2, B, N_H, WITHIN)
             normal, scale = normalised(new[1:2], met, tile, B, H, BLOCK_H, 1)
@@ -589,7 +588,9 @@ def backward(
     step = tl.cast(B, tl.int64) * H
     all_steps = T * step
     dstate = load_planes(dstates + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
-    of_units = load_of_units(parameters, tile, K, H, COMPUTE)
+    of_units = ()  # what the cell's functions take last
+    if K > 0:
+        of_units = (load_of_units(parameters, tile, K, H, COMPUTE),)
     if NORM > 1:
         gain_of_state, bias_of_state = load_of_units(parameters + K * H, tile, 2, H, COMPUTE)
     sums = load_planes(dparameters + tile.row * H + tile.plane, step, tile.mask, PARAMS, COMPUTE)
@@ -632,7 +633,7 @@ def backward(
 
         upstream, of_norm = (dnew,), ()
         if LATE > 0:
-            d_late = FIRST(state, kept, dnew)
+            d_late = FIRST(state, kept, dnew, *of_units)
             p_late = dgh + p * G + EARLY * H
             store_planes(p_late + tile.gates, H, d_late, active, tile.mask, LATE)
             d = tl.zeros_like(dnew[0])
@@ -643,11 +644,11 @@ def backward(
             else:
                 arrive(counters + i_b)
                 wait(counters + i_b, N_H * ((WITHIN + 1) * s + 1))
-                sums = add_products(
+                of_late = add_products(
                     (d,), p_late + tile.o_b * (G * H), active, w_hh + EARLY * H * H, tile, H,
                     LATE * H, H, 1, PRECISION, BLOCK_K,
                 )  # fmt: skip
-                d = sums[0]
+                d = of_late[0]
             factors = factors_of(dropout, tile, H)
             upstream = dnew, d * entering(state[0], factors, storage)
             through_factor = d * kept[0]
@@ -662,12 +663,11 @@ def backward(
             met = meeting(counters, numbers, i_b, s, 1, B, N_H, WITHIN)
             d = of_normalised((d * gain_of_state,), normal, scale, met, tile, B, H, BLOCK_H, 1)
             upstream = d_gate, dnew[1] + d[0]
+        found = CELL(state, kept, *upstream, *of_units)
+        d_x, d_h, before = found[:3]
+        d_units = of_norm
         if K > 0:
-            d_x, d_h, before, d_units = CELL(state, kept, *upstream, of_units)
-        else:
-            d_x, d_h, before = CELL(state, kept, *upstream)
-            d_units = ()
-        d_units += of_norm
+            d_units = found[3] + of_norm
         nothing = zeros(PARAMS, BLOCK_B, BLOCK_H, COMPUTE)
         sums = add(sums, select(active, d_units, nothing, PARAMS), PARAMS)
         if ZONEOUT:

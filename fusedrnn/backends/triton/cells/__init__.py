@@ -20,7 +20,7 @@ more. There c is as it goes into h, and gates' gradients are before their activa
 
 Of a cell with late gates, which see h times a factor, the module has two more:
 
-- ``factor(gx, gh)``, of the other gates; forward saves it first;
+- ``factor(gx, gh, state)``, where gh is that of the other gates; forward saves it first;
 - ``backward_of_late(state, saved, dnew) -> dlate``: the late gates' gradients, before their
   activations; ``backward`` takes as a last argument that of the factor.
 

@@ -12,14 +12,14 @@ from fusedrnn.backends.triton.cells.numeric import (
 
 
 @triton.jit
-def factor(gx, gh):
+def factor(gx, gh, state):
     return sigmoid(gx[0] + gh[0])
 
 
 @triton.jit
 def forward(gx, gh, state):
     z, n = sigmoid(gx[1] + gh[1]), tanh(gx[2] + gh[2])
-    return (n + z * (state[0] - n),), (factor(gx, gh), z, n)
+    return (n + z * (state[0] - n),), (factor(gx, gh, state), z, n)
 
 
 @triton.jit
