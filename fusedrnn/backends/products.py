@@ -79,13 +79,19 @@ def normalised(gx: Tensor, weights: Weights, additive: bool) -> tuple[Tensor, No
 
 def of_normalised(d: Tensor, of: Normalised, gain: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of what was normalised and of the gain, from ``d`` of both together."""
+    dx, dgain = _of_layer_norm(d, of, gain, True)
+    return (dx * of.scale.unsqueeze(-1)).to(d.dtype), dgain
+
+
+def _of_layer_norm(d: Tensor, of: Normalised, gain: Tensor, want_x: bool) -> tuple[Tensor, Tensor]:
+    """That of the hats, in the dtype of computation, is less what passes through mean and scale."""
     wide = of.scale.dtype
     none, one = (torch.full_like(of.scale, n).unsqueeze(-1) for n in (0, 1))
     dx, dgain, _ = torch.ops.aten.native_layer_norm_backward(
         d.to(wide), of.hats.to(wide), d.shape[2:], none, one, gain.to(wide), None,
-        (True, True, False),
+        (want_x, True, False),
     )  # fmt: skip
-    return (dx * of.scale.unsqueeze(-1)).to(d.dtype), dgain.to(d.dtype)
+    return dx, dgain.to(d.dtype)
 
 
 def gradients(
@@ -98,7 +104,7 @@ def gradients(
     if run.norms is not None:
         assert weights.norm_ih is not None and weights.norm_hh is not None
         dgx, dnorm_ih = of_normalised(run.dgx, run.norms.of_x, weights.norm_ih)
-        _, dnorm_hh = of_normalised(run.dgh, run.norms.of_h, weights.norm_hh)
+        _, dnorm_hh = _of_layer_norm(run.dgh, run.norms.of_h, weights.norm_hh, False)
         of_x, of_h = dgx.flatten(0, 1), run.norms.dproduct.flatten(0, 1)
     if wanted.x:
         dx = product(of_x, weights.w_ih).view_as(x)
