@@ -1,9 +1,11 @@
-"""Every test: a fixed seed, and uninitialised memory (Python's and C++'s) filled with NaN."""
+"""Every test: a fixed seed, uninitialised memory (Python's and C++'s) filled with NaN, and nothing
+that another one compiled."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +15,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or its products a
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob = ["triton_*.py", "user_cells.py"]
+    collect_ignore_glob = ["triton_*.py", "user_cells.py", "late_cell.py"]
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +25,9 @@ def _clean_slate() -> Iterator[None]:
     assert torch.empty(64).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
 
 
 @pytest.fixture

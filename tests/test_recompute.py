@@ -311,8 +311,6 @@ def test_transforms(how):
 @pytest.mark.parametrize("how", KINDS)
 def test_compiled(how):
     """One graph, of chunks for each T that gives the same ones but for the length of the last."""
-    torch._dynamo.reset()
-    counters.clear()
     _, layer = both(how)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for T, B in ((11, 5), (10, 3)):
@@ -324,7 +322,6 @@ def test_compiled(how):
         )
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
     assert counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()
 
 
 @needs_engine
