@@ -129,20 +129,20 @@ def test_other_cells(machine, algorithm, name, feature, arithmetic):
     from user_cells import SLOW
 
     cell = CELLS.get(name, SLOW)
-    skip_late(cell, algorithm)
+    skip_within(cell, False, algorithm)
     c, dtype = len(cell.states) > 1, machine.choose(arithmetic)
     machine.check(Case(cell, 3, 19, 4, 20, dtype=dtype, cell_states=c, **feature))
 
 
-def skip_late(cell, algorithm):
-    if cell.late and algorithm == "step":
-        pytest.skip("late gates wait within a step")
+def skip_within(cell, layer_norm, algorithm):
+    if (cell.late or layer_norm) and algorithm == "step":
+        pytest.skip("programs meet within a step")
 
 
 @pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
 @pytest.mark.parametrize("shape", [(2, 17, 3, 16), (3, 5, 4, 136)], ids=str)
 def test_late_gates_of_shapes(machine, algorithm, shape, arithmetic):
-    skip_late(GRU_RESET_BEFORE, algorithm)
+    skip_within(GRU_RESET_BEFORE, False, algorithm)
     dtype = machine.choose(arithmetic)
     machine.check(Case(GRU_RESET_BEFORE, *shape, dtype=dtype, bias=False, lengths=True))
 
@@ -176,12 +176,17 @@ WAYS = (
 @pytest.mark.parametrize("arithmetic, way", [*zip(ARITHMETICS, WAYS, strict=True)], ids=ARITHMETICS)
 def test_noise(machine, algorithm, arithmetic, way, name, noise):
     cell, dtype = CELLS[name], machine.choose(arithmetic)
-    skip_late(cell, algorithm)
+    skip_within(cell, False, algorithm)
     c = len(cell.states) > 1
     machine.check(Case(cell, 3, 17, 4, 20, dtype=dtype, cell_states=c, **noise, **way))
 
 
 NORMED = ["lstm", "gru", "lstm_peephole", "lstm_coupled", "lstm_coupled_peephole"]
+cells_with_and_without_norm = pytest.mark.parametrize(
+    "cell, layer_norm",
+    [*((cell, False) for cell in FUSED.values()), *((CELLS[name], True) for name in NORMED)],
+    ids=lambda c: getattr(c, "name", str(c)),
+)
 
 
 @pytest.mark.parametrize("noise", [{}, NOISES["both"]], ids=["", "noise"])
@@ -367,11 +372,11 @@ def test_bounds_of_arrays(machine, algorithm, call, name):
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
-def test_inference_gives_the_same(machine, algorithm, cell, arithmetic):
-    skip_late(cell, algorithm)
+@cells_with_and_without_norm
+def test_inference_gives_the_same(machine, algorithm, cell, layer_norm, arithmetic):
+    skip_within(cell, layer_norm, algorithm)
     case = Case(cell, 3, 9, 4, 17, dtype=machine.choose(arithmetic), lengths=True)
-    case = replace(case, layer_norm=cell.name in NORMED and algorithm != "step")
+    case = replace(case, layer_norm=layer_norm)
     inputs = make_inputs(case)
     training = run_case(case, inputs, machine.backend)
     outputs = recurrence(machine.backend, inputs.call(case))
@@ -379,9 +384,11 @@ def test_inference_gives_the_same(machine, algorithm, cell, arithmetic):
         assert torch.equal(t, training[name]), name
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_second_backward_is_the_same(machine, algorithm, dtype):
-    case = Case(LSTM, 3, 5, 4, 16, dtype=dtype, layer_norm=algorithm != "step")
+def test_a_second_backward_is_the_same(machine, algorithm, dtype, layer_norm):
+    skip_within(LSTM, layer_norm, algorithm)
+    case = Case(LSTM, 3, 5, 4, 16, dtype=dtype, layer_norm=layer_norm)
     inputs = make_inputs(case)
     x = inputs.x.clone().requires_grad_()
     weights = inputs.weights._replace(w_hh=inputs.weights.w_hh.clone().requires_grad_())
@@ -393,12 +400,11 @@ def test_a_second_backward_is_the_same(machine, algorithm, dtype):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
-def test_a_nan_stays_in_its_sequence(machine, algorithm, cell):
+@cells_with_and_without_norm
+def test_a_nan_stays_in_its_sequence(machine, algorithm, cell, layer_norm):
     """A reset keeps it from later steps in forward and from earlier ones in backward."""
-    skip_late(cell, algorithm)
-    case = Case(cell, 4, 3, 4, 20, dtype=torch.bfloat16, resets=True)
-    case = replace(case, layer_norm=cell.name in NORMED and algorithm != "step")
+    skip_within(cell, layer_norm, algorithm)
+    case = Case(cell, 4, 3, 4, 20, dtype=torch.bfloat16, resets=True, layer_norm=layer_norm)
     resets = torch.zeros(4, 3, dtype=torch.bool)
     resets[2] = True
     inputs = replace(make_inputs(case), seq=make_inputs(case).seq._replace(resets=resets))
@@ -442,12 +448,9 @@ def test_beside_torch_nn(machine, kind):
         assert_equals_torch(ours, theirs, torch.randn(4, 3, 5), make_hx(theirs, 3))
 
 
-@pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("cell", FUSED.values(), ids=lambda c: c.name)
+@cells_with_and_without_norm
 def test_ops(machine, cell, layer_norm):
     """Their schemas and their shapes while traced."""
-    if layer_norm and cell.name not in NORMED:
-        pytest.skip("has none")
     case = Case(
         cell, 3, 4, 5, 6, lengths=True, resets=True, cell_states=cell is LSTM, dropout=True,
         zoneout="training", layer_norm=layer_norm,
