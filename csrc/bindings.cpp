@@ -34,6 +34,19 @@ void prefer_huge_pages(const std::tuple<Tensors...>& results) {
   std::apply([&](const auto&... tensor) { (prefer(tensor), ...); }, results);
 }
 
+// In forward, the states that enter at resets.
+template <class T>
+void set_reset(frnn::cpu::ForwardArgs<T>& args, const frnn::CellFacts& cell, const Check& check,
+               const OptionalTensor& h_reset, const OptionalTensor& c_reset) {
+  check("h_reset", h_reset, {args.p});
+  check("c_reset", c_reset, {cell.states - 1, args.h});
+  STD_TORCH_CHECK(c_reset.has_value() == (h_reset && cell.states > 1), "c_reset is ",
+                  c_reset ? "given" : "missing", ", but ", cell.name, " has ", cell.states,
+                  " state(s) and h_reset is ", h_reset ? "given" : "missing");
+  read(args.reset.h, h_reset);
+  read(args.reset.c, c_reset);
+}
+
 template <class Args>
 void set_noise(Args& args, const frnn::CellFacts& cell, const Check& check,
                const OptionalTensor& dropout, const OptionalTensor& renew_h,
@@ -92,10 +105,10 @@ using ForwardResultWithNorms =
 ForwardResultWithNorms recurrence_forward(
     Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh,
     OptionalTensor w_hr, OptionalTensor params, Tensor h0, OptionalTensor c0,
-    OptionalTensor lengths, OptionalTensor resets, OptionalTensor dropout, OptionalTensor renew_h,
-    OptionalTensor renew_c, OptionalTensor norm_ih, OptionalTensor norm_hh, OptionalTensor norm_c,
-    OptionalTensor norm_c_bias, int64_t cell_index, bool reverse, bool training, bool cell_states,
-    bool bfloat16, double rate_h, double rate_c) {
+    OptionalTensor lengths, OptionalTensor resets, OptionalTensor h_reset, OptionalTensor c_reset,
+    OptionalTensor dropout, OptionalTensor renew_h, OptionalTensor renew_c, OptionalTensor norm_ih,
+    OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias, int64_t cell_index,
+    bool reverse, bool training, bool cell_states, bool bfloat16, double rate_h, double rate_c) {
   return dispatch("x", x, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::cpu::ForwardArgs<T> args{};
@@ -113,6 +126,7 @@ ForwardResultWithNorms recurrence_forward(
     read(args.x, x);
     read(args.w_ih, w_ih);
     read(args.b_ih, b_ih);
+    set_reset(args, cell, check, h_reset, c_reset);
     set_noise(args, cell, check, dropout, renew_h, renew_c, rate_h, rate_c);
     const NormTensors norms{norm_ih, norm_hh, norm_c, norm_c_bias};
     const Allocator make{x};
@@ -127,9 +141,9 @@ ForwardResultWithNorms recurrence_forward(
 }
 
 // dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dparams of each row, dnorm_ih, dnorm_hh, those of norm_c
-// and norm_c_bias of each row, dh0, dc0
+// and norm_c_bias of each row, dh0, dc0, those of the states at resets of each row
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                  Tensor, Tensor, Tensor, Tensor>;
+                                  Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BackwardResult recurrence_backward(
     OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
@@ -137,8 +151,8 @@ BackwardResult recurrence_backward(
     Tensor c_prev, Tensor saved, Tensor m, OptionalTensor lengths, OptionalTensor resets,
     OptionalTensor dropout, OptionalTensor renew_h, OptionalTensor renew_c, OptionalTensor norm_ih,
     OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias, Tensor kept,
-    int64_t cell_index, bool reverse, double rate_h, double rate_c, bool want_x, bool want_w_ih,
-    bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) {
+    int64_t cell_index, bool reverse, bool reset_states, double rate_h, double rate_c, bool want_x,
+    bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) {
   return dispatch("h_prev", h_prev, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::cpu::BackwardArgs<T> args{};
@@ -159,6 +173,7 @@ BackwardResult recurrence_backward(
              static_cast<const T*>(kept.const_data_ptr()));
     want_w_hr = want_w_hr && w_hr;
 
+    const bool others = reset_states && cell.states > 1;
     const Allocator make{h_prev};
     const BackwardResult result{make(want_x, {args.t, args.b, args.i}),
                                 make(want_w_ih, {gates, args.i}),
@@ -171,7 +186,9 @@ BackwardResult recurrence_backward(
                                 make(norm_ih.has_value(), {gates}),
                                 make(norm_c.has_value(), {2, args.b, args.h}),
                                 dh0,
-                                dc0};
+                                dc0,
+                                make(reset_states, {args.b, args.p}),
+                                make(others, {cell.states - 1, args.b, args.h})};
     prefer_huge_pages<T>(result);
     read(args.x, x);
     read(args.w_ih, w_ih);
@@ -185,6 +202,8 @@ BackwardResult recurrence_backward(
     write(args.dgain_ih, norm_ih.has_value(), std::get<7>(result));
     write(args.dgain_hh, norm_ih.has_value(), std::get<8>(result));
     write(args.dnorm_c, norm_c.has_value(), std::get<9>(result));
+    write(args.dreset.h, reset_states, std::get<12>(result));
+    write(args.dreset.c, others, std::get<13>(result));
     frnn::cpu::backward(static_cast<int>(cell_index), args, torch_pool());
     return result;
   });
@@ -280,9 +299,10 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
   library.def(
       "recurrence_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
       "Tensor? w_hr, Tensor? params, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
-      "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, Tensor? norm_ih, Tensor? norm_hh, "
-      "Tensor? norm_c, Tensor? norm_c_bias, int cell, bool reverse, bool training, "
-      "bool cell_states, bool bfloat16, float rate_h, float rate_c) -> (Tensor y, Tensor h_n, "
+      "Tensor? h_reset, Tensor? c_reset, Tensor? dropout, Tensor? renew_h, Tensor? renew_c, "
+      "Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_c_bias, int cell, "
+      "bool reverse, bool training, bool cell_states, bool bfloat16, float rate_h, float rate_c) "
+      "-> (Tensor y, Tensor h_n, "
       "Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, "
       "Tensor kept)");
   library.def(
@@ -290,11 +310,13 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? params, Tensor h_prev, Tensor c_prev, "
       "Tensor saved, Tensor m, Tensor? lengths, Tensor? resets, Tensor? dropout, "
       "Tensor? renew_h, Tensor? renew_c, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
-      "Tensor? norm_c_bias, Tensor kept, int cell, bool reverse, float rate_h, float rate_c, "
+      "Tensor? norm_c_bias, Tensor kept, int cell, bool reverse, bool reset_states, float rate_h, "
+      "float rate_c, "
       "bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool "
       "want_w_hr) -> "
       "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
-      "Tensor dparams, Tensor dnorm_ih, Tensor dnorm_hh, Tensor dnorm_c, Tensor dh0, Tensor dc0)");
+      "Tensor dparams, Tensor dnorm_ih, Tensor dnorm_hh, Tensor dnorm_c, Tensor dh0, Tensor dc0, "
+      "Tensor dh_reset, Tensor dc_reset)");
   library.def(
       "cell_update(Tensor gates, Tensor c, Tensor? params, int cell) -> (Tensor h, Tensor c_new)");
   library.def(

@@ -87,6 +87,13 @@ struct Noise {
   S rate_h, rate_c;        // the new values' share where there is no such array
 };
 
+// Of the states that enter where a reset is, on the CPU alone; null: zeros do.
+template <class S>
+struct ResetStates {
+  S* h;  // [P] in, in backward their gradients for each row, summed over its steps: [B, P] out
+  S* c;  // [S-1, H] in, or null if S == 1; in backward [S-1, B, H] out
+};
+
 // Layer norm (Ba et al. 2016), on the CPU alone: W_ih x and W_hh h, each over all G*H numbers of a
 // row and step, are shifted and scaled to a mean of 0 and a variance of 1 (their hat), and have
 // gains in place; so, with a bias too, has the second state on its way into h, over its H. E is S,
@@ -124,6 +131,7 @@ struct Pool {
 
 template <class S>
 struct ForwardArgs : frnn::ForwardArgs<S> {
+  ResetStates<const S> reset;
   Noise<S> noise;
   Norm<S, S> norm;
 };
@@ -135,6 +143,7 @@ struct BackwardArgs : frnn::BackwardArgs<S> {
   const S* x;     // [T, B, I] in; what it holds at steps not computed reaches no result
   const S* w_ih;  // [G*H, I] in
   const S* m;     // [T, B, H] in, as forward left it, or null without projection
+  ResetStates<S> dreset;
   Noise<S> noise;
   Norm<S, const S> norm;
 

@@ -86,7 +86,8 @@ class ForwardSteps {
   // between steps, both null if it carries them; m [B, H]. With noise, `dropped` [2, B, P] is for
   // what the product takes in place of h, or null without dropout.
   FRNN_FN ForwardSteps(const ForwardArgs<S, A>& args, S* h, A* states, S* m,
-                       const Noise<S>* noise = nullptr, S* dropped = nullptr)
+                       const Noise<S>* noise = nullptr, S* dropped = nullptr,
+                       ResetStates<const S> reset = {})
       : a_(args),
         timeline_(args),
         h_(h),
@@ -94,7 +95,8 @@ class ForwardSteps {
         m_(m),
         zoneout_(noise),
         dropout_(kVariants ? noise->dropout : nullptr),
-        dropped_(dropped) {}
+        dropped_(dropped),
+        reset_(reset) {}
 
   FRNN_FN const Timeline<S>& timeline() const { return timeline_; }
 
@@ -113,19 +115,23 @@ class ForwardSteps {
   // What enters step 0, and the final state of a row without steps: h at p, within [B, P], or the
   // other states at p, within [B, H].
   FRNN_FN void start_h(const Place& p) const {
-    start(p, a_.h0, keeps(0) ? h_in(0) : nullptr, a_.h_n);
-    if (drops()) drop(0, p, entering(timeline_.entry(0, p.row), p, a_.h0, V{}));
+    start(p, 0, keeps(0) ? h_in(0) : nullptr);
+    if (drops()) drop(0, p, entering(timeline_.entry(0, p.row), p, 0, V{}));
   }
   FRNN_FN void start_others(const Place& p) const {
-    for (int j = 1; j < kStates; ++j) {
-      const int64_t plane = (j - 1) * a_.b * a_.h;
-      start(p, a_.c0 + plane, keeps(0) ? state_in(0, j) : nullptr, a_.c_n + plane);
-    }
+    for (int j = 1; j < kStates; ++j) start(p, j, keeps(0) ? state_in(0, j) : nullptr);
   }
 
   // The state j at p, within [B, H], that enters a step by `entry`, where the step before left x.
   FRNN_FN V entering(Entry entry, const Place& p, int j, V x) const {
-    return entering(entry, p, j == 0 ? a_.h0 : a_.c0 + (j - 1) * a_.b * a_.h, x);
+    if (entry == Entry::kInitial) return load<V>(initial(j) + p.offset, p.n);
+    if constexpr (kVariants) {
+      const S* anew = j == 0 ? reset_.h : reset_.c;
+      if (entry == Entry::kReset && anew) {
+        return load<V>(anew + (j > 0 ? j - 1 : 0) * a_.h + p.unit, p.n);
+      }
+    }
+    return entry == Entry::kCarried ? x : V{};
   }
 
   // What the cell at step s reads beside its two products.
@@ -207,9 +213,7 @@ class ForwardSteps {
     }
     if (kStates > 1 && a_.c) store(a_.c + t * plane + p.offset, result.out[kStates > 1], p.n);
     for (int j = 1; j < kStates; ++j) {
-      const int64_t offset = (j - 1) * plane;
-      A* next = keeps(s + 1) ? state_in(s + 1, j) : nullptr;
-      pass_on<kPlain>(s, p, result.out[j], a_.c0 + offset, next, a_.c_n + offset);
+      pass_on<kPlain>(s, p, j, result.out[j], keeps(s + 1) ? state_in(s + 1, j) : nullptr);
     }
   }
   // Of the cell's h.
@@ -248,7 +252,7 @@ class ForwardSteps {
     if (!kPlain && !timeline_.computed(s, p.row)) h = V{};
     store(a_.y + offset, h, p.n);
     S* next = keeps(s + 1) ? h_in(s + 1) : nullptr;
-    const V entered = pass_on<kPlain>(s, p, h, a_.h0, next, a_.h_n);
+    const V entered = pass_on<kPlain>(s, p, 0, h, next);
     if (drops() && next) drop(s + 1, p, entered);
   }
 
@@ -272,26 +276,27 @@ class ForwardSteps {
   // Whether what enters step s has a place in an array.
   FRNN_FN bool keeps(int64_t s) const { return s < a_.t && (a_.h_prev || h_); }
 
-  FRNN_FN V entering(Entry entry, const Place& p, const S* initial, V carried) const {
-    if (entry == Entry::kInitial) return load<V>(initial + p.offset, p.n);
-    return entry == Entry::kCarried ? carried : V{};
-  }
+  // State j before the first step and after the last one: [B, P], or [B, H].
+  FRNN_FN const S* initial(int j) const { return j == 0 ? a_.h0 : a_.c0 + (j - 1) * a_.b * a_.h; }
+  FRNN_FN S* final(int j) const { return j == 0 ? a_.h_n : a_.c_n + (j - 1) * a_.b * a_.h; }
 
   template <class E>
-  FRNN_FN void start(const Place& p, const S* initial, E* next, S* final) const {
+  FRNN_FN void start(const Place& p, int j, E* next) const {
     if (timeline_.length(p.row) == 0) {
-      store(final + p.offset, load<V>(initial + p.offset, p.n), p.n);
+      store(final(j) + p.offset, load<V>(initial(j) + p.offset, p.n), p.n);
     }
-    if (next) store(next + p.offset, entering(timeline_.entry(0, p.row), p, initial, V{}), p.n);
+    if (next) store(next + p.offset, entering(timeline_.entry(0, p.row), p, j, V{}), p.n);
   }
 
   // Sends a state computed at step s to where it goes: into the next step, to the final states.
   // Returns what enters the next step.
   template <bool kPlain, class E>
-  FRNN_FN V pass_on(int64_t s, const Place& p, V x, const S* initial, E* next, S* final) const {
+  FRNN_FN V pass_on(int64_t s, const Place& p, int j, V x, E* next) const {
     if (!kPlain) {
-      if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) store(final + p.offset, x, p.n);
-      x = entering(timeline_.entry(s + 1, p.row), p, initial, x);
+      if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) {
+        store(final(j) + p.offset, x, p.n);
+      }
+      x = entering(timeline_.entry(s + 1, p.row), p, j, x);
     }
     if (next) store(next + p.offset, x, p.n);
     return x;
@@ -305,6 +310,7 @@ class ForwardSteps {
   const Zoneout<V, S, kVariants> zoneout_;
   const S* const dropout_;
   S* const dropped_;
+  const ResetStates<const S> reset_;
 };
 
 // Steps run from s = T-1 down to -1. At step s the gradient of its h is gathered: dy, the gradient
@@ -318,12 +324,13 @@ class BackwardSteps {
  public:
   // `apart`: something comes between the gradient of h and the cell, be there a projection or not.
   FRNN_FN explicit BackwardSteps(const BackwardArgs<S, A>& args, const Noise<S>* noise = nullptr,
-                                 bool apart = false)
+                                 bool apart = false, ResetStates<S> dreset = {})
       : a_(args),
         timeline_(args),
         apart_(kVariants && apart),
         zoneout_(noise),
-        dropout_(kVariants ? noise->dropout : nullptr) {}
+        dropout_(kVariants ? noise->dropout : nullptr),
+        dreset_(dreset) {}
 
   FRNN_FN const Timeline<S>& timeline() const { return timeline_; }
 
@@ -331,20 +338,23 @@ class BackwardSteps {
   FRNN_FN void start_h(const Place& p) const {
     const S* d = timeline_.length(p.row) == 0 ? a_.dh_n : nullptr;
     store(a_.dh0 + p.offset, load_or_zero<V>(d, p.offset, p.n), p.n);
+    if (resets_to_states()) store(dreset(0) + p.offset, V{}, p.n);
   }
   FRNN_FN void start_others(const Place& p) const {
     const S* d = timeline_.length(p.row) == 0 ? a_.dc_n : nullptr;
     for (int j = 1; j < kStates; ++j) {
       const int64_t offset = (j - 1) * a_.b * a_.h + p.offset;
       store(a_.dc0 + offset, load_or_zero<V>(d, offset, p.n), p.n);
+      if (resets_to_states()) store(dreset(j) + p.offset, V{}, p.n);
     }
     for (int k = 0; k < Cell::kParams; ++k) store(dparams(k, p), V{}, p.n);
   }
 
-  // Whether dgh @ W_hh of step s + 1 reaches step s (or h0) in this row.
+  // Whether dgh @ W_hh of step s + 1 reaches step s or a state from outside in this row.
   FRNN_FN bool flows_back(int64_t s, int64_t row) const {
     const Entry next = timeline_.entry(s + 1, row);
-    return next == Entry::kCarried || next == Entry::kInitial;
+    return next == Entry::kCarried || next == Entry::kInitial ||
+           (next == Entry::kReset && resets_to_states());
   }
 
   // Call fetch(address) for what read_h and read_cell read of arrays that are read once, and that
@@ -468,8 +478,10 @@ class BackwardSteps {
     if constexpr (kVariants) {
       if (zoneout_.of_h() && (kPlain || (s >= 0 && timeline_.computed(s, p.row)))) {
         const V share = zoneout_.share_h(timeline_.time(s) * a_.b * a_.p + p.offset, p.n);
-        const bool ends = !kPlain && timeline_.entry(s, p.row) == Entry::kZero;
-        store(a_.dh0 + p.offset, ends ? V{} : (1.0f - share) * dh, p.n);
+        const bool ends = !kPlain && timeline_.entry(s, p.row) == Entry::kReset;
+        const V kept = (1.0f - share) * dh;
+        if (ends) add_to_reset(p, 0, kept);
+        store(a_.dh0 + p.offset, ends ? V{} : kept, p.n);
         dh *= share;
       }
     }
@@ -495,7 +507,9 @@ class BackwardSteps {
     const V h = load<V>(a_.h_prev + offset, p.n);
     const V of_gate = Cell::backward_of_factor(h, saved, d, &dh);
     store(to.dgx + p.row * kGates * a_.h + p.unit, of_gate, p.n);
-    if (timeline_.entry(s, p.row) != Entry::kZero) {
+    if (timeline_.entry(s, p.row) == Entry::kReset) {
+      add_to_reset(p, 0, dh);
+    } else {
       store(a_.dh0 + p.offset, load<V>(a_.dh0 + p.offset, p.n) + dh, p.n);
     }
     store(entered + p.offset, saved[0] * h, p.n);
@@ -547,7 +561,13 @@ class BackwardSteps {
   };
   template <bool kPlain>
   FRNN_FN void keep(int64_t s, const Place& p, Outcome result, const StepGradients<S>& to) const {
-    if (!kPlain) cut(timeline_.entry(s, p.row), result);
+    if (!kPlain) {
+      const Entry entry = timeline_.entry(s, p.row);
+      for (int j = 0; j < kStates && entry == Entry::kReset; ++j) {
+        add_to_reset(p, j, result.carried[j]);
+      }
+      cut(entry, result);
+    }
     keep_gates(p, result, to);
     keep_carried<kPlain>(s, p, result);
     for (int k = 0; k < Cell::kParams; ++k) {
@@ -572,7 +592,7 @@ class BackwardSteps {
   }
   FRNN_FN void cut(Entry entry, Outcome& result) const {
     if (entry == Entry::kNone) result = {};
-    if (entry == Entry::kZero) {
+    if (entry == Entry::kReset) {
       for (int j = 0; j < kStates; ++j) result.carried[j] = V{};
     }
   }
@@ -599,11 +619,12 @@ class BackwardSteps {
   }
 
   // The whole gradient of h at a step, where the step after was entered by `next`; what flows back
-  // into the initial state is stored there. It means nothing at a step that is not computed.
+  // into a state from outside is stored there. It means nothing at a step that is not computed.
   FRNN_FN V gradient_of_h(Entry next, const Place& p, V product, const OfH& in) const {
     V back = product;
     if (carries_h()) back += in.carried;
     if (next == Entry::kInitial) store(a_.dh0 + p.offset, back, p.n);
+    if (next == Entry::kReset) add_to_reset(p, 0, product);
     return next == Entry::kCarried ? back + in.last + in.dy : in.last + in.dy;
   }
 
@@ -620,6 +641,15 @@ class BackwardSteps {
     return kept;
   }
 
+  // Of state j [B, P] or [B, H], if others than zeros enter at resets.
+  FRNN_FN bool resets_to_states() const { return kVariants && dreset_.h; }
+  FRNN_FN S* dreset(int j) const { return j == 0 ? dreset_.h : dreset_.c + (j - 1) * a_.b * a_.h; }
+  FRNN_FN void add_to_reset(const Place& p, int j, V d) const {
+    if (!resets_to_states()) return;
+    S* sum = dreset(j) + p.offset;
+    store(sum, load<V>(sum, p.n) + d, p.n);
+  }
+
   // Whether the gradient of h has a path to the step before that does not pass through W_hh.
   FRNN_FN bool carries_h() const { return Cell::kReadsH || zoneout_.of_h(); }
 
@@ -632,6 +662,7 @@ class BackwardSteps {
   const bool apart_;
   const Zoneout<V, S, kVariants> zoneout_;
   const S* const dropout_;
+  const ResetStates<S> dreset_;
 };
 
 }  // namespace frnn

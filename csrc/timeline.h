@@ -11,7 +11,7 @@ namespace frnn {
 // Where the state that enters a step comes from.
 enum class Entry : uint8_t {
   kNone,     // the step is not computed
-  kZero,     // a new sequence begins
+  kReset,    // a new sequence begins
   kInitial,  // h0, c0
   kCarried,  // the step before
 };
@@ -43,9 +43,9 @@ class Timeline {
     if (t >= n) return Entry::kNone;
     if (a_.reverse) {
       if (t == n - 1) return Entry::kInitial;
-      return reset(t + 1, row) ? Entry::kZero : Entry::kCarried;
+      return reset(t + 1, row) ? Entry::kReset : Entry::kCarried;
     }
-    if (reset(t, row)) return Entry::kZero;
+    if (reset(t, row)) return Entry::kReset;
     return t == 0 ? Entry::kInitial : Entry::kCarried;
   }
 

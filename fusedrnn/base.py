@@ -15,7 +15,7 @@ from fusedrnn.arguments import changed, truth
 from fusedrnn.backends import Names, Sequence, Weights, check_names
 from fusedrnn.cells import PLAIN, Cell
 from fusedrnn.functional import Lengths
-from fusedrnn.layer import Stack
+from fusedrnn.layer import Stack, beside_h
 from fusedrnn.recompute import check_recompute
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout
 
@@ -144,7 +144,8 @@ def _run(
     hx = (hx,) if isinstance(hx, Tensor) else hx
     initial = initial_states(module)
     if initial is not None:
-        seq = seq._replace(initial=initial)
+        if seq.resets is not None:
+            seq = seq.with_states(initial[0], beside_h(initial))
         hx = tuple(s.unsqueeze(1).expand(-1, x.shape[1], -1) for s in initial) if hx is None else hx
     return functional.run(
         cell_of(module),

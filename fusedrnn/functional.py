@@ -460,6 +460,7 @@ def run(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     shape = (len(weights), x.shape[1])
     x, hx, weights, scope = _prepared(cell, x, hx, weights, shape)
+    seq = seq.with_states(*(None if s is None else s.to(x.dtype) for s in seq.states))
     with scope:
         weights, noise = regularised(rates, x, weights, len(cell.states), training)
         return run_layers(

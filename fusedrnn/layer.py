@@ -34,7 +34,7 @@ def request_of(
     empty = not torch.compiler.is_compiling() and x.numel() == 0
     return Request(
         cell, x.dtype, x.device, hidden, proj, seq.lengths is not None, seq.resets is not None,
-        seq.resets is not None and seq.initial is not None, cell_states, empty,
+        seq.h_reset is not None, cell_states, empty,
         recurrent_dropout=noise.dropout is not None, zoneout=noise.zoneout,
         layer_norm=weights.norm_ih is not None, recompute=recompute,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def run_layers(
     Args:
         weights: of each layer and direction, in torch.nn's order.
         hx: S tensors, ``[L*D,B,P]`` and the states beside h ``[L*D,B,H]``.
-        seq: its ``initial`` are S tensors ``[L*D,P]``, ``[L*D,H]``.
+        seq: its states are ``[L*D,P]`` and ``[S-1,L*D,H]``.
         noise: of each layer and direction.
         between: what happens to the output of every layer but the last (dropout).
         wish: the backends to try, in order; empty: the context's or the default.
@@ -80,9 +80,10 @@ def run_layers(
         ask = cell_states and layer == layers - 1
         for direction in range(directions):
             k = layer * directions + direction
-            others = _beside_h(tuple(s[k] for s in hx))
-            if seq.initial is not None:
-                own = seq._replace(initial=tuple(s[k] for s in seq.initial))
+            others = beside_h(tuple(s[k] for s in hx))
+            if seq.h_reset is not None:
+                c_reset = None if seq.c_reset is None else seq.c_reset[:, k]
+                own = seq.with_states(seq.h_reset[k], c_reset)
             call = Call(cell, y, weights[k], hx[0][k], others, own, direction == 1, ask, noise[k])
             out = recurrence(backend, call, recompute)
             ys.append(out[0])
@@ -110,13 +111,13 @@ def run_step(
     """One step of one layer over ``x [1,B,I]``: the new states from hx, ``h [B,H]`` first."""
     seq = Sequence()
     backend = select(request_of(cell, x, weights, seq, noise, False), wish)
-    call = Call(cell, x, weights, hx[0], _beside_h(hx), seq, False, False, noise)
+    call = Call(cell, x, weights, hx[0], beside_h(hx), seq, False, False, noise)
     _, h_n, *others = recurrence(backend, call)
     return (h_n, *(c_n.clone() for c in others for c_n in c.unbind(0)))
 
 
-def _beside_h(states: tuple[Tensor, ...]) -> Tensor | None:
-    """The states ``[B,H]`` beside h as one ``[S-1,B,H]``, without a copy if there is only one."""
+def beside_h(states: tuple[Tensor, ...]) -> Tensor | None:
+    """The states ``[*,H]`` beside h as one ``[S-1,*,H]``, without a copy if there is only one."""
     if len(states) == 1:
         return None
     return states[1].unsqueeze(0) if len(states) == 2 else torch.stack(states[1:])

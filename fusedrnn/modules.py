@@ -65,8 +65,8 @@ class LSTM(Layers):
             computed, y is 0 there, the final state is that of the row's own last step, and the
             reverse direction starts at the row's own end.
         resets: bool ``[T,B]`` (``[B,T]`` with batch_first, ``[T]`` unbatched): true where a new
-            sequence begins; nothing passes between t-1 and t, in either direction. With an
-            initial_state other than zeros only the backend "reference" runs it.
+            sequence begins, with the initial_state; nothing passes between t-1 and t, in either
+            direction. The backend "cuda" enters zeros there.
         return_cell_states: also return c of every step of the last layer.
 
     Returns:

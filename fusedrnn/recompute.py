@@ -9,8 +9,6 @@ there may be, flat. What a call has not is ``[0]``.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -93,7 +91,7 @@ def _forward_in_chunks(backend: Backend, call: Call) -> Run:
     c: list[Tensor] = []
     for begin, end in _spans(call):
         if y:
-            states = _passing(call, end, states)
+            states = _entering(call, end, states)
             kept += states
         run = backend.forward(_chunk(call, begin, end, states), False)
         states = [run.h_n, run.c_n][: len(states)]
@@ -113,17 +111,21 @@ def _backward_in_chunks(
     dy, dh, dc, dcs = (None if d is None else d.to(wide) for d in upstream)
     wanted = wanted._replace(h0=True, c0=count > 1)
     dx: list[Tensor] = []
-    sums: list[Tensor | None] = [None] * len(call.weights)
+    sums: list[Tensor | None] = [None] * (len(call.weights) + len(call.seq.states))
     for k, (begin, end) in reversed(list(enumerate(spans))):
         chunk = _chunk(call, begin, end, entering[k * count : (k + 1) * count])
         run = backend.forward(chunk, True)
         of_chunk = Upstream(_steps(dy, begin, end), dh, dc, _steps(dcs, begin, end))
-        x, *of_weights, dh, dc = backend.backward(chunk, of_chunk, run.reserve, wanted)
-        dh, dc = _passing(call, end, [dh, dc])
+        found = backend.backward(chunk, of_chunk, run.reserve, wanted)
+        x, *of_weights, dh, dc, dh_reset, dc_reset = found
+        dh, dh_reset = _leaving(call, end, dh, dh_reset)
+        dc, dc_reset = _leaving(call, end, dc, dc_reset)
         if x is not None:
             dx.append(x.to(dtype))
-        sums = [_sum(s, d) for s, d in zip(sums, of_weights, strict=True)]
-    others = [None if d is None else d.to(dtype) for d in (*sums, dh, dc)]
+        sums = [_sum(s, d) for s, d in zip(sums, (*of_weights, dh_reset, dc_reset), strict=True)]
+    *of_weights, dh_reset, dc_reset = sums
+    ordered = (*of_weights, dh, dc, dh_reset, dc_reset)
+    others = [None if d is None else d.to(dtype) for d in ordered]
     return Gradients(_in_time(dx, not call.reverse) if dx else None, *others)
 
 
@@ -151,9 +153,9 @@ def _chunk(call: Call, begin: int, end: int, states: list[Tensor]) -> Call:
         x=call.x[begin:end],
         h0=states[0],
         c0=states[1] if len(states) > 1 else None,
-        seq=Sequence(
-            None if lengths is None else (lengths - begin).clamp(0, end - begin),
-            _steps(resets, begin, end),
+        seq=call.seq._replace(
+            lengths=None if lengths is None else (lengths - begin).clamp(0, end - begin),
+            resets=_steps(resets, begin, end),
         ),
         noise=noise._replace(
             renew_h=_steps(noise.renew_h, begin, end), renew_c=_steps(noise.renew_c, begin, end)
@@ -169,13 +171,32 @@ def _steps(t: Tensor | None, begin: int, end: int) -> Tensor | None:
     return None if t is None else t[begin:end]
 
 
-def _passing(call: Call, end: int, states: list[Any]) -> list[Any]:
-    """What is left of states, or of their gradients, where the reverse direction passes ``end``: a
+def _cut(call: Call, end: int) -> Tensor | None:
+    """The rows ``[B,1]`` that begin anew where the reverse direction passes ``end``, if any may: a
     reset there is not in the chunk that it cuts off."""
     if not call.reverse or call.seq.resets is None or end >= call.x.shape[0]:
+        return None
+    return call.seq.resets[end].unsqueeze(-1)
+
+
+def _entering(call: Call, end: int, states: list[Tensor]) -> list[Tensor]:
+    """What enters the chunk before ``end`` if ``states`` come from the one after it."""
+    cut = _cut(call, end)
+    if cut is None:
         return states
-    cut = call.seq.resets[end].unsqueeze(-1)
-    return [None if s is None else s.masked_fill(cut, 0) for s in states]
+    anew = (torch.zeros((), dtype=call.x.dtype, device=call.x.device) if s is None
+            else s.unsqueeze(-2) for s in call.seq.states)  # fmt: skip
+    return [torch.where(cut, a, s) for a, s in zip(anew, states, strict=False)]
+
+
+def _leaving(
+    call: Call, end: int, d: Tensor | None, d_reset: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What reaches the state before, and the one at resets, if ``d`` is what entered the chunk."""
+    cut = _cut(call, end)
+    if cut is None or d is None:
+        return d, d_reset
+    return d.masked_fill(cut, 0), None if d_reset is None else d_reset + (d * cut).sum(-2)
 
 
 def _in_time(pieces: list[Tensor], reverse: bool) -> Tensor:

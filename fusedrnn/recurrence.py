@@ -94,6 +94,8 @@ class RecurrenceFunction(torch.autograd.Function):
         norm_c_bias: Tensor | None,
         h0: Tensor,
         c0: Tensor | None,
+        h_reset: Tensor | None,
+        c_reset: Tensor | None,
         lengths: Tensor | None,
         resets: Tensor | None,
         dropout: Tensor | None,
@@ -112,7 +114,7 @@ class RecurrenceFunction(torch.autograd.Function):
         weights = Weights(
             w_ih, w_hh, b_ih, b_hh, w_hr, params, norm_ih, norm_hh, norm_c, norm_c_bias
         )
-        seq = Sequence(lengths, resets)
+        seq = Sequence(lengths, resets, h_reset, c_reset)
         noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
         call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states, noise)
         run = recomputing.forward(backend, recompute, call)
@@ -125,12 +127,13 @@ class RecurrenceFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *others: Tensor | None) -> Any:
         cell_key, backend_name, reverse, cell_states, rates, recompute = ctx.constants
         saved = ctx.saved_tensors  # to be asked for once, under torch.utils.checkpoint
-        inputs, (lengths, resets, *masks), reserve = saved[:13], saved[13:18], saved[18:]
-        x, *of_layer, h0, c0 = inputs
+        inputs, (lengths, resets, *masks), reserve = saved[:15], saved[15:20], saved[20:]
+        x, *of_layer, h0, c0, h_reset, c_reset = inputs
         if torch.is_autocast_enabled(x.device.type):  # products in the dtype they had in forward
             with torch.autocast(x.device.type, enabled=False):
                 return RecurrenceFunction.backward(ctx, dy, dh_n, *others)
-        weights, seq, noise = Weights(*of_layer), Sequence(lengths, resets), Noise(*masks, *rates)
+        weights, noise = Weights(*of_layer), Noise(*masks, *rates)
+        seq = Sequence(lengths, resets, h_reset, c_reset)
         call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states, noise)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             out = _differentiable_backward(call, (dy, dh_n, *others))
@@ -139,7 +142,7 @@ class RecurrenceFunction(torch.autograd.Function):
         dc = others[-1] if cell_states else None
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
-        wanted = Wanted(*ctx.needs_input_grad[:13])
+        wanted = Wanted(*ctx.needs_input_grad[:15])
         upstream = Upstream(dy, dh_n, dc_n, dc)
         found = recomputing.backward(backend, recompute, call, upstream, reserve, wanted)
         return (*found, *(None,) * 12)
@@ -148,11 +151,10 @@ class RecurrenceFunction(torch.autograd.Function):
 def _differentiable_backward(
     call: Call, grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weights, h0 and c0 as a function that can itself be differentiated."""
+    """The gradients of a call's tensors as a function that can itself be differentiated."""
 
-    def again(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        *weights, h0, c0 = others
-        return reference.recurrence(call._replace(x=x, weights=Weights(*weights), h0=h0, c0=c0))
+    def again(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return reference.recurrence(call.on(tensors))
 
     return _differentiated(again, call.tensors, grads)
 

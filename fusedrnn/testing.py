@@ -45,6 +45,7 @@ class Case:
     reverse: bool = False
     lengths: bool = False
     resets: bool = False
+    reset_states: bool = False  # with resets: others than zeros enter there
     cell_states: bool = False
     dropout: bool = False  # of h, on its way into W_hh
     zoneout: str = ""  # "training" or "eval"
@@ -52,7 +53,8 @@ class Case:
     recompute: str = "none"
 
     def __str__(self) -> str:
-        names = ("reverse", "lengths", "resets", "cell_states", "dropout", "layer_norm")
+        names = ("reverse", "lengths", "resets", "reset_states", "cell_states", "dropout",
+                 "layer_norm")  # fmt: skip
         flags = [name for name in names if getattr(self, name)]
         flags += [] if self.bias else ["nobias"]
         flags += [f"zoneout-{self.zoneout}"] if self.zoneout else []
@@ -92,7 +94,10 @@ class Inputs:
             Weights(*(None if w is None else f(w) for w in self.weights)),  # type: ignore[arg-type]
             f(self.h0),
             None if self.c0 is None else f(self.c0),
-            Sequence(*(None if t is None else of_seq(t) for t in self.seq.masks)),  # type: ignore[arg-type]
+            Sequence(
+                *(None if t is None else of_seq(t) for t in self.seq.masks),
+                *(None if t is None else f(t) for t in self.seq.states),
+            ),
             {name: f(g) for name, g in self.grads.items()},
             self.noise._replace(**masks),
         )
@@ -144,7 +149,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         grads["c_n"] = normal(others, case.B, case.H)
     if case.cell_states:
         grads["c"] = normal(case.T, case.B, case.H)
-    return Inputs(
+    inputs = Inputs(
         normal(case.T, case.B, case.I),
         weights,
         normal(case.B, out),
@@ -153,6 +158,10 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         grads,
         _make_noise(case, random),
     )
+    if case.reset_states:
+        h, c = normal(out), normal(others, case.H) if others else None
+        inputs = replace(inputs, seq=inputs.seq.with_states(h, c))
+    return inputs
 
 
 def _make_noise(case: Case, random: torch.Generator) -> Noise:
@@ -182,11 +191,10 @@ def run_case(case: Case, inputs: Inputs, backend: Backend | Reference) -> dict[s
     if not getattr(backend, "reads_padding", True):
         inputs = _with_nan_in_padding(inputs)
 
-    def function(x: Tensor, weights: Weights, h0: Tensor, c0: Tensor | None) -> Outputs:
-        call = inputs.call(case)._replace(x=x, weights=weights, h0=h0, c0=c0)
+    def function(call: Call) -> Outputs:
         return recurrence(backend, call, case.recompute)
 
-    return differentiate(inputs, function)
+    return differentiate(case, inputs, function)
 
 
 def _with_nan_in_padding(inputs: Inputs) -> Inputs:
@@ -203,16 +211,19 @@ def _with_nan_in_padding(inputs: Inputs) -> Inputs:
 
 
 def differentiate(
-    inputs: Inputs, function: Callable[[Tensor, Weights, Tensor, Tensor | None], Outputs]
+    case: Case, inputs: Inputs, function: Callable[[Call], Outputs]
 ) -> dict[str, Tensor]:
-    """What ``function`` makes of x, weights, h0 and c0, named as by :func:`run_case`."""
-    leaves = {"x": inputs.x, "h0": inputs.h0, "c0": inputs.c0, **inputs.weights._asdict()}
-    leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items() if v is not None}
-    weights = Weights(*(leaves.get(name) for name in Weights._fields))  # type: ignore[arg-type]
-    outputs = function(leaves["x"], weights, leaves["h0"], leaves.get("c0"))
+    """What ``function`` makes of a call's tensors, named as by :func:`run_case`."""
+    call = inputs.call(case)
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in call.tensors]
+    outputs = function(call.on(leaves))
     named = dict(zip(inputs.grads, outputs, strict=True))
     torch.autograd.backward(outputs, list(inputs.grads.values()))
-    gradients = {f"d{k}": v.grad for k, v in leaves.items()}
+    gradients = {
+        f"d{k}": torch.zeros_like(v) if v.grad is None else v.grad
+        for k, v in zip(Gradients._fields, leaves, strict=True)
+        if v is not None
+    }
     return {k: v.detach() for k, v in (named | gradients).items() if v is not None}
 
 
@@ -352,9 +363,9 @@ def assert_stored(
     ``operand`` rounds the operands of all products; of those that a library makes, it only may.
     """
     model = OnStored(case, inputs, stored, operand)
-    expected = differentiate(inputs.to(torch.float64), model) | model.made
+    expected = differentiate(case, inputs.to(torch.float64), model) | model.made
     got = out | stored
-    given = [t for t in (inputs.x, inputs.h0, inputs.c0, *inputs.weights) if t is not None]
+    given = [t for t in inputs.call(case).tensors if t is not None]
     loose = {} if operand is unrounded else rounding_of_products(case, inputs, stored)
     assert got.keys() == expected.keys(), f"got {list(got)}, expected {list(expected)}"
     for name, exact in expected.items():
@@ -526,16 +537,14 @@ class OnStored:
         self.case, self.seq, self.stored, self.operand = case, inputs.seq, stored, operand
         self.noise = inputs.noise
 
-    def __call__(self, x: Tensor, weights: Weights, h0: Tensor, c0: Tensor | None) -> Outputs:
-        self.x, self.weights = x, weights
+    def __call__(self, call: Call) -> Outputs:
+        x, weights = self.x, self.weights = call.x, call.weights
         self.made = {name: torch.zeros_like(t, dtype=x.dtype) for name, t in self.stored.items()}
         steps = range(self.case.T)
         self.times = reversed(steps) if self.case.reverse else iter(steps)
         cell = replace(self.case.cell, step=self.step)
         weights = Weights(*weights[:4], params=weights.params)
-        reverse, cell_states = self.case.reverse, self.case.cell_states
-        call = Call(cell, x, weights, h0, c0, self.seq, reverse, cell_states)
-        return reference.recurrence(call)
+        return reference.recurrence(call._replace(cell=cell, weights=weights, noise=Noise()))
 
     def step(
         self,

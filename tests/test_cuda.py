@@ -166,7 +166,7 @@ def both_directions(dtype, cell, hidden, proj):
     run = backend.forward(call, True)
     upstream, wanted = (
         Upstream(run.y, None, None, None),
-        Wanted(*(True,) * 5, proj > 0, *(False,) * 5, True, True),
+        Wanted(*(True,) * 5, proj > 0, *(False,) * 5, True, True, False, False),
     )
     return call.tensors, run, backend.backward(call, upstream, run.reserve, wanted)
 

@@ -70,17 +70,20 @@ def test_cells(cell, shape, feature, arithmetic):
 
 # All units in a program, not all of a block filled; programs that meet.
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("reset_states", [False, True])
 @pytest.mark.parametrize("shape", [(5, 33, 8, 20), (4, 19, 8, 100), (3, 40, 8, 520)], ids=str)
 @pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
-def test_triton(cell, shape, arithmetic):
-    check(cell, *shape, arithmetic=arithmetic, backend="triton", lengths=True, resets=True)
+def test_triton(cell, shape, reset_states, arithmetic):
+    check(cell, *shape, arithmetic=arithmetic, backend="triton", lengths=True, resets=True,
+          reset_states=reset_states)  # fmt: skip
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
 def test_triton_with_a_launch_a_step(monkeypatch, cell, arithmetic):
     monkeypatch.setattr(cuda, "device", lambda index: Device(0, 90, 0))
-    check(cell, 4, 70, 8, 72, arithmetic=arithmetic, backend="triton", reverse=True)
+    check(cell, 4, 70, 8, 72, arithmetic=arithmetic, backend="triton", reverse=True, resets=True,
+          reset_states=True)  # fmt: skip
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)

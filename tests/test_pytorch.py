@@ -78,6 +78,10 @@ OPS = {
     "gru-lengths-resets-nobias": replace(
         plain, cell=CELLS["gru"], lengths=True, resets=True, bias=False
     ),
+    **{
+        f"{name}-reset_states": replace(plain, cell=CELLS[name], resets=True, reset_states=True)
+        for name in ("lstm", "gru")
+    },
     "gru-B0": replace(plain, cell=CELLS["gru"], B=0),
 }
 

@@ -29,11 +29,15 @@ FEATURES = {
     "resets": {"resets": True},
     "lengths-resets": {"lengths": True, "resets": True},
     "lengths-resets-reverse": {"lengths": True, "resets": True, "reverse": True},
+    "reset_states": {"resets": True, "reset_states": True},
+    "lengths-reset_states-reverse": {
+        "lengths": True, "resets": True, "reset_states": True, "reverse": True,
+    },
     "dropout": {"dropout": True, "lengths": True},
     "zoneout": {"zoneout": "training", "lengths": True, "resets": True},
     "zoneout-reverse": {"zoneout": "training", "dropout": True, "reverse": True},
     "zoneout-eval": {"zoneout": "eval", "resets": True},
-}
+}  # fmt: skip
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 STEPS = (1, 2, 7, 16, 37)
 

@@ -66,7 +66,11 @@ FEATURES = {
     "resets-reverse": {"resets": True, "reverse": True},
     "lengths-resets": {"lengths": True, "resets": True},
     "lengths-resets-reverse": {"lengths": True, "resets": True, "reverse": True},
-}
+    "reset_states": {"resets": True, "reset_states": True},
+    "lengths-reset_states-reverse": {
+        "lengths": True, "resets": True, "reset_states": True, "reverse": True,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -103,7 +107,7 @@ def test_noise_of_other_shapes(cell, noise, runner):
     check(Case(cell, 1, 3, 5, 33, dtype=torch.float64, **noise), runner)
     if len(cell.states) > 1:
         case = Case(cell, 7, 33, 5, 40, cell_states=True, lengths=True, resets=True, **noise)
-        check(replace(case, P=19), runner)
+        check(replace(case, P=19, reset_states=True), runner)
         check(replace(case, reverse=True), runner)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fusedrnn
+from fusedrnn.backends import native
 
 KINDS = {"LSTM": fusedrnn.LSTM, "GRU": fusedrnn.GRU, "RNN": fusedrnn.RNN}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
@@ -118,14 +119,24 @@ def test_enters_at_resets(kind, initial_state):
     torch.testing.assert_close(y[:2, :, 5:], parts[0][..., 5:])
 
 
-def test_resets_to_other_states_than_zeros_run_on_the_reference():
-    module = fusedrnn.GRU(3, 5, initial_state="learned", backend="cpu")
-    x, resets = torch.randn(4, 2, 3), torch.zeros(4, 2, dtype=torch.bool)
-    if fusedrnn.explain(module, x).backend is None:
-        pytest.skip("no native library")
-    module(x)
-    with pytest.raises(RuntimeError, match="backend 'cpu' enters zeros at resets"):
-        module(x, resets=resets)
+@pytest.mark.skipif(not native.isas(), reason="no native library")
+@pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16], ids=str)
+@others
+@kinds
+def test_resets_in_a_stack(kind, initial_state, bias):
+    """Each layer and direction takes its own, under autocast too; recomputed or not."""
+    module, x = layer(kind, initial_state), torch.randn(7, 4, 3)
+    resets = torch.rand(7, 4) < 0.4
+    parameters = list(module.parameters())
+    found = []
+    for backend, recompute in (("reference", "none"), ("cpu", "none"), ("cpu", "chunks")):
+        module.backend, module.recompute = backend, recompute
+        with torch.autocast("cpu", bias, enabled=bias == torch.bfloat16):
+            y, _ = module(x, resets=resets)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), parameters)))
+    tolerance = {"atol": 0.05, "rtol": 0.05} if bias == torch.bfloat16 else {}
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], **tolerance)
 
 
 def test_random_states_stay():

@@ -151,7 +151,8 @@ def wrong_plane():
 def stored_outcome(case, backend=Storing, wrong_cell=None, operands=(unrounded, unrounded)):
     inputs = make_inputs(case)
     storing = backend(replace(case, cell=wrong_cell or case.cell), inputs, operands[0])
-    out = differentiate(inputs.to(reference.compute_dtype(case.dtype)), storing)
+    wide = inputs.to(reference.compute_dtype(case.dtype))
+    out = differentiate(case, wide, storing)
     out = {name: t.to(case.dtype) for name, t in out.items()}
     assert_stored(case, inputs, out, storing.stored, operands[1])
 

@@ -90,7 +90,11 @@ FEATURES = {
     "nobias-reverse": {"bias": False, "reverse": True},
     "lengths-resets": {"lengths": True, "resets": True},
     "lengths-resets-reverse": {"lengths": True, "resets": True, "reverse": True},
-}
+    "reset_states": {"resets": True, "reset_states": True},
+    "lengths-reset_states-reverse": {
+        "lengths": True, "resets": True, "reset_states": True, "reverse": True,
+    },
+}  # fmt: skip
 # (T, B, I, H): one of each, several programs along rows and units, none of it full.
 SHAPES = [(1, 1, 1, 1), (3, 19, 4, 20), (2, 17, 3, 16)]
 
@@ -341,10 +345,10 @@ def test_waiting_in_vain_is_found(machine, monkeypatch):
 
 
 ARRAYS = {
-    "forward": "gx w_t b_hh gain parameters h0 lengths resets dropout renew_h renew_c y c h_prev "
-    "c_prev saved hats hats_of_state scales late states counters numbers",
+    "forward": "gx w_t b_hh gain parameters h0 lengths resets reset_states dropout renew_h renew_c "
+    "y c h_prev c_prev saved hats hats_of_state scales late states counters numbers",
     "backward": "dy dc w_hh gain parameters lengths resets dropout renew_h renew_c h_prev c_prev "
-    "saved hats hats_of_state scales dgx dgh dproduct dstates dparameters counters numbers",
+    "saved hats hats_of_state scales dgx dgh dproduct dstates dparameters dreset counters numbers",
 }
 OF_NORMS = {"gain", "hats", "hats_of_state", "scales", "dproduct", "numbers"}
 
@@ -363,6 +367,8 @@ def test_bounds_of_arrays(machine, algorithm, call, name):
     case = Case(cell, 3, 19, 4, 40, lengths=True, cell_states=len(cell.states) > 1)
     if name == "resets":  # which hides h0
         case = replace(case, resets=True, reverse=True)
+    if name in ("reset_states", "dreset"):
+        case = replace(case, resets=True, reset_states=True)
     if name in ("dropout", "renew_h", "renew_c"):
         case = replace(case, dropout=True, zoneout="training")
     if name in OF_NORMS:
@@ -452,15 +458,15 @@ def test_beside_torch_nn(machine, kind):
 def test_ops(machine, cell, layer_norm):
     """Their schemas and their shapes while traced."""
     case = Case(
-        cell, 3, 4, 5, 6, lengths=True, resets=True, cell_states=cell is LSTM, dropout=True,
-        zoneout="training", layer_norm=layer_norm,
+        cell, 3, 4, 5, 6, lengths=True, resets=True, reset_states=True, cell_states=cell is LSTM,
+        dropout=True, zoneout="training", layer_norm=layer_norm,
     )  # fmt: skip
     inputs = make_inputs(case)
     masks = *inputs.seq.masks, *inputs.noise.masks
     w_ih, w_hh, b_ih, b_hh, _, *of_units = inputs.weights
     args = (
-        inputs.x, w_ih, w_hh, b_ih, b_hh, *of_units, inputs.h0, inputs.c0, *masks, cell.key, True,
-        True, cell is LSTM, *inputs.noise.rates,
+        inputs.x, w_ih, w_hh, b_ih, b_hh, *of_units, inputs.h0, inputs.c0, *inputs.seq,
+        *inputs.noise.masks, cell.key, True, True, cell is LSTM, *inputs.noise.rates,
     )  # fmt: skip
     tests = ("test_schema", "test_faketensor")
     forward = torch.ops.fusedrnn.triton_forward
@@ -469,7 +475,7 @@ def test_ops(machine, cell, layer_norm):
     others = (c_n, c) if cell is LSTM else (None, None)
     args = (
         y, others[1], h_n, others[0], inputs.x, w_ih, w_hh, *of_units, *reserve, *masks, cell.key,
-        True, *inputs.noise.rates, True, True, True, True, False,
+        True, True, *inputs.noise.rates, True, True, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fusedrnn.triton_backward, args, test_utils=tests)
 

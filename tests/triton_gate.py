@@ -72,11 +72,12 @@ UNSPECIALISED = {"T", "B", "first", "last", "rows_before", "N"}
 # Arrays by the type of their elements: that of x, that of states.
 NOISE = ("dropout", "renew_h", "renew_c")
 NORMS = ("gain", "hats", "hats_of_state", "scales", "dproduct", "numbers")
+RESETS = ("reset_states", "dreset")
 STORED = (
     "gx w_t w_hh b_hh parameters h0 resets renew_h renew_c y c dy dc h_prev saved dgx dgh "
-    "gates dgates h_new c_new dh_new dc_new gain hats hats_of_state dproduct late"
+    "gates dgates h_new c_new dh_new dc_new gain hats hats_of_state dproduct late reset_states"
 ).split()
-COMPUTED = "dropout states dstates c_prev dparameters scales numbers".split()
+COMPUTED = "dropout states dstates c_prev dparameters dreset scales numbers".split()
 
 
 class Case(NamedTuple):
@@ -86,7 +87,7 @@ class Case(NamedTuple):
     hidden: int
     rows: int
     device: Device
-    beside: str = ""  # "noise": dropout and zoneout, "norm": layer norm
+    beside: str = ""  # "noise": dropout and zoneout, "norm": layer norm, "reset": states there
 
     def __str__(self) -> str:
         shape = "" if self.alone else f", {self.hidden} x {self.rows}"
@@ -146,6 +147,7 @@ def cases() -> list[Case]:
             for shape in shapes:
                 found += [Case(k, cell, arithmetic, *shape, d) for k in both for d in DEVICES]
             beside = ["noise", "norm"] if cell in ("lstm", "gru") else []
+            beside += ["reset"] if beside and arithmetic == "bf16" else []
             if cell == "lstm_coupled_peephole":
                 beside = ["norm"]
             for what in beside if arithmetic in ("bf16", "tf32", "fp64") else []:
@@ -177,6 +179,8 @@ def source(case: Case) -> ASTSource:
             fixed |= dict.fromkeys(NORMS)
         elif len(cell.states) == 1:
             fixed["hats_of_state"] = None
+        if case.beside != "reset":
+            fixed |= dict.fromkeys(RESETS)
         if cell.additive:
             fixed["b_hh"] = None
         if not cell.params and fixed["NORM"] < 2:

@@ -156,6 +156,8 @@ def main() -> None:
         if algorithm != "step":
             normed = partial(fusedrnn.LSTM, layer_norm=True)
             check_layers(driver, normed, algorithm, torch.bfloat16)
+        learned = partial(fusedrnn.LSTM, initial_state="learned")
+        check_layers(driver, learned, algorithm, torch.bfloat16)
         for zoneout in ("training", "eval"):
             check_noise(CELLS["lstm"], 40, torch.bfloat16, zoneout)
             check_noise(CELLS["gru"], 24, torch.float64, zoneout)

@@ -65,7 +65,7 @@ class Backward {
         plan_(plan),
         timeline_(args),
         computed_(args, carver),
-        steps_(args, &args.noise, args.norm.gain_c != nullptr),
+        steps_(args, &args.noise, args.norm.gain_c != nullptr, args.dreset),
         of_products_{{normalises() ? a_.b : 0, a_.h, plan.slices, carver},
                      {normalises() ? a_.b : 0, a_.h, plan.slices, carver}},
         of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
@@ -219,7 +219,7 @@ class Backward {
       each_place(slice, s, [&](int64_t row, int64_t r) {
         const auto means = of_c_.of(slice, row);
         const T scale = this->scale(2, r);
-        const bool cut = timeline_.entry(s, row) == frnn::Entry::kZero;
+        const bool cut = timeline_.entry(s, row) == frnn::Entry::kReset;
         const bool plain = timeline_.goes_on(s, row) && !cut;
         return [&, row, r, means, scale, plain]<bool kWhole>(int64_t block) {
           const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
@@ -391,7 +391,7 @@ class Backward {
       return finish_gather_tile<true>(s, tile, sum, to);
     }
     const auto kind_of = [&](int64_t row) {
-      const bool cut = timeline_.entry(s, row) == frnn::Entry::kZero;
+      const bool cut = timeline_.entry(s, row) == frnn::Entry::kReset;
       return timeline_.goes_on(s, row) && !cut ? Kind::kPlain
              : idle(s, row)                    ? Kind::kIdle
                                                : Kind::kOther;

@@ -69,7 +69,7 @@ class Forward {
         steps_(args, carver.take<T>(a_.h_prev ? 0 : 2 * a_.b * a_.p),
                carver.take<T>(a_.h_prev ? 0 : (kStates - 1) * a_.b * a_.h),
                carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0), &args.noise,
-               carver.take<T>(args.noise.dropout ? 2 * a_.b * a_.p : 0)),
+               carver.take<T>(args.noise.dropout ? 2 * a_.b * a_.p : 0), args.reset),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(a_.t * a_.b >= kPackedRows),
         tiles_(kHasTiles && sizeof(T) == 4 && a_.bfloat16 && a_.h >= kTileUnits &&

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,7 +22,7 @@ class Request(NamedTuple):
     proj_size: int  # 0: none
     lengths: bool = False
     resets: bool = False
-    initial: bool = False  # other states than zeros enter at resets
+    reset_states: bool = False  # other states than zeros enter at resets
     cell_states: bool = False
     empty: bool = False  # x has no elements
     cell_update: bool = False  # the cell alone is asked for, see reference.cell_update
@@ -57,11 +58,19 @@ class Sequence(NamedTuple):
 
     lengths: Tensor | None = None  # [B] int64: steps t >= lengths[b] are not computed
     resets: Tensor | None = None  # [T, B] bool: a new sequence begins at t, where t < lengths[b]
-    initial: tuple[Tensor, ...] | None = None  # the states [P], [H] that enter it; None: zeros
+    h_reset: Tensor | None = None  # [P], the h that enters it; None: zeros
+    c_reset: Tensor | None = None  # [S-1,H], the other states that do
 
     @property
     def masks(self) -> tuple[Tensor | None, Tensor | None]:
         return self.lengths, self.resets
+
+    @property
+    def states(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.h_reset, self.c_reset
+
+    def with_states(self, h: Tensor | None, c: Tensor | None) -> Sequence:
+        return self._replace(h_reset=h, c_reset=c)
 
     def without_padding(self, x: Tensor) -> Tensor:
         """``x [T,B,I]`` with zeros where no step is computed, which may hold NaN."""
@@ -122,12 +131,18 @@ class Call(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What has gradients, in the order of :class:`Gradients`."""
-        return (self.x, *self.weights, self.h0, self.c0)
+        return (self.x, *self.weights, self.h0, self.c0, *self.seq.states)
+
+    def on(self, tensors: Iterable[Tensor | None]) -> Call:
+        """The same of other tensors, in that order."""
+        x, *weights, h0, c0, h_reset, c_reset = tensors
+        assert x is not None and h0 is not None
+        of_layer = Weights(*weights)  # type: ignore[arg-type]
+        seq = self.seq.with_states(h_reset, c_reset)
+        return self._replace(x=x, weights=of_layer, h0=h0, c0=c0, seq=seq)
 
     def to(self, dtype: torch.dtype) -> Call:
-        x, *weights, h0, c0 = (None if t is None else t.to(dtype) for t in self.tensors)
-        assert x is not None and h0 is not None
-        return self._replace(x=x, weights=Weights(*weights), h0=h0, c0=c0)  # type: ignore[arg-type]
+        return self.on(None if t is None else t.to(dtype) for t in self.tensors)
 
 
 class Run(NamedTuple):
@@ -165,6 +180,8 @@ class Gradients(NamedTuple):
     norm_c_bias: Tensor | None
     h0: Tensor | None
     c0: Tensor | None
+    h_reset: Tensor | None
+    c_reset: Tensor | None
 
 
 class Wanted(NamedTuple):
@@ -183,6 +200,8 @@ class Wanted(NamedTuple):
     norm_c_bias: bool
     h0: bool
     c0: bool
+    h_reset: bool
+    c_reset: bool
 
 
 class Backend(Protocol):

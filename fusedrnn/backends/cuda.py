@@ -98,6 +98,8 @@ class Cuda(Ops):
             return f"has no {'zoneout' if request.zoneout else 'recurrent dropout'}"
         if request.layer_norm:
             return "has no layer norm"
+        if request.reset_states:
+            return "enters zeros at resets"
         return _missing or unfit(request) or unfit_dtype(request) or self._lacks(request)
 
     def algorithm(self, request: Request, rows: int) -> str:
@@ -134,6 +136,8 @@ def _forward(
     c0: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    h_reset: None,
+    c_reset: None,
     dropout: None,
     renew_h: None,
     renew_c: None,
@@ -185,6 +189,7 @@ def _backward(
     kept: Tensor,
     cell: int,
     reverse: bool,
+    reset_states: bool,
     rate_h: float,
     rate_c: float,
     want_x: bool,
@@ -205,8 +210,9 @@ def _backward(
     run = products.Recurrent(h_prev, m, dgx, dgx if additive else dgh, dh, dh0, dc0)
     weights = Weights(w_ih, w_hh, None, None, w_hr)
     wanted = Wanted(
-        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, *(False,) * 5, True, True
-    )
+        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, *(False,) * 5, True, True,
+        False, False,
+    )  # fmt: skip
     found = products.gradients(x, weights, run, wanted, _product)
     found_by_op = (*found[:10], *found[11:])  # norm_c has one gradient of two rows
     return tuple(x.new_empty(0) if d is None else d for d in found_by_op)

@@ -152,8 +152,6 @@ class Ops:
             return f"has no kernel for the cell {request.cell.name}"
         if request.hidden_size == 0:
             return "needs a hidden size of at least 1"
-        if request.initial:
-            return "enters zeros at resets"
         if request.layer_norm and request.cell.late:
             return f"has no layer norm of the cell {request.cell.name}"
         return None
@@ -164,7 +162,7 @@ class Ops:
     def _forward(self, call: Call, training: bool, bfloat16: bool) -> Run:
         """``bfloat16``: float32 tensors hold bfloat16 values, and h may be rounded to them."""
         cell, x, weights, h0, c0, seq, reverse, cell_states, noise = call
-        tensors = (x, *weights[:6], h0, c0, *seq.masks, *noise.masks, *weights.norms)
+        tensors = (x, *weights[:6], h0, c0, *seq, *noise.masks, *weights.norms)
         y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.recurrence_forward(
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
@@ -191,10 +189,11 @@ class Ops:
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
             reverse,
+            seq.h_reset is not None,
             *noise.rates,
             *wanted[:6],
         )
-        *of_weights, dparams, dnorm_ih, dnorm_hh, dnorm_c, dh0, dc0 = found
+        *of_weights, dparams, dnorm_ih, dnorm_hh, dnorm_c, dh0, dc0, dh_reset, dc_reset = found
         norms = [None] * 4
         if weights.norm_ih is not None:
             norms[:2] = dnorm_ih, dnorm_hh
@@ -202,8 +201,9 @@ class Ops:
             norms[2:] = dnorm_c.sum(1)
         if weights.params is not None:
             dparams = dparams.sum(1)
-        given = (*wanted[:11], True, c0 is not None)
-        all_of_them = (*of_weights, dparams, *norms, dh0, dc0)
+        given = (*wanted[:11], True, *(t is not None for t in (c0, *seq.states)))
+        of_states = dh0, dc0, dh_reset.sum(0), dc_reset.sum(1 if seq.c_reset is not None else 0)
+        all_of_them = (*of_weights, dparams, *norms, *of_states)
         return Gradients(*(d if g else None for d, g in zip(all_of_them, given, strict=True)))
 
 
@@ -355,6 +355,8 @@ def _fake_forward(
     c0: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    h_reset: Tensor | None,
+    c_reset: Tensor | None,
     dropout: Tensor | None,
     renew_h: Tensor | None,
     renew_c: Tensor | None,
@@ -404,6 +406,7 @@ def _fake_backward(
     kept: Tensor,
     cell: int,
     reverse: bool,
+    reset_states: bool,
     rate_h: float,
     rate_c: float,
     want_x: bool,
@@ -416,7 +419,7 @@ def _fake_backward(
     facts = facts_of(cell)
     wanted = want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr
     found = empty_gradients(x, w_ih, w_hh, w_hr, saved, facts.states, wanted)
-    rows = saved.shape[2:]
+    rows, others = saved.shape[2:], facts.states - 1
     gates = 0 if norm_ih is None else w_hh.shape[0]
     return (
         *found[:6],
@@ -425,6 +428,8 @@ def _fake_backward(
         x.new_empty(gates),
         x.new_empty((0,) if norm_c is None else (2, *rows)),
         *found[6:],
+        x.new_empty((rows[0], w_hh.shape[1]) if reset_states else (0,)),
+        x.new_empty((others, *rows) if reset_states and others else (0,)),
     )
 
 

@@ -39,6 +39,7 @@ class Recurrent(NamedTuple):
     dparams: Tensor | None = None  # [K,H]
     norms: Norms | None = None
     late: tuple[Tensor, int] | None = None  # [T,B,P] what the last rows of W_hh see, and how many
+    dreset: tuple[Tensor | None, Tensor | None] = None, None  # [P], [S-1,H], if states enter there
 
 
 class Product(Protocol):
@@ -124,5 +125,5 @@ def gradients(
         dw_hr = product(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))
     return Gradients(
         dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dparams, dnorm_ih, dnorm_hh, None, None,
-        run.dh0, run.dc0,
+        run.dh0, run.dc0, *run.dreset,
     )  # fmt: skip

@@ -76,9 +76,10 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     steps, planes = x.shape[0], (len(cell.gates), w_hh.shape[0] // len(cell.gates))
     gx = _gates(x.to(compute), w_ih, b_ih, norms[0]).unflatten(-1, planes)
     state = (h0.to(compute), *(() if c0 is None else c0.to(compute).unbind(0)))
-    initial = (x.new_zeros((), dtype=compute),) * len(state)
-    if seq.initial is not None:
-        initial = tuple(s.to(storage).to(compute) for s in seq.initial)
+    anew = (x.new_zeros((), dtype=compute),) * len(state)
+    if seq.h_reset is not None:
+        others = () if seq.c_reset is None else seq.c_reset.to(compute).unbind(0)
+        anew = (seq.h_reset.to(compute), *others)
     of_units = () if params is None else (params.unbind(0),)
     inside: dict[str, Any] = {}
     early = late = w_hh, b_hh
@@ -95,8 +96,8 @@ def recurrence(call: Call) -> tuple[Tensor, ...]:
     for t in range(steps - 1, -1, -1) if reverse else range(steps):
         begins = t + 1 if reverse else t  # a reset there cuts what enters this step
         if seq.resets is not None and begins < steps:
-            anew = seq.resets[begins].unsqueeze(-1)
-            state = tuple(torch.where(anew, i, s) for i, s in zip(initial, state, strict=True))
+            cut = seq.resets[begins].unsqueeze(-1)
+            state = tuple(torch.where(cut, a, s) for a, s in zip(anew, state, strict=True))
         h = state[0]
         if noise.dropout is not None:
             h = (h * noise.dropout).to(storage).to(compute)

@@ -46,8 +46,6 @@ class Triton:
             return (
                 f"has offsets of 32 bits into the weights, too few for {request.hidden_size} units"
             )
-        if request.initial:
-            return "enters zeros at resets"
         if request.proj_size:
             return "has no projection"
         if request.layer_norm or request.cell.late:
@@ -75,7 +73,7 @@ class Triton:
 
     def forward(self, call: Call, training: bool) -> Run:
         cell, x, weights, h0, c0, seq, reverse, cell_states, noise = call
-        tensors = (x, *weights[:4], *weights[5:], h0, c0, *seq.masks, *noise.masks)
+        tensors = (x, *weights[:4], *weights[5:], h0, c0, *seq, *noise.masks)
         y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.triton_forward(
             *_contiguous(*tensors), cell.key, reverse, training, cell_states, *noise.rates
         )
@@ -89,13 +87,13 @@ class Triton:
         tensors = (dy, dc, dh_n, dc_n, x, *weights[:2], *weights[5:])
         found = torch.ops.fusedrnn.triton_backward(
             *_contiguous(*tensors, *reserve, *seq.masks, *noise.masks), cell.key, reverse,
-            *noise.rates, *wanted[:5],
+            seq.h_reset is not None, *noise.rates, *wanted[:5],
         )  # fmt: skip
-        *of_weights, of_units, dnorm_ih, dnorm_hh, dh0, dc0 = found
+        *of_weights, of_units, dnorm_ih, dnorm_hh, dh0, dc0, dh_reset, dc_reset = found
         dparams, dnorm_c = of_units[: len(cell.params)], of_units[len(cell.params) :]
         norms = dnorm_ih, dnorm_hh, *(dnorm_c if weights.norm_c is not None else (None, None))
-        given = (*wanted[:11], True, c0 is not None)
-        all_of_them = (*of_weights, None, dparams, *norms, dh0, dc0)
+        given = (*wanted[:11], True, *(t is not None for t in (c0, *seq.states)))
+        all_of_them = (*of_weights, None, dparams, *norms, dh0, dc0, dh_reset, dc_reset)
         return Gradients(*(d if g else None for d, g in zip(all_of_them, given, strict=True)))
 
     def cell_update(

@@ -339,6 +339,7 @@ def forward(
     h0,  # [B,H]
     lengths,  # [B] or None
     resets,  # [T,B] or None
+    reset_states,  # [S,H] those that enter there, or None: zeros
     dropout,  # [B,H] of type COMPUTE, by which h is multiplied on its way into W_hh, or None
     renew_h,  # [T,B,H] 0 where h keeps the value it had before the step, else 1, or None: rate_h
     renew_c,  # the same of c
@@ -408,7 +409,10 @@ def forward(
         p = i_t * step + tile.row * H
         x = load_planes(gx + p * G + tile.gates, H, on, G, COMPUTE)
         anew = cuts(resets, t, T, B, tile, REVERSE)
-        state = select(anew, zeros(S, BLOCK_B, BLOCK_H, COMPUTE), state, S)
+        entering_anew = zeros(S, BLOCK_B, BLOCK_H, COMPUTE)
+        if reset_states is not None:
+            entering_anew = load_of_units(reset_states, tile, S, H, COMPUTE)
+        state = select(anew, entering_anew, state, S)
 
         gh = zeros(EARLY, BLOCK_B, BLOCK_H, COMPUTE)
         if N_H == 1:
@@ -433,6 +437,9 @@ def forward(
                 h = tl.load(p_y[:, None] + o_k[None, :], mask=k_y, other=0)
                 first_h = tl.load(p_h0[:, None] + o_k[None, :], mask=k_h0, other=0)
                 h = tl.where(from_h0[:, None], first_h, h)
+                if reset_states is not None:
+                    h_anew = tl.load(reset_states + o_k, mask=in_k, other=0).to(storage)
+                    h = tl.where(anew[:, None], h_anew[None, :], h)
                 if dropout is not None:
                     p_dropout = dropout + tile.row * H + tile.o_b[:, None] * H + o_k[None, :]
                     k_rows = tile.rows[:, None] & in_k[None, :]
@@ -508,21 +515,30 @@ def forward(
 
 @triton.jit
 def of_next(
-    dh, dgh, w_hh, resets, dropout, t, T, B, tile, G: tl.constexpr, EARLY: tl.constexpr,
-    H: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+    dstate, of_reset, dgh, w_hh, resets, dropout, t, T, B, tile, G: tl.constexpr,
+    EARLY: tl.constexpr, H: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, RESET_STATES: tl.constexpr,
 ):  # fmt: skip
-    """``dh`` of what leaves step t, with what the gates of the step after it add, but late ones."""
+    """``dstate`` of what leaves step t, with what the gates of the step after it add to that of h,
+    but late ones; and ``of_reset``, with what they add there, of states that enter at resets."""
     after = t - 1 if REVERSE else t + 1
-    on = tile.rows & (cuts(resets, after, T, B, tile, REVERSE) == 0)
+    cut = cuts(resets, after, T, B, tile, REVERSE)
+    on = tile.rows if RESET_STATES else tile.rows & (cut == 0)
     p_d = dgh + (tl.cast(after, tl.int64) * B + tile.row) * (G * H) + tile.o_b * (G * H)
-    sum = dh if dropout is None else tl.zeros_like(dh)
+    apart = dropout is not None or RESET_STATES
+    sum = tl.zeros_like(dstate[0]) if apart else dstate[0]
     sums = add_products(
         (sum,), p_d, on, w_hh, tile, H, EARLY * H, H, 1, PRECISION, BLOCK_K
     )  # fmt: skip
     sum = sums[0]
     if dropout is not None:
-        sum = dh + sum * factors_of(dropout, tile, H)
-    return sum
+        sum *= factors_of(dropout, tile, H)
+    if RESET_STATES:
+        of_reset = (of_reset[0] + tl.where(cut[:, None], sum, 0),) + of_reset[1:]
+        sum = tl.where(cut[:, None], 0, sum)
+    if apart:
+        sum += dstate[0]
+    return (sum,) + dstate[1:], of_reset
 
 
 @specialised
@@ -548,6 +564,7 @@ def backward(
     dproduct,  # [T,B,G*H] of W_hh h where that is normalised, else None
     dstates,  # [S,B,H] of type COMPUTE: the gradients of what left step first, then of the rest
     dparameters,  # [..,B,H] of type COMPUTE, to which those of each row are added
+    dreset,  # [S,B,H] likewise, of the states that enter at resets, or None: zeros do
     counters,  # [rows of programs] 0, where programs meet
     numbers,  # [NORM,N_H,2,B] of type COMPUTE, what they then tell each other
     rate_h: tl.float64,
@@ -594,6 +611,10 @@ def backward(
     if NORM > 1:
         gain_of_state, bias_of_state = load_of_units(parameters + K * H, tile, 2, H, COMPUTE)
     sums = load_planes(dparameters + tile.row * H + tile.plane, step, tile.mask, PARAMS, COMPUTE)
+    RESET_STATES: tl.constexpr = dreset is not None
+    of_reset = ()
+    if RESET_STATES:
+        of_reset = load_planes(dreset + tile.row * H + tile.plane, step, tile.mask, S, COMPUTE)
     if N_H == 1:
         weights = ()
         for g in tl.static_range(G):
@@ -617,11 +638,10 @@ def backward(
             if s > 0:
                 if MEETS:
                     wait(counters + i_b, N_H * (WITHIN + 1) * s)
-                dh = of_next(
-                    dstate[0], of_product, w_hh, resets, dropout, t, T, B, tile, G, EARLY, H,
-                    REVERSE, PRECISION, BLOCK_K,
+                dstate, of_reset = of_next(
+                    dstate, of_reset, of_product, w_hh, resets, dropout, t, T, B, tile, G, EARLY,
+                    H, REVERSE, PRECISION, BLOCK_K, RESET_STATES,
                 )  # fmt: skip
-                dstate = (dh,) + dstate[1:]
         dnew = add(dnew, dstate, S)
         if ZONEOUT:
             of_new = shares(renew_h, renew_c, rate_h, rate_c, p + tile.plane, on, S, COMPUTE)
@@ -696,17 +716,21 @@ def backward(
             before = (dh,) + before[1:]
         dstate = select(active, before, dstate, S)
         anew = cuts(resets, t, T, B, tile, REVERSE)
-        dstate = select(anew, zeros(S, BLOCK_B, BLOCK_H, COMPUTE), dstate, S)
+        none = zeros(S, BLOCK_B, BLOCK_H, COMPUTE)
+        if RESET_STATES:
+            of_reset = add(of_reset, select(anew, dstate, none, S), S)
+        dstate = select(anew, none, dstate, S)
 
     if N_H > 1:
         if last == T and (MEETS or first == T):  # each step with a launch of its own: so does this
             if MEETS:
                 wait(counters + i_b, N_H * (WITHIN + 1) * T)
             t = T if REVERSE else -1
-            dh = of_next(
-                dstate[0], of_product, w_hh, resets, dropout, t, T, B, tile, G, EARLY, H,
-                REVERSE, PRECISION, BLOCK_K,
+            dstate, of_reset = of_next(
+                dstate, of_reset, of_product, w_hh, resets, dropout, t, T, B, tile, G, EARLY, H,
+                REVERSE, PRECISION, BLOCK_K, RESET_STATES,
             )  # fmt: skip
-            dstate = (dh,) + dstate[1:]
     store_planes(dstates + tile.row * H + tile.plane, step, dstate, tile.rows, tile.mask, S)
+    if RESET_STATES:
+        store_planes(dreset + tile.row * H + tile.plane, step, of_reset, tile.rows, tile.mask, S)
     store_planes(dparameters + tile.row * H + tile.plane, step, sums, tile.rows, tile.mask, PARAMS)

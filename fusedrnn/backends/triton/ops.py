@@ -157,6 +157,8 @@ def _forward(
     c0: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    h_reset: Tensor | None,
+    c_reset: Tensor | None,
     dropout: Tensor | None,
     renew_h: Tensor | None,
     renew_c: Tensor | None,
@@ -190,6 +192,7 @@ def _forward(
         "h0": h0,
         "lengths": lengths,
         "resets": resets,
+        "reset_states": _of_units(h_reset, c_reset),
         "y": y,
         "c": c if cell_states else None,
         "h_prev": h_prev if training else None,
@@ -270,6 +273,7 @@ def _backward(
     renew_c: Tensor | None,
     cell: str,
     reverse: bool,
+    reset_states: bool,
     rate_h: float,
     rate_c: float,
     want_x: bool,
@@ -293,6 +297,7 @@ def _backward(
     dstates = x.new_zeros(len(facts.states), rows, hidden, dtype=wide)
     units = 0 if parameters is None else len(parameters)
     dparameters = x.new_zeros(units, rows, hidden, dtype=wide)
+    dreset = torch.zeros_like(dstates) if reset_states else None
     if dh_n is not None:
         dstates[0] = dh_n
     if dc_n is not None:
@@ -316,6 +321,7 @@ def _backward(
         "dproduct": dproduct,
         "dstates": dstates,
         "dparameters": dparameters,
+        "dreset": dreset,
     }
     _launch(h_prev, facts, hidden, noise, reverse, True, norms is not None, arguments)
     dh0, dc0 = (d.to(x.dtype, copy=True) for d in (dstates[0], dstates[1:]))
@@ -323,10 +329,14 @@ def _backward(
     d_of_units = dparameters.sum(1).to(x.dtype)
     entering = h_prev if dropout is None else (h_prev * dropout).to(x.dtype)
     of_late = (late.view_as(h_prev), facts.late * hidden) if facts.late else None
-    run = products.Recurrent(entering, m, dgx, dgh, None, dh0, dc0, d_of_units, norms, of_late)
-    wanted = Wanted(
-        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, *(True,) * 4, True, True
+    d_of_reset: tuple[Tensor | None, Tensor | None] = None, None
+    if dreset is not None:
+        summed = dreset.sum(1).to(x.dtype)
+        d_of_reset = summed[0].clone(), summed[1:].clone() if len(facts.states) > 1 else None
+    run = products.Recurrent(
+        entering, m, dgx, dgh, None, dh0, dc0, d_of_units, norms, of_late, d_of_reset
     )
+    wanted = Wanted(want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, *(True,) * 8)
     weights = Weights(w_ih, w_hh, None, None, norm_ih=norm_ih, norm_hh=norm_hh)
     found = products.gradients(x, weights, run, wanted, products.product)
     of_op = (*found[:5], *found[6:9], *found[11:])
@@ -387,6 +397,8 @@ def _fake_forward(
     c0: Tensor | None,
     lengths: Tensor | None,
     resets: Tensor | None,
+    h_reset: Tensor | None,
+    c_reset: Tensor | None,
     dropout: Tensor | None,
     renew_h: Tensor | None,
     renew_c: Tensor | None,
@@ -428,17 +440,21 @@ def _fake_backward(
     renew_c: Tensor | None,
     cell: str,
     reverse: bool,
+    reset_states: bool,
     rate_h: float,
     rate_c: float,
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
     facts = by_key(cell)
+    others = len(facts.states) - 1
     found = empty_gradients(x, w_ih, w_hh, None, saved, len(facts.states), (*wanted, False))
     units = len(facts.params) + (0 if norm_c is None else 2)
     of_gates = w_hh.shape[0] if norm_hh is not None else 0
     return (
         *found[:5], x.new_empty(units, w_hh.shape[1]), x.new_empty(of_gates),
         x.new_empty(of_gates), *found[6:],
+        x.new_empty(w_hh.shape[1] if reset_states else 0),
+        x.new_empty((others, w_hh.shape[1]) if reset_states and others else (0,)),
     )  # fmt: skip
 
 
@@ -446,7 +462,7 @@ _library = torch.library.Library("fusedrnn", "FRAGMENT")
 _library.define(
     "triton_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
     "Tensor? params, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_c_bias, "
-    "Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
+    "Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, Tensor? h_reset, Tensor? c_reset, "
     "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, str cell, bool reverse, bool training, "
     "bool cell_states, float rate_h, float rate_c) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
     "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -456,9 +472,11 @@ _library.define(
     "Tensor w_hh, Tensor? params, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
     "Tensor? norm_c_bias, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, Tensor hats, "
     "Tensor hats_of_state, Tensor scales, Tensor late, Tensor? lengths, Tensor? resets, "
-    "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, str cell, bool reverse, float rate_h, "
-    "float rate_c, bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor? dropout, Tensor? renew_h, Tensor? renew_c, str cell, bool reverse, bool reset_states, "
+    "float rate_h, float rate_c, bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, "
+    "bool want_b_hh) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor)"
 )
 _library.define("triton_update(Tensor gates, Tensor c, str cell) -> (Tensor, Tensor)")
 _library.define(
