@@ -16,7 +16,7 @@ WITH_LOOP = [  # of bench/variants.py
     *("peephole", "coupled gates", "coupled gates, peephole"),
     *("layer norm", "recurrent dropout", "zoneout", "GRU, reset before"),
 ]
-ARGUMENTS = ["lengths 1..T", "lengths T/2", "resets"]
+ARGUMENTS = ["lengths 1..T", "lengths T/2", "resets", "resets, learned states"]
 
 
 def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
