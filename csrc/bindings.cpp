@@ -140,10 +140,10 @@ ForwardResultWithNorms recurrence_forward(
   });
 }
 
-// dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, dparams of each row, dnorm_ih, dnorm_hh, those of norm_c
-// and norm_c_bias of each row, dh0, dc0, those of the states at resets of each row
+// dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, of each row dparams, those of norm_ih and norm_hh and
+// those of norm_c and norm_c_bias, dh0, dc0, of each row those of the states at resets
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                  Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+                                  Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BackwardResult recurrence_backward(
     OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
@@ -182,8 +182,7 @@ BackwardResult recurrence_backward(
                                 make(want_b_hh, {gates}),
                                 make(want_w_hr, {args.p, args.h}),
                                 dparams,
-                                make(norm_ih.has_value(), {gates}),
-                                make(norm_ih.has_value(), {gates}),
+                                make(norm_ih.has_value(), {2, args.b, gates}),
                                 make(norm_c.has_value(), {2, args.b, args.h}),
                                 dh0,
                                 dc0,
@@ -199,11 +198,10 @@ BackwardResult recurrence_backward(
     write(args.db_ih, want_b_ih, std::get<3>(result));
     write(args.db_hh, want_b_hh, std::get<4>(result));
     write(args.dw_hr, want_w_hr, std::get<5>(result));
-    write(args.dgain_ih, norm_ih.has_value(), std::get<7>(result));
-    write(args.dgain_hh, norm_ih.has_value(), std::get<8>(result));
-    write(args.dnorm_c, norm_c.has_value(), std::get<9>(result));
-    write(args.dreset.h, reset_states, std::get<12>(result));
-    write(args.dreset.c, others, std::get<13>(result));
+    write(args.dgains, norm_ih.has_value(), std::get<7>(result));
+    write(args.dnorm_c, norm_c.has_value(), std::get<8>(result));
+    write(args.dreset.h, reset_states, std::get<11>(result));
+    write(args.dreset.c, others, std::get<12>(result));
     frnn::cpu::backward(static_cast<int>(cell_index), args, torch_pool());
     return result;
   });
@@ -315,7 +313,7 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool "
       "want_w_hr) -> "
       "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
-      "Tensor dparams, Tensor dnorm_ih, Tensor dnorm_hh, Tensor dnorm_c, Tensor dh0, Tensor dc0, "
+      "Tensor dparams, Tensor dgains, Tensor dnorm_c, Tensor dh0, Tensor dc0, "
       "Tensor dh_reset, Tensor dc_reset)");
   library.def(
       "cell_update(Tensor gates, Tensor c, Tensor? params, int cell) -> (Tensor h, Tensor c_new)");

@@ -154,9 +154,8 @@ struct BackwardArgs : frnn::BackwardArgs<S> {
   S* db_hh;  // [G*H] out, or null
   S* dw_hr;  // [P, H] out, or null
 
-  S* dgain_ih;  // [G*H] out, or null without norm
-  S* dgain_hh;  // [G*H] out, or null without norm
-  S* dnorm_c;   // [2, B, H] out, or null: of gain_c and bias_c, of each row
+  S* dgains;   // [2, B, G*H] out, or null without norm: of gain_ih and gain_hh, of each row
+  S* dnorm_c;  // [2, B, H] out, or null: of gain_c and bias_c, of each row
 };
 
 // One step of a cell alone that has the states h and c, is additive and does not read h.

@@ -127,8 +127,7 @@ class Backward {
     clear(slice, kGates * a_.h, 1, a_.db_ih);
     clear(slice, kGates * a_.h, 1, a_.db_hh);
     if (a_.w_hr) clear(slice, a_.p, a_.h, a_.dw_hr);
-    clear(slice, kGates * a_.h, 1, a_.dgain_ih);
-    clear(slice, kGates * a_.h, 1, a_.dgain_hh);
+    clear(slice, 2 * a_.b, kGates * a_.h, a_.dgains);
     clear(slice, 2 * a_.b, a_.h, a_.dnorm_c);
   }
 
@@ -249,17 +248,19 @@ class Backward {
     });
   }
 
-  // Of gate g of a product at p, for the row r of [T*B]: the hat, and its gradient.
+  // Of gate g of a product at p, for the row r of [T*B]: the hat, the gradient of what its gain
+  // makes of it, and its own.
   struct OfProduct {
-    V hat, d;
+    V hat, d, of_hat;
   };
   OfProduct of_product(int which, int g, const Place& p, int64_t r,
                        const StepGradients<T>& of) const {
     const int64_t offset = g * a_.h + p.unit;
     const T *gains = which == 0 ? a_.norm.gain_ih : a_.norm.gain_hh,
             *d = (which == 0 ? of.dgx : of.dgh) + p.row * kGates * a_.h;
-    return {frnn::load<V>(hats(which, r) + offset, p.n),
-            frnn::load<V>(d + offset, p.n) * frnn::load<V>(gains + offset, p.n)};
+    const V value = frnn::load<V>(d + offset, p.n);
+    return {frnn::load<V>(hats(which, r) + offset, p.n), value,
+            value * frnn::load<V>(gains + offset, p.n)};
   }
   const T* hats(int which, int64_t r) const {
     return (which == 0 ? a_.norm.hat_ih : a_.norm.hat_hh) + r * kGates * a_.h;
@@ -272,10 +273,11 @@ class Backward {
     for (int which = 0; which < 2; ++which) {
       V sums[2] = {};
       for (int g = 0; g < kGates; ++g) {
-        const auto [hat, d] = of_product(which, g, p, r, of);
+        const auto [hat, d, of_hat] = of_product(which, g, p, r, of);
         __builtin_prefetch(hats(which, r + 1) + g * a_.h + p.unit);
-        sums[0] += d;
-        sums[1] += d * hat;
+        sums[0] += of_hat;
+        sums[1] += of_hat * hat;
+        add(a_.dgains + ((which * a_.b + row) * kGates + g) * a_.h + p.unit, d * hat, p.n);
       }
       of_products_[which].put(row, block, sums_of_lanes<T>(sums[0], sums[1]));
     }
@@ -302,8 +304,9 @@ class Backward {
     for (int g = 0; g < kGates; ++g) {
       each_block<T>(slice.hidden, a_.h, [&]<bool kWhole>(int64_t block) {
         const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
-        const auto [hat, d] = of_product(which, g, p, r, of);
-        frnn::store(to + g * a_.h + p.unit, scale * (d - means.first - hat * means.second), p.n);
+        const auto [hat, _, of_hat] = of_product(which, g, p, r, of);
+        const V d = scale * (of_hat - means.first - hat * means.second);
+        frnn::store(to + g * a_.h + p.unit, d, p.n);
       });
     }
   }
@@ -441,7 +444,8 @@ class Backward {
     const StepGradients<T>& g = c.gradients;
     const T* x = a_.x + first * a_.i;
     const T* h_prev = a_.h_prev + first * a_.p;
-    add_sums(g, first, units, rows);
+    add_rows(g.dgx, gates, units, rows, a_.db_ih);
+    add_rows(g.dgh, gates, units, rows, a_.db_hh);
     const T *of_x = dproduct(0, g), *of_h = dproduct(1, g);
     if (a_.dx) multiply_dx(slice, of_x, all);
     const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
@@ -462,25 +466,6 @@ class Backward {
     if (a_.w_hr) {
       const OuterProduct<T> dw_hr{a_.m + first * a_.h, a_.h, a_.dw_hr};
       outer.add(g.dh, a_.p, share(slice, a_.p), rows, {dw_hr, none});
-    }
-  }
-
-  // To the gradients of gains and biases, what some rows of [T*B], counted from the first, give for
-  // some units.
-  void add_sums(const StepGradients<T>& g, int64_t first, Range units, const Rows& rows) const {
-    const int64_t gates = kGates * a_.h;
-    if (normalises()) {
-      const Gains<T> of_x{a_.norm.hat_ih + first * gates, a_.dgain_ih, a_.db_ih};
-      const Gains<T> of_h{a_.norm.hat_hh + first * gates, a_.dgain_hh, a_.db_hh};
-      if (Cell::kAdditive) {
-        add_gains<T, 2>(g.dgx, gates, units, rows, {of_x, of_h});
-      } else {
-        add_gains<T, 1>(g.dgx, gates, units, rows, {of_x});
-        add_gains<T, 1>(g.dgh, gates, units, rows, {of_h});
-      }
-    } else {
-      add_rows(g.dgx, gates, units, rows, a_.db_ih);
-      add_rows(g.dgh, gates, units, rows, a_.db_hh);
     }
   }
 

@@ -56,44 +56,6 @@ Vec<T> first_lanes(int64_t n) {
   return v;
 }
 
-// What is normalised, and the sums over rows of its gradient: times the hats [.., columns], and
-// alone.
-template <class T>
-struct Gains {
-  const T* hats;
-  T *dgains, *dbiases;  // [columns], or null
-};
-// Adds for some of the columns what rows of d [.., columns] give, the gradient of all that is in
-// `of`. A few rows at a time: what comes from memory lies in rows.
-template <class T, int kCount>
-__attribute__((noinline)) void add_gains(const T* d, int64_t columns, Range some, const Rows& rows,
-                                         const Gains<T> (&of)[kCount]) {
-  using V = Vec<T>;
-  constexpr int64_t kFew = 4;
-  for (int64_t i = 0; i < rows.count; i += kFew) {
-    const int64_t end = min(rows.count, i + kFew);
-    for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
-      const int n = static_cast<int>(min(kLanes<T>, some.end - j));
-      V sum{}, sums[kCount] = {};
-      for (int64_t k = i; k < end; ++k) {
-        const int64_t offset = rows[k] * columns + j;
-        const int64_t ahead = rows[min(k + kFew, rows.count - 1)] * columns + j;
-        const V value = frnn::load<V>(d + offset, n);
-        __builtin_prefetch(d + ahead);
-        sum += value;
-        for (int m = 0; m < kCount; ++m) {
-          sums[m] += value * frnn::load<V>(of[m].hats + offset, n);
-          __builtin_prefetch(of[m].hats + ahead);
-        }
-      }
-      for (int m = 0; m < kCount; ++m) {
-        if (T* to = of[m].dgains) frnn::store(to + j, frnn::load<V>(to + j, n) + sums[m], n);
-        if (T* to = of[m].dbiases) frnn::store(to + j, frnn::load<V>(to + j, n) + sum, n);
-      }
-    }
-  }
-}
-
 // Two numbers for each block of some rows, and what each slice makes of a row's.
 template <class T>
 class Statistics {

@@ -214,7 +214,7 @@ def _backward(
         False, False,
     )  # fmt: skip
     found = products.gradients(x, weights, run, wanted, _product)
-    found_by_op = (*found[:10], *found[11:])  # norm_c has one gradient of two rows
+    found_by_op = (*found[:8], found[9], *found[11:])  # norms have one gradient of two
     return tuple(x.new_empty(0) if d is None else d for d in found_by_op)
 
 

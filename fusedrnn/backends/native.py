@@ -193,10 +193,10 @@ class Ops:
             *noise.rates,
             *wanted[:6],
         )
-        *of_weights, dparams, dnorm_ih, dnorm_hh, dnorm_c, dh0, dc0, dh_reset, dc_reset = found
+        *of_weights, dparams, dgains, dnorm_c, dh0, dc0, dh_reset, dc_reset = found
         norms = [None] * 4
         if weights.norm_ih is not None:
-            norms[:2] = dnorm_ih, dnorm_hh
+            norms[:2] = dgains.sum(1)
         if weights.norm_c is not None:
             norms[2:] = dnorm_c.sum(1)
         if weights.params is not None:
@@ -420,12 +420,10 @@ def _fake_backward(
     wanted = want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr
     found = empty_gradients(x, w_ih, w_hh, w_hr, saved, facts.states, wanted)
     rows, others = saved.shape[2:], facts.states - 1
-    gates = 0 if norm_ih is None else w_hh.shape[0]
     return (
         *found[:6],
         x.new_empty((facts.params, *rows) if facts.params else (0,)),
-        x.new_empty(gates),
-        x.new_empty(gates),
+        x.new_empty((0,) if norm_ih is None else (2, rows[0], w_hh.shape[0])),
         x.new_empty((0,) if norm_c is None else (2, *rows)),
         *found[6:],
         x.new_empty((rows[0], w_hh.shape[1]) if reset_states else (0,)),
