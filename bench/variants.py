@@ -85,9 +85,10 @@ VARIANTS = (
     Variant("lengths T/2", arguments=lambda s: {"lengths": torch.full((s.B,), s.T // 2)}),
     Variant("resets", arguments=lambda shape: {"resets": some_resets(shape)}),
     Variant(
-        "resets, learned states", {"initial_state": "learned"},
+        "resets, learned states",
+        {"initial_state": "learned"},
         lambda shape: {"resets": some_resets(shape)},
-    ),  # fmt: skip
+    ),
 )
 
 

@@ -302,13 +302,16 @@ def planted(monkeypatch, name: str, source: str) -> None:
     """A function of the kernels in other words."""
     from triton import jit
 
-    from fusedrnn.backends.triton import kernels
+    from fusedrnn.backends.triton import kernels, meetings, tiles
 
-    path = kernels.__file__ + f".{name}"
+    home = inspect.getmodule(getattr(kernels, name).fn)
+    path = home.__file__ + f".{name}"
     monkeypatch.setitem(__import__("linecache").cache, path, (0, None, source.splitlines(True), ""))
-    scope = dict(vars(kernels))
+    scope = dict(vars(home))
     exec(compile(source, path, "exec"), scope)
-    monkeypatch.setattr(kernels, name, jit(scope[name]))
+    for module in (kernels, meetings, tiles):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, jit(scope[name]))
 
 
 RACES = {

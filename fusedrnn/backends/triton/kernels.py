@@ -19,14 +19,35 @@ operands of products; everything else is of type ``COMPUTE``. Names begin with w
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from fusedrnn.backends.reference import NORM_EPSILON
-
-EPSILON = tl.constexpr(NORM_EPSILON)
+from fusedrnn.backends.triton.meetings import (
+    arrive,
+    meeting,
+    normalised,
+    of_normalised,
+    store_scale,
+    wait,
+)
+from fusedrnn.backends.triton.tiles import (
+    add,
+    add_product,
+    add_products,
+    cuts,
+    entering,
+    factors_of,
+    load_of_units,
+    load_planes,
+    load_weights,
+    multiply,
+    operand,
+    select,
+    shares,
+    store_planes,
+    tile_of,
+    zeros,
+)
 
 # For one plan one kernel is compiled, whatever T and B are, and wherever h0 begins in a stack's
 # states. An argument must not be called params: what Triton generates to launch a kernel has that
@@ -35,298 +56,6 @@ specialised = triton.jit(
     do_not_specialize=["T", "B", "first", "last", "rows_before"],
     do_not_specialize_on_alignment=["h0", "lengths", "resets"],
 )
-
-
-class Tile(NamedTuple):
-    """What a program owns."""
-
-    row: tl.tensor  # the first one, of 64 bits; offsets are from there, and of 32
-    i_h: tl.tensor  # which of those that share the rows it is
-    o_b: tl.tensor  # [BLOCK_B]
-    o_h: tl.tensor  # [BLOCK_H]
-    rows: tl.tensor  # [BLOCK_B] those there are
-    units: tl.tensor  # [BLOCK_H]
-    mask: tl.tensor  # [BLOCK_B, BLOCK_H]
-    plane: tl.tensor  # [BLOCK_B, BLOCK_H] in [B,H]
-    gates: tl.tensor  # [BLOCK_B, BLOCK_H] in [B,G*H]
-    length: tl.tensor  # [BLOCK_B] steps of each row
-
-
-@triton.jit
-def tile_of(
-    i_b, i_h, lengths, T, B, G: tl.constexpr, H: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    row = i_b.to(tl.int64) * BLOCK_B
-    o_b, o_h = tl.arange(0, BLOCK_B), i_h * BLOCK_H + tl.arange(0, BLOCK_H)
-    rows, units = row + o_b < B, o_h < H
-    length = tl.zeros((BLOCK_B,), tl.int32) + T
-    if lengths is not None:
-        given = tl.load(lengths + row + o_b, mask=rows, other=0)
-        length = tl.minimum(given, T).to(tl.int32)
-    mask = rows[:, None] & units[None, :]
-    plane = o_b[:, None] * H + o_h[None, :]
-    gates = o_b[:, None] * (G * H) + o_h[None, :]
-    return Tile(row, i_h, o_b, o_h, rows, units, mask, plane, gates, length)
-
-
-@triton.jit
-def load_planes(p, stride, mask, N: tl.constexpr, DTYPE: tl.constexpr):
-    """N blocks that lie ``stride`` apart, 0 where masked."""
-    out = ()
-    for n in tl.static_range(N):
-        out += (tl.load(p + n * stride, mask=mask, other=0).to(DTYPE),)
-    return out
-
-
-@triton.jit
-def load_of_units(p, tile, N: tl.constexpr, H: tl.constexpr, DTYPE: tl.constexpr):
-    """N rows ``[1, BLOCK_H]`` of an array [N,H]."""
-    out = ()
-    for n in tl.static_range(N):  # p may be None if N is 0
-        out += load_planes(p + n * H + tile.o_h[None, :], 0, tile.units[None, :], 1, DTYPE)
-    return out
-
-
-@triton.jit
-def store_planes(p, stride, values, on, mask, N: tl.constexpr):
-    """N blocks, 0 in the rows that are not ``on``."""
-    for n in tl.static_range(N):
-        value = tl.where(on[:, None], values[n], 0)
-        tl.store(p + n * stride, value.to(p.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def select(on, values, others, N: tl.constexpr):
-    """``values`` in the rows that are ``on``, else ``others``."""
-    out = ()
-    for n in tl.static_range(N):
-        out += (tl.where(on[:, None], values[n], others[n]),)
-    return out
-
-
-@triton.jit
-def add(values, others, N: tl.constexpr):
-    out = ()
-    for n in tl.static_range(N):
-        out += (values[n] + others[n],)
-    return out
-
-
-@triton.jit
-def multiply(values, others, N: tl.constexpr):
-    out = ()
-    for n in tl.static_range(N):
-        out += (values[n] * others[n],)
-    return out
-
-
-@triton.jit
-def sum_of_row(values, N: tl.constexpr):
-    """[BLOCK_B]"""
-    sum = tl.sum(values[0], 1)
-    for n in tl.static_range(1, N):
-        sum += tl.sum(values[n], 1)
-    return sum
-
-
-@triton.jit
-def zeros(N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, DTYPE: tl.constexpr):
-    out = ()
-    for _ in tl.static_range(N):
-        out += (tl.zeros((BLOCK_B, BLOCK_H), DTYPE),)
-    return out
-
-
-@triton.jit
-def operand(x, PRECISION: tl.constexpr):
-    """``x`` as products take it: tf32 is made here, to nearest and ties away from zero, for tensor
-    cores would cut it."""
-    if PRECISION == "tf32":
-        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x
-
-
-@triton.jit
-def add_product(sum, a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, sum, input_precision=PRECISION, out_dtype=sum.dtype)
-
-
-@triton.jit
-def load_weights(p, o_k, in_k, tile, stride, PRECISION: tl.constexpr):
-    """``[BLOCK_K, BLOCK_H]``: what the units of a tile have in rows that lie ``stride`` apart."""
-    mask = in_k[:, None] & tile.units[None, :]
-    w = tl.load(p + o_k[:, None] * stride + tile.o_h[None, :], mask=mask, other=0)
-    return operand(w, PRECISION)
-
-
-@triton.jit
-def add_products(
-    sums, p, on, w, tile, stride, K: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``sums`` and the products of rows of K numbers at ``p [BLOCK_B]`` with N planes of w, which
-    lie H apart in its rows, ``stride`` apart."""
-    for k in range(0, K, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        in_k = o_k < K
-        a = tl.load(p[:, None] + o_k[None, :], mask=on[:, None] & in_k[None, :], other=0)
-        a = operand(a, PRECISION)
-        out = ()
-        for n in tl.static_range(N):
-            of_plane = load_weights(w + n * H, o_k, in_k, tile, stride, PRECISION)
-            out += (add_product(sums[n], a, of_plane, PRECISION),)
-        sums = out
-    return sums
-
-
-@triton.jit
-def factors_of(dropout, tile, H: tl.constexpr):
-    """Those of the tile's own h on its way into W_hh, or None."""
-    factors = None
-    if dropout is not None:
-        factors = tl.load(dropout + tile.row * H + tile.plane, mask=tile.mask, other=0)
-    return factors
-
-
-@triton.jit
-def entering(h, factors, DTYPE: tl.constexpr):
-    """What of the tile's own h goes into products, rounded as they find it."""
-    if factors is not None:
-        h *= factors
-    return h.to(DTYPE).to(h.dtype)
-
-
-@triton.jit
-def cuts(resets, t, T, B, tile, REVERSE: tl.constexpr):
-    """The rows in which nothing passes from the step before, in the direction, into step t."""
-    begins = t + 1 if REVERSE else t
-    if resets is None:
-        cut = tile.o_b < 0
-    else:
-        p = resets + tl.cast(begins, tl.int64) * B + tile.row
-        cut = tl.load(p + tile.o_b, mask=tile.rows & (begins < T), other=0).to(tl.float32) != 0
-    return cut
-
-
-@triton.jit
-def share(renew, rate, o, mask, DTYPE: tl.constexpr):
-    """Of the new value in a state, the rest being of the old one."""
-    if renew is None:
-        out = tl.cast(rate, DTYPE)
-    else:
-        out = tl.load(renew + o, mask=mask, other=0).to(DTYPE)
-    return out
-
-
-@triton.jit
-def shares(renew_h, renew_c, rate_h, rate_c, o, mask, S: tl.constexpr, DTYPE: tl.constexpr):
-    """Of the states that have zones, h and c."""
-    out = (share(renew_h, rate_h, o, mask, DTYPE),)
-    if S > 1:
-        out += (share(renew_c, rate_c, o, mask, DTYPE),)
-    return out
-
-
-@triton.jit
-def arrive(p_counter):
-    """What the program stored before is there for those that have waited."""
-    tl.debug_barrier()
-    tl.atomic_add(p_counter, 1, sem="release")
-
-
-@triton.jit
-def wait(p_counter, arrivals):
-    while tl.atomic_add(p_counter, 0, sem="acquire") < arrivals:
-        pass
-    tl.debug_barrier()
-
-
-class Meeting(NamedTuple):
-    """Of the programs of some rows, within a step."""
-
-    counter: tl.tensor
-    arrivals: tl.tensor  # after all have come
-    numbers: tl.tensor  # [N_H,2,B] of type COMPUTE, not used by the next meeting
-
-
-@triton.jit
-def meeting(counters, numbers, i_b, s, k: tl.constexpr, B, N_H: tl.constexpr, WITHIN: tl.constexpr):
-    """The k-th of step s, from 1; the one after them all ends the step."""
-    out = None
-    if N_H > 1:
-        arrivals = N_H * (s * (WITHIN + 1) + k)
-        out = Meeting(counters + i_b, arrivals, numbers + (k - 1) * 2 * N_H * tl.cast(B, tl.int64))
-    return out
-
-
-@triton.jit
-def of_all_programs(first, second, meeting, tile, B, N_H: tl.constexpr):
-    """Two numbers a row [BLOCK_B] of each program, as two [N, BLOCK_B], 0 from N_H on."""
-    p = meeting.numbers + tile.row + tile.o_b
-    tl.store(p + tile.i_h * 2 * B, first, mask=tile.rows)
-    tl.store(p + (tile.i_h * 2 + 1) * B, second, mask=tile.rows)
-    arrive(meeting.counter)
-    wait(meeting.counter, meeting.arrivals)
-    o_n = tl.arange(0, triton.next_power_of_2(N_H))[:, None]
-    p = meeting.numbers + tile.row + tile.o_b[None, :] + o_n * 2 * B
-    on = (o_n < N_H) & tile.rows[None, :]
-    return tl.load(p, mask=on, other=0), tl.load(p + B, mask=on, other=0)
-
-
-@triton.jit
-def normalised(
-    values, meeting, tile, B, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """``values`` less their mean over their standard deviation, those that N planes have in a row
-    together; and one over that deviation [BLOCK_B]. What is squared lies about a mean: of squares
-    less that of the mean little might remain."""
-    N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    mean = sum_of_row(values, N) / (N * tl.minimum(H - tile.i_h * BLOCK_H, BLOCK_H))
-    deltas = ()
-    for n in tl.static_range(N):
-        deltas += (tl.where(tile.units[None, :], values[n] - mean[:, None], 0),)
-    squares = sum_of_row(multiply(deltas, deltas, N), N)
-    if N_H > 1:
-        means, of_each = of_all_programs(mean, squares, meeting, tile, B, N_H)
-        o_n = tl.arange(0, triton.next_power_of_2(N_H))
-        counts = (N * tl.maximum(tl.minimum(H - o_n * BLOCK_H, BLOCK_H), 0))[:, None]
-        own, mean = mean, tl.sum(counts * means, 0) / (N * H)
-        means -= mean[None, :]
-        squares = tl.sum(of_each + counts * means * means, 0)
-        others = ()
-        for n in tl.static_range(N):
-            others += (deltas[n] + (own - mean)[:, None],)
-        deltas = others
-    scale = 1 / tl.sqrt(squares / (N * H) + EPSILON)
-    hats = ()
-    for n in tl.static_range(N):
-        hats += (deltas[n] * scale[:, None],)
-    return hats, scale
-
-
-@triton.jit
-def of_normalised(
-    d, hats, scale, meeting, tile, B, H: tl.constexpr, BLOCK_H: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """The gradient of what was normalised, from ``d`` of the hats."""
-    N_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    alone, times_hats = sum_of_row(d, N), sum_of_row(multiply(d, hats, N), N)
-    if N_H > 1:
-        alone, times_hats = of_all_programs(alone, times_hats, meeting, tile, B, N_H)
-        alone, times_hats = tl.sum(alone, 0), tl.sum(times_hats, 0)
-    alone, times_hats = alone[:, None] / (N * H), times_hats[:, None] / (N * H)
-    out = ()
-    for n in tl.static_range(N):
-        out += (scale[:, None] * (d[n] - alone - hats[n] * times_hats),)
-    return out
-
-
-@triton.jit
-def store_scale(p, scale, active, tile):
-    """One program of a row does it."""
-    tl.store(p + tile.o_b, tl.where(active, scale, 0), mask=tile.rows & (tile.i_h == 0))
 
 
 @specialised

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedrnn.backends.triton.kernels import load_planes
+from fusedrnn.backends.triton.tiles import load_planes
 
 elementwise = triton.jit(do_not_specialize=["N"])
 
