@@ -151,14 +151,16 @@ BackwardResult recurrence_backward(
     Tensor c_prev, Tensor saved, Tensor m, OptionalTensor lengths, OptionalTensor resets,
     OptionalTensor dropout, OptionalTensor renew_h, OptionalTensor renew_c, OptionalTensor norm_ih,
     OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias, Tensor kept,
-    int64_t cell_index, bool reverse, bool reset_states, double rate_h, double rate_c, bool want_x,
-    bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr) {
+    int64_t cell_index, bool reverse, bool bfloat16, bool reset_states, double rate_h,
+    double rate_c, bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh,
+    bool want_w_hr) {
   return dispatch("h_prev", h_prev, [&]<class T>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::cpu::BackwardArgs<T> args{};
     auto [dparams, dh0, dc0] =
         prepare_backward(args, cell, h_prev.scalar_type(), dy, dc, dh_n, dc_n, w_hh, w_hr, params,
                          h_prev, c_prev, saved, lengths, resets, reverse);
+    args.bfloat16 = bfloat16;
     const Check check(h_prev);
     STD_TORCH_CHECK(x.dim() == 3, "x has ", x.dim(), " dimensions, expected 3");
     args.i = x.size(2);
@@ -308,10 +310,9 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? params, Tensor h_prev, Tensor c_prev, "
       "Tensor saved, Tensor m, Tensor? lengths, Tensor? resets, Tensor? dropout, "
       "Tensor? renew_h, Tensor? renew_c, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
-      "Tensor? norm_c_bias, Tensor kept, int cell, bool reverse, bool reset_states, float rate_h, "
-      "float rate_c, "
-      "bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool "
-      "want_w_hr) -> "
+      "Tensor? norm_c_bias, Tensor kept, int cell, bool reverse, bool bfloat16, bool reset_states, "
+      "float rate_h, float rate_c, bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, "
+      "bool want_b_hh, bool want_w_hr) -> "
       "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
       "Tensor dparams, Tensor dgains, Tensor dnorm_c, Tensor dh0, Tensor dc0, "
       "Tensor dh_reset, Tensor dc_reset)");

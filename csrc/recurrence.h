@@ -30,6 +30,7 @@ template <class S>
 struct SequenceArgs {
   int64_t t, b, h, p;      // T, B, H, P; T and B may be 0
   bool reverse;            // run from each row's end to its beginning
+  bool bfloat16;           // x and weights hold bfloat16 values: h may be rounded for its product
   const S* w_hh;           // [G*H, P] in
   const S* w_hr;           // [P, H] in, or null (then P == H)
   const S* params;         // [K, H] in, or null if K == 0
@@ -46,8 +47,6 @@ struct ForwardArgs : SequenceArgs<S> {
   const S* b_hh;  // [G*H] in, or null
   const S* h0;    // [B, P] in
   const S* c0;    // [S-1, B, H] in, or null if S == 1
-
-  bool bfloat16;  // x and weights hold bfloat16 values: h may be rounded to them for its product
 
   S* y;    // [T, B, P] out, 0 at steps not computed
   S* h_n;  // [B, P] out, the state after each row's own last step (h0 if it has none)

@@ -11,6 +11,8 @@ class Backward {
   using Steps = frnn::BackwardSteps<Cell, V, T, T, true>;
   static constexpr int kGates = Cell::kGates, kLate = frnn::kLateGates<Cell>,
                        kEarly = kGates - kLate;
+  // Rows whose dx is made at a time from tiles, which so stay in the cache.
+  static constexpr int64_t kRowsOfDx = 32;
 
  public:
   static void run(const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
@@ -25,6 +27,7 @@ class Backward {
   // One thread's part: `each` visits its slices, `meet` waits for all the others.
   template <class Each, class Meet>
   void work(const Each& each, const Meet& meet) {
+    [[maybe_unused]] const TileScope scope(tiles_);
     each([&](int i) { pack(slice(i)); });
     each([&](int i) { start(slice(i)); });
     meet();
@@ -70,12 +73,14 @@ class Backward {
                      {normalises() ? a_.b : 0, a_.h, plan.slices, carver}},
         of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
         outputs_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
-        chunk_(a_.b < Outer<T>::kDepth ? Outer<T>::kDepth / (a_.b > 0 ? a_.b : 1) : 1) {
-    const int64_t lanes = kLanes<T>, gates = kGates * a_.h;
+        tiles_(on_tiles<Cell, T>(a_)),
+        depth_(tiles_ ? kTileChunk : Outer<T>::kDepth),
+        chunk_(a_.b < depth_ ? depth_ / (a_.b > 0 ? a_.b : 1) : 1) {
+    const int64_t gates = kGates * a_.h;
     const int64_t rows = min(a_.t, 2 * chunk_) * a_.b;
-    w_hh_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * gates);
-    if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.h) * lanes * a_.p);
-    if (a_.dx) w_ih_ = carver.take<T>(blocks_of<T>(a_.i) * lanes * gates);
+    w_hh_ = carver.take<T>(blocks_of<T>(a_.p) * block_size(gates));
+    if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.h) * block_size(a_.p));
+    if (a_.dx) w_ih_ = carver.take<T>(blocks_of<T>(a_.i) * block_size(gates));
     gradients_.dgx = carver.take<T>(rows * gates);
     gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<T>(rows * gates);
     gradients_.dh = a_.w_hr || a_.norm.gain_c ? carver.take<T>(rows * a_.p) : nullptr;
@@ -83,7 +88,16 @@ class Backward {
     products_[1] = normalises() ? carver.take<T>(rows * gates) : gradients_.dgh;
     if (kLate > 0) late_ = carver.take<T>(rows * a_.p);
     if (a_.w_hr && a_.norm.gain_c) dm_ = carver.take<T>(a_.b * a_.h);
-    outer_ = carver.take<T>(plan.slices * Outer<T>::kScratch);
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      if (tiles_) {
+        outer_size_ = OuterOfTiles<T>::kScratch;
+        const int64_t of_k = tiles_along(gates), of_p = tiles_along(a_.p);
+        rows_size_ = 2 * row_tiles(a_.b > kRowsOfDx ? a_.b : kRowsOfDx) *
+                     (of_k > of_p ? of_k : of_p) * kTileNumbers;
+        rows_ = carver.take<T>(plan.slices * rows_size_);
+      }
+    }
+    outer_ = carver.take<T>(plan.slices * outer_size_);
     names_ = carver.take<int>(plan.slices * chunk_ * a_.b);
   }
 
@@ -95,22 +109,48 @@ class Backward {
   }
 
   void pack(const Slice& slice) const {
-    const int64_t gates = kGates * a_.h;
-    const Rows rows{nullptr, gates};
-    pack_columns(a_.w_hh, a_.p, a_.p, {nullptr, kEarly * a_.h}, slice.pack_output, w_hh_);
+    pack(a_.w_hh, a_.p, kEarly * a_.h, slice.pack_output, w_hh_);
     if (kLate > 0) {
-      pack_columns(a_.w_hh + kEarly * a_.h * a_.p, a_.p, a_.p, {nullptr, kLate * a_.h},
-                   slice.pack_output, late_weights());
+      pack(a_.w_hh + kEarly * a_.h * a_.p, a_.p, kLate * a_.h, slice.pack_output, late_weights());
     }
-    if (a_.w_hr) pack_columns(a_.w_hr, a_.h, a_.h, {nullptr, a_.p}, slice.pack_hidden, w_hr_);
-    if (a_.dx) pack_columns(a_.w_ih, a_.i, a_.i, rows, share(slice, blocks_of<T>(a_.i)), w_ih_);
+    if (a_.w_hr) pack(a_.w_hr, a_.h, a_.p, slice.pack_hidden, w_hr_);
+    if (a_.dx) pack(a_.w_ih, a_.i, kGates * a_.h, share(slice, blocks_of<T>(a_.i)), w_ih_);
+  }
+
+  // Of weights w [k, units], some blocks of units.
+  void pack(const T* w, int64_t units, int64_t k, Range blocks, T* packed) const {
+    const Rows rows{nullptr, k};
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      if (tiles_) {
+        const T* unscaled = nullptr;
+        return pack_tiles_of_columns(w, units, units, rows, blocks, unscaled, 1, packed);
+      }
+    }
+    pack_columns(w, units, units, rows, blocks, packed);
+  }
+
+  // Numbers of a block of weights with a depth of k, packed.
+  int64_t block_size(int64_t k) const {
+    return tiles_ ? tiles_along(k) * kTileNumbers : k * kLanes<T>;
   }
 
   // Packed, those of the late gates.
   T* late_weights() const { return w_hh_ + blocks_of<T>(a_.p) * kLanes<T> * kEarly * a_.h; }
 
-  // Weights for products of one gate and a depth of k.
-  static Packed<T> packed(const T* w, int64_t k) { return {w, k * kLanes<T>}; }
+  // The product of rows and packed weights of a depth of k, see product().
+  template <class Wanted, class Fetch, class Finish>
+  void product_of(const Slice& slice, const T* a, int64_t lda, Range rows, int64_t k, const T* w,
+                  Range blocks, bool backwards, const Wanted& wanted, const Fetch& fetch,
+                  const Finish& finish) const {
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      if (tiles_) {
+        return product_of_tiles<1, 2>(a, lda, rows, k, w, blocks, backwards,
+                                      rows_ + slice.index * rows_size_, wanted, fetch, finish);
+      }
+    }
+    const Packed<T> weights{w, block_size(k)};
+    product<1, T>(a, lda, rows, k, weights, blocks, backwards, wanted, fetch, finish);
+  }
 
   void start(const Slice& slice) const {
     computed_.fill(timeline_, part(a_.t, slice.index, plan_.slices));
@@ -321,8 +361,8 @@ class Backward {
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
     };
-    product<1, T>(dgh, kGates * a_.h, slice.rows, k, packed(w_hh_, k), slice.output, s % 2,
-                  flows_back, fetch, finish);
+    product_of(slice, dgh, kGates * a_.h, slice.rows, k, w_hh_, slice.output, s % 2, flows_back,
+               fetch, finish);
   }
 
   void run_late(const Slice& slice, int64_t s) const {
@@ -335,8 +375,8 @@ class Backward {
       finish_factors(s, tile, sum, to, to_late);
     };
     const int64_t k = kLate * a_.h;
-    product<1, T>(to.dgx + kEarly * a_.h, kGates * a_.h, slice.rows, k, packed(late_weights(), k),
-                  slice.output, s % 2, computed, fetch, finish);
+    product_of(slice, to.dgx + kEarly * a_.h, kGates * a_.h, slice.rows, k, late_weights(),
+               slice.output, s % 2, computed, fetch, finish);
   }
 
   void run_cells(const Slice& slice, int64_t s) const {
@@ -347,8 +387,8 @@ class Backward {
       finish_cells(s, tile, sum, to);
     };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
-    product<1, T>(to.dh, a_.p, slice.rows, a_.p, packed(w_hr_, a_.p), slice.hidden, s % 2, computed,
-                  fetch, finish);
+    product_of(slice, to.dh, a_.p, slice.rows, a_.p, w_hr_, slice.hidden, s % 2, computed, fetch,
+               finish);
   }
 
   // Not inlined, like Forward::finish_tile.
@@ -448,7 +488,7 @@ class Backward {
     add_rows(g.dgh, gates, units, rows, a_.db_hh);
     const T *of_x = dproduct(0, g), *of_h = dproduct(1, g);
     if (a_.dx) multiply_dx(slice, of_x, all);
-    const Outer<T> outer(outer_ + slice.index * Outer<T>::kScratch);
+    const Outer<T> outer(outer_ + slice.index * outer_size_);
     const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih},
         dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
     if (kLate > 0) {
@@ -458,15 +498,27 @@ class Backward {
       outer.add(of_x, gates, {units.begin > late ? units.begin : late, units.end}, rows,
                 {dw_ih, dw_late});
     } else if (of_x == of_h) {
-      outer.add(of_x, gates, units, rows, {dw_ih, dw_hh});
+      add_outer(slice, of_x, units, rows, {dw_ih, dw_hh});
     } else {
-      outer.add(of_x, gates, units, rows, {dw_ih, none});
-      outer.add(of_h, gates, units, rows, {dw_hh, none});
+      add_outer(slice, of_x, units, rows, {dw_ih, none});
+      add_outer(slice, of_h, units, rows, {dw_hh, none});
     }
     if (a_.w_hr) {
       const OuterProduct<T> dw_hr{a_.m + first * a_.h, a_.h, a_.dw_hr};
       outer.add(g.dh, a_.p, share(slice, a_.p), rows, {dw_hr, none});
     }
+  }
+
+  // Of some units of gates.
+  void add_outer(const Slice& slice, const T* of_gates, Range units, const Rows& rows,
+                 const OuterProduct<T> (&products)[2]) const {
+    T* scratch = outer_ + slice.index * outer_size_;
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      if (tiles_) {
+        return OuterOfTiles<T>(scratch).add(of_gates, kGates * a_.h, units, rows, products);
+      }
+    }
+    Outer<T>(scratch).add(of_gates, kGates * a_.h, units, rows, products);
   }
 
   // For some rows of [T*B]; 0 where nothing was computed.
@@ -483,9 +535,12 @@ class Backward {
         }
       }
     };
-    const int64_t gates = kGates * a_.h;
-    product<1, T>(dgx, gates, {0, rows.size()}, gates, packed(w_ih_, gates),
-                  share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
+    const int64_t gates = kGates * a_.h, most = tiles_ ? kRowsOfDx : rows.size();
+    for (int64_t row = 0; row < rows.size(); row += most) {
+      const Range some{row, min(rows.size(), row + most)};
+      product_of(slice, dgx, gates, some, gates, w_ih_, share(slice, blocks_of<T>(a_.i)), false,
+                 wanted, fetch, finish);
+    }
   }
 
   // sum [columns] += the sum over rows of a [.., columns], for some of the columns.
@@ -506,14 +561,19 @@ class Backward {
   const Steps steps_;
   const Statistics<T> of_products_[2], of_c_;  // of a step
   const Pairs<T> outputs_;           // .. the gradients of the gate that h takes, and of c's hat
-  const int64_t chunk_;              // steps of a chunk
+  const bool tiles_;                 // whether products are of tiles
+  const int64_t depth_;              // rows of a chunk, about
+  const int64_t chunk_;              // .. steps
   T* w_hh_ = nullptr;                // packed
   T* w_hr_ = nullptr;                // packed
   T* w_ih_ = nullptr;                // packed
   StepGradients<T> gradients_ = {};  // of two chunks, which take turns
-  T* products_[2] = {};   // likewise of the products: dgx and dgh, if these are not normalised
-  T* late_ = nullptr;     // likewise what entered the late gates' product
-  T* dm_ = nullptr;       // of a step, the cell's h, where c is normalised before a projection
-  T* outer_ = nullptr;    // scratch of each slice
+  T* products_[2] = {};  // likewise of the products: dgx and dgh, if these are not normalised
+  T* late_ = nullptr;    // likewise what entered the late gates' product
+  T* dm_ = nullptr;      // of a step, the cell's h, where c is normalised before a projection
+  T* rows_ = nullptr;    // tiles of rows, of each slice
+  int64_t rows_size_ = 0;
+  T* outer_ = nullptr;  // scratch of each slice
+  int64_t outer_size_ = Outer<T>::kScratch;
   int* names_ = nullptr;  // of a chunk's computed rows, by each slice
 };

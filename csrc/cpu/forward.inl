@@ -12,8 +12,6 @@ class Forward {
   static constexpr int kLate = frnn::kLateGates<Cell>, kEarly = kGates - kLate;
   // Rows of a chunk of the input projection: enough for W_ih to be read seldom.
   static constexpr int64_t kInputRows = 192;
-  // Rows of all steps from which on packed weights pay.
-  static constexpr int64_t kPackedRows = 4;
 
  public:
   static void run(const frnn::cpu::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
@@ -72,8 +70,7 @@ class Forward {
                carver.take<T>(args.noise.dropout ? 2 * a_.b * a_.p : 0), args.reset),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(a_.t * a_.b >= kPackedRows),
-        tiles_(kHasTiles && sizeof(T) == 4 && a_.bfloat16 && a_.h >= kTileUnits &&
-               a_.p >= kTileUnits && packed_ && kLate == 0),
+        tiles_(on_tiles<Cell, T>(a_)),
         once_ih_(!tiles_ && plan.by_units && a_.t <= chunk_),
         once_hh_(!tiles_ && plan.by_units && a_.t == 1 && kLate == 0),
         of_ih_(normalises() ? min(chunk_, a_.t) * a_.b : 0, a_.h, plan.slices, carver),
@@ -190,8 +187,9 @@ class Forward {
       const T* x = a_.x + begin * a_.b * a_.i;
       if constexpr (kHasTiles && sizeof(T) == 4) {
         if (tiles_) {
-          return product_of_tiles<kGates>(x, a_.i, rows, a_.i, w_ih_, slice.hidden, false,
-                                          rows_ + slice.index * rows_size_, wanted, fetch, finish);
+          return product_of_tiles<kGates, 1>(x, a_.i, rows, a_.i, w_ih_, slice.hidden, false,
+                                             rows_ + slice.index * rows_size_, wanted, fetch,
+                                             finish);
         }
       }
       const auto multiply = [&](const auto& weights) {
@@ -379,8 +377,9 @@ class Forward {
     const T* h = steps_.product_in(s);
     if constexpr (kHasTiles && sizeof(T) == 4) {
       if (tiles_) {
-        return product_of_tiles<kGates>(h, a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2,
-                                        rows_ + slice.index * rows_size_, computed, fetch, finish);
+        return product_of_tiles<kGates, 1>(h, a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2,
+                                           rows_ + slice.index * rows_size_, computed, fetch,
+                                           finish);
       }
     }
     if (packed_ && once_hh_) {

@@ -27,14 +27,23 @@ using frnn::StepGradients;
 constexpr int64_t kTileNumbers = 256;
 // Fewer units than a tile has rows are left to the vectors.
 constexpr int64_t kTileUnits = 16;
+// Rows of all steps from which on packed weights pay.
+constexpr int64_t kPackedRows = 4;
+// Rows whose outer products are summed up at a time.
+constexpr int64_t kTileChunk = 512;
 constexpr int64_t tiles_along(int64_t k) { return (k + 31) / 32; }
 constexpr int64_t row_tiles(int64_t rows) { return (rows + 15) / 16; }
 template <class T>
 void pack_tiles(const T* w, int gates, int64_t units, int64_t k, Range blocks, T* packed);
-template <int kGates, class T, class Wanted, class Fetch, class Finish>
+template <class T>
+void pack_tiles_of_columns(const T* w, int64_t ldw, int64_t units, const Rows& rows, Range blocks,
+                           const T* scale, int64_t period, T* packed);
+template <int kGates, int kParts, class T, class Wanted, class Fetch, class Finish>
 void product_of_tiles(const T* a, int64_t lda, Range rows, int64_t k, const T* packed, Range blocks,
                       bool backwards, T* scratch, const Wanted& wanted, const Fetch& fetch,
                       const Finish& finish);
+template <class T>
+class OuterOfTiles;
 
 #if defined(__AMX_BF16__)
 constexpr bool kHasTiles = true;
@@ -45,6 +54,13 @@ struct TileScope {
   explicit TileScope(bool) {}
 };
 #endif
+
+// Whether a call's products are of tiles: forward rounds h for them.
+template <class Cell, class T, class Args>
+bool on_tiles(const Args& a) {
+  return kHasTiles && sizeof(T) == 4 && a.bfloat16 && a.h >= kTileUnits && a.p >= kTileUnits &&
+         a.t * a.b >= kPackedRows && frnn::kLateGates<Cell> == 0;
+}
 
 // The part of the work one slice owns: rows x blocks of units; when the units are divided, all
 // rows and its share of the blocks, else the other way round.

@@ -189,6 +189,7 @@ def _backward(
     kept: Tensor,
     cell: int,
     reverse: bool,
+    bfloat16: bool,
     reset_states: bool,
     rate_h: float,
     rate_c: float,

@@ -177,6 +177,17 @@ class Ops:
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
+        return self._backward(call, upstream, reserve, wanted, False)
+
+    def _backward(
+        self,
+        call: Call,
+        upstream: Upstream,
+        reserve: tuple[Tensor, ...],
+        wanted: Wanted,
+        bfloat16: bool,
+    ) -> Gradients:
+        """``bfloat16``: as it was in forward."""
         cell, x, weights, _, c0, seq, reverse, _, noise = call
         dy, dh_n, dc_n, dc = upstream
         w_ih, w_hh, _, _, w_hr, params, *norms = weights
@@ -189,6 +200,7 @@ class Ops:
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
             reverse,
+            bfloat16,
             seq.h_reset is not None,
             *noise.rates,
             *wanted[:6],
@@ -250,7 +262,7 @@ class Native(Ops):
         if wide == dtype:
             return super().backward(call, upstream, reserve, wanted)
         upstream = Upstream(*(None if d is None else d.to(wide) for d in upstream))
-        found = super().backward(call.to(wide), upstream, reserve, wanted)
+        found = self._backward(call.to(wide), upstream, reserve, wanted, dtype == torch.bfloat16)
         return Gradients(*(None if d is None else d.to(dtype) for d in found))
 
     def cell_update(
@@ -406,6 +418,7 @@ def _fake_backward(
     kept: Tensor,
     cell: int,
     reverse: bool,
+    bfloat16: bool,
     reset_states: bool,
     rate_h: float,
     rate_c: float,
