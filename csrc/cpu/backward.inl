@@ -11,7 +11,7 @@ class Backward {
   using Steps = frnn::BackwardSteps<Cell, V, T, T, true>;
   static constexpr int kGates = Cell::kGates, kLate = frnn::kLateGates<Cell>,
                        kEarly = kGates - kLate;
-  // Rows whose dx is made at a time from tiles, which so stay in the cache.
+  // Rows whose dx is made at a time on tiles: the sums of a piece stay in the cache.
   static constexpr int64_t kRowsOfDx = 32;
 
  public:
@@ -34,6 +34,11 @@ class Backward {
     for (int64_t s = a_.t - 1; a_.t > 0 && s >= -1; --s) {
       each([&](int i) { gather(slice(i), s); });
       if (s < 0) break;
+      if (tiles_ && a_.w_hr) {
+        each([&](int i) { split_h(slice(i), s); });
+      } else if (tiles_ && !normalises()) {
+        each([&](int i) { split_gates(slice(i), s); });
+      }
       // What of a step's norms comes next reads what the same slice wrote.
       if (plan_.by_units && (a_.w_hr || !normalises())) meet();
       if constexpr (kLate > 0) {
@@ -42,6 +47,7 @@ class Backward {
       }
       if (a_.w_hr) {
         each([&](int i) { run_cells(slice(i), s); });
+        if (tiles_ && !normalises()) each([&](int i) { split_gates(slice(i), s); });
         if (plan_.by_units && !normalises()) meet();
       }
       if (normalises()) {
@@ -54,6 +60,7 @@ class Backward {
         }
         if (plan_.by_units) meet();
         each([&](int i) { unnormalise_products(slice(i), s); });
+        if (tiles_) each([&](int i) { split_gates(slice(i), s); });
         if (plan_.by_units) meet();
       }
       if (s % chunk_ != 0) continue;
@@ -78,9 +85,9 @@ class Backward {
         chunk_(a_.b < depth_ ? depth_ / (a_.b > 0 ? a_.b : 1) : 1) {
     const int64_t gates = kGates * a_.h;
     const int64_t rows = min(a_.t, 2 * chunk_) * a_.b;
-    w_hh_ = carver.take<T>(blocks_of<T>(a_.p) * block_size(gates));
-    if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.h) * block_size(a_.p));
-    if (a_.dx) w_ih_ = carver.take<T>(blocks_of<T>(a_.i) * block_size(gates));
+    w_hh_ = carver.take<T>(blocks_of<T>(a_.p) * block_size(kGates, a_.h));
+    if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.h) * block_size(1, a_.p));
+    if (a_.dx) w_ih_ = carver.take<T>(blocks_of<T>(a_.i) * block_size(kGates, a_.h));
     gradients_.dgx = carver.take<T>(rows * gates);
     gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<T>(rows * gates);
     gradients_.dh = a_.w_hr || a_.norm.gain_c ? carver.take<T>(rows * a_.p) : nullptr;
@@ -91,10 +98,15 @@ class Backward {
     if constexpr (kHasTiles && sizeof(T) == 4) {
       if (tiles_) {
         outer_size_ = OuterOfTiles<T>::kScratch;
-        const int64_t of_k = tiles_along(gates), of_p = tiles_along(a_.p);
-        rows_size_ = 2 * row_tiles(a_.b > kRowsOfDx ? a_.b : kRowsOfDx) *
-                     (of_k > of_p ? of_k : of_p) * kTileNumbers;
-        rows_ = carver.take<T>(plan.slices * rows_size_);
+        const int64_t of_h = sums_of_tiles<2>(a_.b, depth(), a_.h),
+                      of_x = sums_of_tiles<2>(kRowsOfDx, depth(), a_.i);
+        sums_size_ = of_h > of_x ? of_h : of_x;
+        sums_ = carver.take<T>(plan.slices * sums_size_);
+        split_[0] = carver.take<T>((rows + kRowsBeyond) * row_size<2>(depth()));
+        split_[1] = products_[0] == products_[1]
+                        ? split_[0]
+                        : carver.take<T>((rows + kRowsBeyond) * row_size<2>(depth()));
+        if (a_.w_hr) split_h_ = carver.take<T>((a_.b + kRowsBeyond) * row_size<2>(a_.p));
       }
     }
     outer_ = carver.take<T>(plan.slices * outer_size_);
@@ -109,47 +121,81 @@ class Backward {
   }
 
   void pack(const Slice& slice) const {
-    pack(a_.w_hh, a_.p, kEarly * a_.h, slice.pack_output, w_hh_);
+    pack(a_.w_hh, a_.p, kEarly, a_.h, slice.pack_output, w_hh_);
     if (kLate > 0) {
-      pack(a_.w_hh + kEarly * a_.h * a_.p, a_.p, kLate * a_.h, slice.pack_output, late_weights());
+      pack(a_.w_hh + kEarly * a_.h * a_.p, a_.p, kLate, a_.h, slice.pack_output, late_weights());
     }
-    if (a_.w_hr) pack(a_.w_hr, a_.h, a_.p, slice.pack_hidden, w_hr_);
-    if (a_.dx) pack(a_.w_ih, a_.i, kGates * a_.h, share(slice, blocks_of<T>(a_.i)), w_ih_);
+    if (a_.w_hr) pack(a_.w_hr, a_.h, 1, a_.p, slice.pack_hidden, w_hr_);
+    if (a_.dx) pack(a_.w_ih, a_.i, kGates, a_.h, share(slice, blocks_of<T>(a_.i)), w_ih_);
   }
 
-  // Of weights w [k, units], some blocks of units.
-  void pack(const T* w, int64_t units, int64_t k, Range blocks, T* packed) const {
-    const Rows rows{nullptr, k};
+  // Of weights w [gates * k, units], some blocks of units.
+  void pack(const T* w, int64_t units, int gates, int64_t k, Range blocks, T* packed) const {
     if constexpr (kHasTiles && sizeof(T) == 4) {
-      if (tiles_) {
-        const T* unscaled = nullptr;
-        return pack_tiles_of_columns(w, units, units, rows, blocks, unscaled, 1, packed);
-      }
+      if (tiles_) return pack_tiles_of_gates(w, gates, k, units, blocks, packed);
     }
-    pack_columns(w, units, units, rows, blocks, packed);
+    pack_columns(w, units, units, {nullptr, gates * k}, blocks, packed);
   }
 
-  // Numbers of a block of weights with a depth of k, packed.
-  int64_t block_size(int64_t k) const {
-    return tiles_ ? tiles_along(k) * kTileNumbers : k * kLanes<T>;
+  // Numbers of a block of weights with a depth of gates * k, packed.
+  int64_t block_size(int gates, int64_t k) const {
+    return tiles_ ? tiles_along(gates * blocks_of<T>(k) * kLanes<T>) * kTileNumbers
+                  : gates * k * kLanes<T>;
   }
+
+  // The depth of products of gates on tiles: each gate has whole blocks.
+  int64_t depth() const { return kGates * blocks_of<T>(a_.h) * kLanes<T>; }
 
   // Packed, those of the late gates.
   T* late_weights() const { return w_hh_ + blocks_of<T>(a_.p) * kLanes<T> * kEarly * a_.h; }
 
-  // The product of rows and packed weights of a depth of k, see product().
+  // Weights as they are packed without tiles, of some gates.
+  Packed<T> packed(const T* w, int gates) const { return {w, gates * a_.h * kLanes<T>}; }
+
+  // The product of gradients a [.., gates * k], or the same rows split, and packed weights.
   template <class Wanted, class Fetch, class Finish>
-  void product_of(const Slice& slice, const T* a, int64_t lda, Range rows, int64_t k, const T* w,
-                  Range blocks, bool backwards, const Wanted& wanted, const Fetch& fetch,
-                  const Finish& finish) const {
+  void product_of(const Slice& slice, const T* a, const T* split, int gates, int64_t k, Range rows,
+                  const T* w, int64_t units, Range blocks, bool backwards, const Wanted& wanted,
+                  const Fetch& fetch, const Finish& finish) const {
     if constexpr (kHasTiles && sizeof(T) == 4) {
       if (tiles_) {
-        return product_of_tiles<1, 2>(a, lda, rows, k, w, blocks, backwards,
-                                      rows_ + slice.index * rows_size_, wanted, fetch, finish);
+        const int64_t depth = gates * blocks_of<T>(k) * kLanes<T>;
+        return product_of_tiles<1, 2>(split + rows.begin * row_size<2>(depth), rows, depth, w,
+                                      blocks_of<T>(units), blocks, backwards,
+                                      sums_ + slice.index * sums_size_, wanted, fetch, finish);
       }
     }
-    const Packed<T> weights{w, block_size(k)};
-    product<1, T>(a, lda, rows, k, weights, blocks, backwards, wanted, fetch, finish);
+    product<1, T>(a, gates * k, rows, gates * k, Packed<T>{w, block_size(gates, k)}, blocks,
+                  backwards, wanted, fetch, finish);
+  }
+
+  // Splits the slice's share of a step's gradients for the products of tiles that take them up.
+  void split_h(const Slice& slice, int64_t s) const {
+    split(slice, s, slice.output, gradients(s).dh, 1, a_.p, split_h_);
+  }
+  void split_gates(const Slice& slice, int64_t s) const {
+    const StepGradients<T> g = gradients(s);
+    for (int which = 0; which < (split_[0] == split_[1] ? 1 : 2); ++which) {
+      split(slice, s, slice.hidden, dproduct(which, g), kGates, a_.h, halves(which, g));
+    }
+  }
+  void split(const Slice& slice, int64_t s, Range blocks, const T* from, int gates, int64_t units,
+             T* to) const {
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      const int64_t all = blocks_of<T>(units), size = row_size<2>(gates * all * kLanes<T>);
+      for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+        if (!timeline_.computed(s, row)) continue;
+        for (int g = 0; g < gates; ++g) {
+          each_block<T>(blocks, units, [&]<bool kWhole>(int64_t block) {
+            const Place p = place<kLanes<T>, kWhole>(row, block, units);
+            const V value = frnn::load<V>(from + (row * gates + g) * units + p.unit, p.n);
+            split_block(value, g * all + block, to + row * size);
+          });
+        }
+        // A tile holds two blocks.
+        if (gates * all % 2 && blocks.end == all) split_block(V{}, gates * all, to + row * size);
+      }
+    }
   }
 
   void start(const Slice& slice) const {
@@ -203,6 +249,15 @@ class Backward {
   // chunk's.
   T* dproduct(int which, const StepGradients<T>& g) const {
     return products_[which] + (g.dgx - gradients_.dgx);
+  }
+
+  // The same, split.
+  T* halves(int which, const StepGradients<T>& g) const {
+    if constexpr (kHasTiles && sizeof(T) == 4) {
+      const int64_t row = (g.dgx - gradients_.dgx) / (kGates * a_.h);
+      return split_[which] + row * row_size<2>(depth());
+    }
+    return nullptr;
   }
 
   // What entered the late gates' product, [B, P] of a step or of a chunk's.
@@ -356,13 +411,17 @@ class Backward {
     const auto flows_back = [&](int64_t row) { return steps_.flows_back(s, row); };
     const StepGradients<T> to = gradients(s < 0 ? 0 : s);
     const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum, to); };
-    const int64_t k = kEarly * a_.h;
-    const T* dgh = dproduct(1, gradients(min(s + 1, a_.t - 1)));
+    const StepGradients<T> from = gradients(min(s + 1, a_.t - 1));
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
     };
-    product_of(slice, dgh, kGates * a_.h, slice.rows, k, w_hh_, slice.output, s % 2, flows_back,
-               fetch, finish);
+    if constexpr (kLate > 0) {
+      product<1, T>(dproduct(1, from), kGates * a_.h, slice.rows, kEarly * a_.h,
+                    packed(w_hh_, kEarly), slice.output, s % 2, flows_back, fetch, finish);
+    } else {
+      product_of(slice, dproduct(1, from), halves(1, from), kGates, a_.h, slice.rows, w_hh_, a_.p,
+                 slice.output, s % 2, flows_back, fetch, finish);
+    }
   }
 
   void run_late(const Slice& slice, int64_t s) const {
@@ -374,9 +433,8 @@ class Backward {
     const auto finish = [&](const Tile& tile, const V* sum) {
       finish_factors(s, tile, sum, to, to_late);
     };
-    const int64_t k = kLate * a_.h;
-    product_of(slice, to.dgx + kEarly * a_.h, kGates * a_.h, slice.rows, k, late_weights(),
-               slice.output, s % 2, computed, fetch, finish);
+    product<1, T>(to.dgx + kEarly * a_.h, kGates * a_.h, slice.rows, kLate * a_.h,
+                  packed(late_weights(), kLate), slice.output, s % 2, computed, fetch, finish);
   }
 
   void run_cells(const Slice& slice, int64_t s) const {
@@ -387,8 +445,8 @@ class Backward {
       finish_cells(s, tile, sum, to);
     };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
-    product_of(slice, to.dh, a_.p, slice.rows, a_.p, w_hr_, slice.hidden, s % 2, computed, fetch,
-               finish);
+    product_of(slice, to.dh, split_h_, 1, a_.p, slice.rows, w_hr_, a_.h, slice.hidden, s % 2,
+               computed, fetch, finish);
   }
 
   // Not inlined, like Forward::finish_tile.
@@ -487,7 +545,7 @@ class Backward {
     add_rows(g.dgx, gates, units, rows, a_.db_ih);
     add_rows(g.dgh, gates, units, rows, a_.db_hh);
     const T *of_x = dproduct(0, g), *of_h = dproduct(1, g);
-    if (a_.dx) multiply_dx(slice, of_x, all);
+    if (a_.dx) multiply_dx(slice, of_x, halves(0, g), all);
     const Outer<T> outer(outer_ + slice.index * outer_size_);
     const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih},
         dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
@@ -498,10 +556,10 @@ class Backward {
       outer.add(of_x, gates, {units.begin > late ? units.begin : late, units.end}, rows,
                 {dw_ih, dw_late});
     } else if (of_x == of_h) {
-      add_outer(slice, of_x, units, rows, {dw_ih, dw_hh});
+      add_outer(slice, of_x, halves(0, g), rows, {dw_ih, dw_hh});
     } else {
-      add_outer(slice, of_x, units, rows, {dw_ih, none});
-      add_outer(slice, of_h, units, rows, {dw_hh, none});
+      add_outer(slice, of_x, halves(0, g), rows, {dw_ih, none});
+      add_outer(slice, of_h, halves(1, g), rows, {dw_hh, none});
     }
     if (a_.w_hr) {
       const OuterProduct<T> dw_hr{a_.m + first * a_.h, a_.h, a_.dw_hr};
@@ -509,20 +567,22 @@ class Backward {
     }
   }
 
-  // Of some units of gates.
-  void add_outer(const Slice& slice, const T* of_gates, Range units, const Rows& rows,
+  // Of the slice's share of the gates' gradients, or of the same rows split.
+  void add_outer(const Slice& slice, const T* a, const T* split, const Rows& rows,
                  const OuterProduct<T> (&products)[2]) const {
     T* scratch = outer_ + slice.index * outer_size_;
+    const int64_t gates = kGates * a_.h;
     if constexpr (kHasTiles && sizeof(T) == 4) {
       if (tiles_) {
-        return OuterOfTiles<T>(scratch).add(of_gates, kGates * a_.h, units, rows, products);
+        const Range tiles = share(slice, tiles_along(depth()));
+        return OuterOfTiles<T>(scratch).add(split, kGates, a_.h, tiles, rows, products);
       }
     }
-    Outer<T>(scratch).add(of_gates, kGates * a_.h, units, rows, products);
+    Outer<T>(scratch).add(a, gates, share(slice, gates), rows, products);
   }
 
   // For some rows of [T*B]; 0 where nothing was computed.
-  void multiply_dx(const Slice& slice, const T* dgx, Range rows) const {
+  void multiply_dx(const Slice& slice, const T* dgx, const T* split, Range rows) const {
     T* dx = a_.dx + rows.begin * a_.i;
     const auto wanted = [&](int64_t r) { return computed_[rows.begin + r]; };
     const auto fetch = [](int64_t, int64_t) {};
@@ -535,22 +595,26 @@ class Backward {
         }
       }
     };
-    const int64_t gates = kGates * a_.h, most = tiles_ ? kRowsOfDx : rows.size();
+    const int64_t most = tiles_ ? kRowsOfDx : rows.size();
     for (int64_t row = 0; row < rows.size(); row += most) {
-      const Range some{row, min(rows.size(), row + most)};
-      product_of(slice, dgx, gates, some, gates, w_ih_, share(slice, blocks_of<T>(a_.i)), false,
-                 wanted, fetch, finish);
+      product_of(slice, dgx, split, kGates, a_.h, {row, min(rows.size(), row + most)}, w_ih_, a_.i,
+                 share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
     }
   }
 
-  // sum [columns] += the sum over rows of a [.., columns], for some of the columns.
+  // sum [columns] += the sum over rows of a [.., columns], for some of the columns; a few rows at a
+  // time, in order of memory.
   static void add_rows(const T* a, int64_t columns, Range some, const Rows& rows, T* sum) {
     if (sum == nullptr) return;
-    for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
-      const int n = static_cast<int>(min(kLanes<T>, some.end - j));
-      V total = frnn::load<V>(sum + j, n);
-      for (int64_t i = 0; i < rows.count; ++i) total += frnn::load<V>(a + rows[i] * columns + j, n);
-      frnn::store(sum + j, total, n);
+    constexpr int64_t kFew = 8;
+    for (int64_t i = 0; i < rows.count; i += kFew) {
+      const int64_t end = min(rows.count, i + kFew);
+      for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
+        const int n = static_cast<int>(min(kLanes<T>, some.end - j));
+        V total = frnn::load<V>(sum + j, n);
+        for (int64_t k = i; k < end; ++k) total += frnn::load<V>(a + rows[k] * columns + j, n);
+        frnn::store(sum + j, total, n);
+      }
     }
   }
 
@@ -568,11 +632,13 @@ class Backward {
   T* w_hr_ = nullptr;                // packed
   T* w_ih_ = nullptr;                // packed
   StepGradients<T> gradients_ = {};  // of two chunks, which take turns
-  T* products_[2] = {};  // likewise of the products: dgx and dgh, if these are not normalised
-  T* late_ = nullptr;    // likewise what entered the late gates' product
-  T* dm_ = nullptr;      // of a step, the cell's h, where c is normalised before a projection
-  T* rows_ = nullptr;    // tiles of rows, of each slice
-  int64_t rows_size_ = 0;
+  T* products_[2] = {};   // likewise of the products: dgx and dgh, if these are not normalised
+  T* late_ = nullptr;     // likewise what entered the late gates' product
+  T* dm_ = nullptr;       // of a step, the cell's h, where c is normalised before a projection
+  T* split_[2] = {};      // likewise products_, split for tiles
+  T* split_h_ = nullptr;  // of a step, the gradient of h before a projection
+  T* sums_ = nullptr;     // of products of tiles, of each slice
+  int64_t sums_size_ = 0;
   T* outer_ = nullptr;  // scratch of each slice
   int64_t outer_size_ = Outer<T>::kScratch;
   int* names_ = nullptr;  // of a chunk's computed rows, by each slice

@@ -88,8 +88,11 @@ class Forward {
                     gates = kGates * units / lanes;
       w_ih_ = carver.take<T>(gates * of_i * kTileNumbers);
       w_hh_ = carver.take<T>(gates * of_p * kTileNumbers);
-      rows_size_ = row_tiles(min(chunk_, a_.t) * a_.b) * (of_i > of_p ? of_i : of_p) * kTileNumbers;
+      const int64_t rows = min(chunk_, a_.t) * a_.b, most = a_.i > a_.p ? a_.i : a_.p;
+      if constexpr (kHasTiles) rows_size_ = (rows + kRowsBeyond) * row_size<1>(most);
       rows_ = carver.take<T>(plan.slices * rows_size_);
+      sums_size_ = sums_of_tiles<1>(rows, most, gates * lanes);
+      sums_ = carver.take<T>(plan.slices * sums_size_);
     } else {
       w_ih_ = carver.take<T>((once_ih_ ? some : units) * kGates * a_.i);
       w_hh_ = carver.take<T>((once_hh_ ? some : units) * kGates * a_.p);
@@ -187,9 +190,7 @@ class Forward {
       const T* x = a_.x + begin * a_.b * a_.i;
       if constexpr (kHasTiles && sizeof(T) == 4) {
         if (tiles_) {
-          return product_of_tiles<kGates, 1>(x, a_.i, rows, a_.i, w_ih_, slice.hidden, false,
-                                             rows_ + slice.index * rows_size_, wanted, fetch,
-                                             finish);
+          return multiply_tiles(slice, x, a_.i, rows, w_ih_, false, wanted, fetch, finish);
         }
       }
       const auto multiply = [&](const auto& weights) {
@@ -377,9 +378,7 @@ class Forward {
     const T* h = steps_.product_in(s);
     if constexpr (kHasTiles && sizeof(T) == 4) {
       if (tiles_) {
-        return product_of_tiles<kGates, 1>(h, a_.p, slice.rows, a_.p, w_hh_, slice.hidden, s % 2,
-                                           rows_ + slice.index * rows_size_, computed, fetch,
-                                           finish);
+        return multiply_tiles(slice, h, a_.p, slice.rows, w_hh_, s % 2, computed, fetch, finish);
       }
     }
     if (packed_ && once_hh_) {
@@ -387,6 +386,17 @@ class Forward {
                                 slice.hidden, s % 2, computed, fetch, finish);
     }
     multiply_states<kEarly>(slice, s, h, a_.w_hh, w_hh_, fetch, finish);
+  }
+
+  // The product of rows [.., k], rounded, and packed weights.
+  template <class Wanted, class Fetch, class Finish>
+  void multiply_tiles(const Slice& slice, const T* a, int64_t k, Range rows, const T* packed,
+                      bool backwards, const Wanted& wanted, const Fetch& fetch,
+                      const Finish& finish) const {
+    T* rounded = rows_ + slice.index * rows_size_;
+    round_rows(a, k, rows, k, rounded);
+    product_of_tiles<kGates, 1>(rounded, rows, k, packed, blocks_of<T>(a_.h), slice.hidden,
+                                backwards, sums_ + slice.index * sums_size_, wanted, fetch, finish);
   }
 
   // The product of some gates' weights, which are also packed, or would be.
@@ -550,6 +560,7 @@ class Forward {
   T* late_ = nullptr;                         // of a step, what enters the late gates' product
   T* w_hh_ = nullptr;                         // packed
   T* w_hr_ = nullptr;                         // packed
-  T* rows_ = nullptr;                         // tiles of rows, of each slice
-  int64_t rows_size_ = 0;
+  T* rows_ = nullptr;                         // rounded rows for tiles, of each slice
+  T* sums_ = nullptr;                         // of their products, likewise
+  int64_t rows_size_ = 0, sums_size_ = 0;
 };

@@ -29,19 +29,35 @@ constexpr int64_t kTileNumbers = 256;
 constexpr int64_t kTileUnits = 16;
 // Rows of all steps from which on packed weights pay.
 constexpr int64_t kPackedRows = 4;
-// Rows whose outer products are summed up at a time.
-constexpr int64_t kTileChunk = 512;
 constexpr int64_t tiles_along(int64_t k) { return (k + 31) / 32; }
 constexpr int64_t row_tiles(int64_t rows) { return (rows + 15) / 16; }
+// Tiles along k of a piece: those of 32 rows in all parts take 32 KB of the L1 cache.
+template <int kParts>
+constexpr int kTilesOfPiece = 16 / kParts;
+// Rows whose place is read, though not used, beyond the last one of a left factor.
+constexpr int64_t kRowsBeyond = 31;
+// Numbers that product_of_tiles() needs for its sums.
+template <int kParts>
+constexpr int64_t sums_of_tiles(int64_t rows, int64_t k, int64_t columns) {
+  const int64_t kept = tiles_along(k) > kTilesOfPiece<kParts> ? (rows + 31) / 32 * 32 : 32;
+  return kept * ((columns + 31) / 32 * 32);
+}
+// Rows whose outer products are summed up at a time.
+constexpr int64_t kTileChunk = 512;
+template <int kParts>
+constexpr int64_t row_size(int64_t k);
+template <class T>
+void round_rows(const T* a, int64_t lda, Range rows, int64_t k, T* to);
+template <class T>
+void split_block(Vec<T> value, int64_t block, T* row);
 template <class T>
 void pack_tiles(const T* w, int gates, int64_t units, int64_t k, Range blocks, T* packed);
 template <class T>
-void pack_tiles_of_columns(const T* w, int64_t ldw, int64_t units, const Rows& rows, Range blocks,
-                           const T* scale, int64_t period, T* packed);
+void pack_tiles_of_gates(const T* w, int64_t gates, int64_t h, int64_t n, Range blocks, T* packed);
 template <int kGates, int kParts, class T, class Wanted, class Fetch, class Finish>
-void product_of_tiles(const T* a, int64_t lda, Range rows, int64_t k, const T* packed, Range blocks,
-                      bool backwards, T* scratch, const Wanted& wanted, const Fetch& fetch,
-                      const Finish& finish);
+void product_of_tiles(const T* a, Range rows, int64_t k, const T* packed, int64_t all_blocks,
+                      Range blocks, bool backwards, T* scratch, const Wanted& wanted,
+                      const Fetch& fetch, const Finish& finish);
 template <class T>
 class OuterOfTiles;
 

@@ -61,6 +61,7 @@ void* workspace(size_t bytes) {
     buffer.memory.reset(std::aligned_alloc(kAlignment, rounded));
     if (!buffer.memory) throw std::bad_alloc();
     buffer.bytes = rounded;
+    prefer_huge_pages(buffer.memory.get(), rounded);
   }
   return buffer.memory.get();
 }
