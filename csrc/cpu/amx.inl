@@ -286,7 +286,6 @@ class OuterOfTiles {
   void add(const T* a, int64_t gates, int64_t h, Range of_depth, const Rows& rows,
            const Product (&products)[2]) const {
     const int64_t stride = row_size<2>(gates * blocks_of<T>(h) * kTileRows);
-    if (rows.count == 0) return;
     // Rows beyond the last one are those of b that are zeros.
     const T* places[kTileChunk];
     for (int64_t i = 0; i < tiles_along(rows.count) * kTileDepth; ++i) {

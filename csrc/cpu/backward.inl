@@ -103,7 +103,7 @@ class Backward {
         sums_size_ = of_h > of_x ? of_h : of_x;
         sums_ = carver.take<T>(plan.slices * sums_size_);
         split_[0] = carver.take<T>((rows + kRowsBeyond) * row_size<2>(depth()));
-        split_[1] = products_[0] == products_[1]
+        split_[1] = Cell::kAdditive && !normalises()
                         ? split_[0]
                         : carver.take<T>((rows + kRowsBeyond) * row_size<2>(depth()));
         if (a_.w_hr) split_h_ = carver.take<T>((a_.b + kRowsBeyond) * row_size<2>(a_.p));
@@ -575,7 +575,12 @@ class Backward {
     if constexpr (kHasTiles && sizeof(T) == 4) {
       if (tiles_) {
         const Range tiles = share(slice, tiles_along(depth()));
-        return OuterOfTiles<T>(scratch).add(split, kGates, a_.h, tiles, rows, products);
+        const OuterOfTiles<T> outer(scratch);
+        for (int64_t i = 0; i < rows.count; i += kTileChunk) {
+          const Rows some = rows.from(i, min(rows.count - i, kTileChunk));
+          outer.add(split, kGates, a_.h, tiles, some, products);
+        }
+        return;
       }
     }
     Outer<T>(scratch).add(a, gates, share(slice, gates), rows, products);
