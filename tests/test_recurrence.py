@@ -202,6 +202,19 @@ def test_gradients_of_weights(cell, shape, runner):
         check(Case(cell, *shape, P=min(shape[3] - 1, 270), resets=True), runner)
 
 
+# Around those on tiles: 512 rows of time and batch, 512 columns of x and h, 256 of the depth, 32
+# rows, and gates that do not fill blocks.
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "shape", [(70, 9, 33, 40), (2, 1000, 5, 17), (3, 33, 530, 19), (3, 7, 20, 530)], ids=str
+)
+def test_gradients_in_bfloat16(cell, shape, runner):
+    case = Case(cell, *shape, dtype=torch.bfloat16, lengths=True, resets=True)
+    check(case, runner)
+    if cell.name == "lstm":
+        check(replace(case, reverse=True, dropout=True, P=min(shape[3] - 1, 270)), runner)
+
+
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 @pytest.mark.parametrize("shape", [(1, 3, 5, 33), (3, 1, 70, 19), (1, 4, 70, 19)], ids=str)
 def test_few_rows(cell, shape, runner):
