@@ -220,9 +220,9 @@ class Ops:
 
 
 class Native(Ops):
-    """The CPU engine. It stores and computes in float32 what has 16 bits outside; the products of
-    forward are of bfloat16 values, with sums in float32, where there are AMX tiles for them and no
-    late gates."""
+    """The CPU engine. It stores and computes in float32 what has 16 bits outside; products are of
+    bfloat16 values, with sums in float32, where there are AMX tiles for them and no late gates:
+    forward's of h rounded, backward's of gradients in two parts."""
 
     name = "cpu"
     reads_padding = False
