@@ -98,6 +98,7 @@ class Backward {
     if constexpr (kHasTiles && sizeof(T) == 4) {
       if (tiles_) {
         outer_size_ = OuterOfTiles<T>::kScratch;
+        static_assert(OuterOfTiles<T>::kScratch >= Outer<T>::kScratch);  // dW_hr needs that
         const int64_t of_h = sums_of_tiles<2>(a_.b, depth(), a_.h),
                       of_x = sums_of_tiles<2>(kRowsOfDx, depth(), a_.i);
         sums_size_ = of_h > of_x ? of_h : of_x;
