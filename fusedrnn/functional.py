@@ -27,6 +27,8 @@ from fusedrnn.recompute import check_recompute
 from fusedrnn.recurrence import cell_update
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout, regularised
 
+__all__ = ["gru", "lstm", "lstm_cell_update", "rnn"]
+
 Lengths = Tensor | list[int] | None
 
 
