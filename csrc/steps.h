@@ -563,7 +563,7 @@ class BackwardSteps {
   FRNN_FN void keep(int64_t s, const Place& p, Outcome result, const StepGradients<S>& to) const {
     if (!kPlain) {
       const Entry entry = timeline_.entry(s, p.row);
-      for (int j = 0; j < kStates && entry == Entry::kReset; ++j) {
+      for (int j = Cell::kReadsH ? 0 : 1; j < kStates && entry == Entry::kReset; ++j) {
         add_to_reset(p, j, result.carried[j]);
       }
       cut(entry, result);
