@@ -115,23 +115,19 @@ class ForwardSteps {
   // What enters step 0, and the final state of a row without steps: h at p, within [B, P], or the
   // other states at p, within [B, H].
   FRNN_FN void start_h(const Place& p) const {
-    start(p, 0, keeps(0) ? h_in(0) : nullptr);
-    if (drops()) drop(0, p, entering(timeline_.entry(0, p.row), p, 0, V{}));
+    start(p, a_.h0, anew(0), keeps(0) ? h_in(0) : nullptr, a_.h_n);
+    if (drops()) drop(0, p, entering(timeline_.entry(0, p.row), p, a_.h0, anew(0), V{}));
   }
   FRNN_FN void start_others(const Place& p) const {
-    for (int j = 1; j < kStates; ++j) start(p, j, keeps(0) ? state_in(0, j) : nullptr);
+    for (int j = 1; j < kStates; ++j) {
+      const int64_t plane = (j - 1) * a_.b * a_.h;
+      start(p, a_.c0 + plane, anew(j), keeps(0) ? state_in(0, j) : nullptr, a_.c_n + plane);
+    }
   }
 
   // The state j at p, within [B, H], that enters a step by `entry`, where the step before left x.
   FRNN_FN V entering(Entry entry, const Place& p, int j, V x) const {
-    if (entry == Entry::kInitial) return load<V>(initial(j) + p.offset, p.n);
-    if constexpr (kVariants) {
-      const S* anew = j == 0 ? reset_.h : reset_.c;
-      if (entry == Entry::kReset && anew) {
-        return load<V>(anew + (j > 0 ? j - 1 : 0) * a_.h + p.unit, p.n);
-      }
-    }
-    return entry == Entry::kCarried ? x : V{};
+    return entering(entry, p, j == 0 ? a_.h0 : a_.c0 + (j - 1) * a_.b * a_.h, anew(j), x);
   }
 
   // What the cell at step s reads beside its two products.
@@ -213,7 +209,9 @@ class ForwardSteps {
     }
     if (kStates > 1 && a_.c) store(a_.c + t * plane + p.offset, result.out[kStates > 1], p.n);
     for (int j = 1; j < kStates; ++j) {
-      pass_on<kPlain>(s, p, j, result.out[j], keeps(s + 1) ? state_in(s + 1, j) : nullptr);
+      const int64_t offset = (j - 1) * plane;
+      A* next = keeps(s + 1) ? state_in(s + 1, j) : nullptr;
+      pass_on<kPlain>(s, p, result.out[j], a_.c0 + offset, anew(j), next, a_.c_n + offset);
     }
   }
   // Of the cell's h.
@@ -252,7 +250,7 @@ class ForwardSteps {
     if (!kPlain && !timeline_.computed(s, p.row)) h = V{};
     store(a_.y + offset, h, p.n);
     S* next = keeps(s + 1) ? h_in(s + 1) : nullptr;
-    const V entered = pass_on<kPlain>(s, p, 0, h, next);
+    const V entered = pass_on<kPlain>(s, p, h, a_.h0, anew(0), next, a_.h_n);
     if (drops() && next) drop(s + 1, p, entered);
   }
 
@@ -276,27 +274,39 @@ class ForwardSteps {
   // Whether what enters step s has a place in an array.
   FRNN_FN bool keeps(int64_t s) const { return s < a_.t && (a_.h_prev || h_); }
 
-  // State j before the first step and after the last one: [B, P], or [B, H].
-  FRNN_FN const S* initial(int j) const { return j == 0 ? a_.h0 : a_.c0 + (j - 1) * a_.b * a_.h; }
-  FRNN_FN S* final(int j) const { return j == 0 ? a_.h_n : a_.c_n + (j - 1) * a_.b * a_.h; }
+  // State j at resets, [P] or [H], or null: zeros.
+  FRNN_FN const S* anew(int j) const {
+    if (!kVariants || reset_.h == nullptr) return nullptr;
+    return j == 0 ? reset_.h : reset_.c + (j - 1) * a_.h;
+  }
+
+  FRNN_FN V entering(Entry entry, const Place& p, const S* initial, const S* anew,
+                     V carried) const {
+    if (entry == Entry::kInitial) return load<V>(initial + p.offset, p.n);
+    if constexpr (kVariants) {
+      if (entry == Entry::kReset && anew) return load<V>(anew + p.unit, p.n);
+    }
+    return entry == Entry::kCarried ? carried : V{};
+  }
 
   template <class E>
-  FRNN_FN void start(const Place& p, int j, E* next) const {
+  FRNN_FN void start(const Place& p, const S* initial, const S* anew, E* next, S* final) const {
     if (timeline_.length(p.row) == 0) {
-      store(final(j) + p.offset, load<V>(initial(j) + p.offset, p.n), p.n);
+      store(final + p.offset, load<V>(initial + p.offset, p.n), p.n);
     }
-    if (next) store(next + p.offset, entering(timeline_.entry(0, p.row), p, j, V{}), p.n);
+    if (next) {
+      store(next + p.offset, entering(timeline_.entry(0, p.row), p, initial, anew, V{}), p.n);
+    }
   }
 
   // Sends a state computed at step s to where it goes: into the next step, to the final states.
   // Returns what enters the next step.
   template <bool kPlain, class E>
-  FRNN_FN V pass_on(int64_t s, const Place& p, int j, V x, E* next) const {
+  FRNN_FN V pass_on(int64_t s, const Place& p, V x, const S* initial, const S* anew, E* next,
+                    S* final) const {
     if (!kPlain) {
-      if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) {
-        store(final(j) + p.offset, x, p.n);
-      }
-      x = entering(timeline_.entry(s + 1, p.row), p, j, x);
+      if (timeline_.computed(s, p.row) && timeline_.last(s, p.row)) store(final + p.offset, x, p.n);
+      x = entering(timeline_.entry(s + 1, p.row), p, initial, anew, x);
     }
     if (next) store(next + p.offset, x, p.n);
     return x;
