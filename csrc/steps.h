@@ -348,14 +348,18 @@ class BackwardSteps {
   FRNN_FN void start_h(const Place& p) const {
     const S* d = timeline_.length(p.row) == 0 ? a_.dh_n : nullptr;
     store(a_.dh0 + p.offset, load_or_zero<V>(d, p.offset, p.n), p.n);
-    if (resets_to_states()) store(dreset(0) + p.offset, V{}, p.n);
+    if constexpr (kVariants) {
+      if (resets_to_states()) store(dreset(0) + p.offset, V{}, p.n);
+    }
   }
   FRNN_FN void start_others(const Place& p) const {
     const S* d = timeline_.length(p.row) == 0 ? a_.dc_n : nullptr;
     for (int j = 1; j < kStates; ++j) {
       const int64_t offset = (j - 1) * a_.b * a_.h + p.offset;
       store(a_.dc0 + offset, load_or_zero<V>(d, offset, p.n), p.n);
-      if (resets_to_states()) store(dreset(j) + p.offset, V{}, p.n);
+      if constexpr (kVariants) {
+        if (resets_to_states()) store(dreset(j) + p.offset, V{}, p.n);
+      }
     }
     for (int k = 0; k < Cell::kParams; ++k) store(dparams(k, p), V{}, p.n);
   }
@@ -363,8 +367,10 @@ class BackwardSteps {
   // Whether dgh @ W_hh of step s + 1 reaches step s or a state from outside in this row.
   FRNN_FN bool flows_back(int64_t s, int64_t row) const {
     const Entry next = timeline_.entry(s + 1, row);
-    return next == Entry::kCarried || next == Entry::kInitial ||
-           (next == Entry::kReset && resets_to_states());
+    if constexpr (kVariants) {
+      if (next == Entry::kReset) return resets_to_states();
+    }
+    return next == Entry::kCarried || next == Entry::kInitial;
   }
 
   // Call fetch(address) for what read_h and read_cell read of arrays that are read once, and that
@@ -571,13 +577,13 @@ class BackwardSteps {
   };
   template <bool kPlain>
   FRNN_FN void keep(int64_t s, const Place& p, Outcome result, const StepGradients<S>& to) const {
-    if (!kPlain) {
-      const Entry entry = timeline_.entry(s, p.row);
-      for (int j = Cell::kReadsH ? 0 : 1; j < kStates && entry == Entry::kReset; ++j) {
+    if constexpr (kVariants && !kPlain) {
+      const bool anew = timeline_.entry(s, p.row) == Entry::kReset;
+      for (int j = Cell::kReadsH ? 0 : 1; j < kStates && anew; ++j) {
         add_to_reset(p, j, result.carried[j]);
       }
-      cut(entry, result);
     }
+    if (!kPlain) cut(timeline_.entry(s, p.row), result);
     keep_gates(p, result, to);
     keep_carried<kPlain>(s, p, result);
     for (int k = 0; k < Cell::kParams; ++k) {
@@ -634,7 +640,9 @@ class BackwardSteps {
     V back = product;
     if (carries_h()) back += in.carried;
     if (next == Entry::kInitial) store(a_.dh0 + p.offset, back, p.n);
-    if (next == Entry::kReset) add_to_reset(p, 0, product);
+    if constexpr (kVariants) {
+      if (next == Entry::kReset) add_to_reset(p, 0, product);
+    }
     return next == Entry::kCarried ? back + in.last + in.dy : in.last + in.dy;
   }
 
@@ -652,7 +660,7 @@ class BackwardSteps {
   }
 
   // Of state j [B, P] or [B, H], if others than zeros enter at resets.
-  FRNN_FN bool resets_to_states() const { return kVariants && dreset_.h; }
+  FRNN_FN bool resets_to_states() const { return dreset_.h; }
   FRNN_FN S* dreset(int j) const { return j == 0 ? dreset_.h : dreset_.c + (j - 1) * a_.b * a_.h; }
   FRNN_FN void add_to_reset(const Place& p, int j, V d) const {
     if (!resets_to_states()) return;
