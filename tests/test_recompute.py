@@ -126,19 +126,21 @@ class Plain:
                 )
         with torch.enable_grad():
             leaves = [None if t is None else t.detach().requires_grad_() for t in call.tensors]
-            x, *weights, h0, c0 = leaves
-            again = call._replace(x=x, weights=backends.Weights(*weights), h0=h0, c0=c0)
-            outputs = oracle.recurrence(again)
+            outputs = oracle.recurrence(call.on(leaves))
             dy, dh, dc, dcs = upstream
             given = (
                 dy,
                 dh,
-                *([dc] if c0 is not None else []),
+                *([dc] if call.c0 is not None else []),
                 *([dcs] if call.cell_states else []),
             )
             pairs = [(o, d) for o, d in zip(outputs, given, strict=True) if d is not None]
             torch.autograd.backward([o for o, _ in pairs], [d for _, d in pairs])
-        return Gradients(*(None if t is None else t.grad for t in leaves))
+
+        def gradient(t):
+            return torch.zeros_like(t) if t.grad is None else t.grad
+
+        return Gradients(*(None if t is None else gradient(t) for t in leaves))
 
 
 @pytest.mark.parametrize("kind", KINDS)

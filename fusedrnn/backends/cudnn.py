@@ -105,7 +105,7 @@ class Cudnn:
         of_weights = [None if w is None else next(of_given, None) for w in weights]
         dx = _in_time(dx, reverse) if wanted.x else None
         dh0 = dh0.squeeze(0) if wanted.h0 else None
-        return Gradients(*(dx, *of_weights, dh0, dc0 if wanted.c0 else None))
+        return Gradients(*(dx, *of_weights, dh0, dc0 if wanted.c0 else None, None, None))
 
 
 def _in_time(x: Tensor, reverse: bool) -> Tensor:
