@@ -224,7 +224,7 @@ def differentiate(
         for k, v in zip(Gradients._fields, leaves, strict=True)
         if v is not None
     }
-    return {k: v.detach() for k, v in (named | gradients).items() if v is not None}
+    return {k: v.detach() for k, v in (named | gradients).items()}
 
 
 def assert_as_accurate(

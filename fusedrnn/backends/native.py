@@ -213,9 +213,12 @@ class Ops:
             norms[2:] = dnorm_c.sum(1)
         if weights.params is not None:
             dparams = dparams.sum(1)
+        if seq.h_reset is not None:
+            dh_reset = dh_reset.sum(0)
+        if seq.c_reset is not None:
+            dc_reset = dc_reset.sum(1)
         given = (*wanted[:11], True, *(t is not None for t in (c0, *seq.states)))
-        of_states = dh0, dc0, dh_reset.sum(0), dc_reset.sum(1 if seq.c_reset is not None else 0)
-        all_of_them = (*of_weights, dparams, *norms, *of_states)
+        all_of_them = (*of_weights, dparams, *norms, dh0, dc0, dh_reset, dc_reset)
         return Gradients(*(d if g else None for d, g in zip(all_of_them, given, strict=True)))
 
 
