@@ -66,7 +66,7 @@ class LSTM(Layers):
             reverse direction starts at the row's own end.
         resets: bool ``[T,B]`` (``[B,T]`` with batch_first, ``[T]`` unbatched): true where a new
             sequence begins, with the initial_state; nothing passes between t-1 and t, in either
-            direction. The backend "cuda" enters zeros there.
+            direction. The backend "cuda" takes resets with initial_state="zeros" only.
         return_cell_states: also return c of every step of the last layer.
 
     Returns:

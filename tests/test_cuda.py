@@ -71,6 +71,10 @@ REASONS = {
     "old": (Request(LSTM, torch.float32, torch.device("cuda", 1), 8, 0), "device 1 has 7.5"),
     "dtype": (Request(LSTM, torch.complex64, CUDA, 8, 0), "float64, got torch.complex64"),
     "hidden": (Request(LSTM, torch.float32, CUDA, 0, 0), "hidden size of at least 1"),
+    "resets": (
+        Request(LSTM, torch.float32, CUDA, 8, 0, resets=True, reset_states=True),
+        "enters zeros at resets",
+    ),
     "cell": (Request(UNKNOWN, torch.float32, CUDA, 8, 0), "no kernel for the cell unknown"),
 }
 
