@@ -335,6 +335,21 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "Tensor? lengths, Tensor? resets, int cell, bool reverse, bool tf32) -> (Tensor dgx, "
       "Tensor dgh, Tensor dh, Tensor dh0, Tensor dc0)");
   library.def(
+      "cuda_forward_both(Tensor gx, Tensor w_hh, Tensor? b_hh, Tensor h0, Tensor? c0, "
+      "Tensor gx_back, Tensor w_hh_back, Tensor? b_hh_back, Tensor h0_back, Tensor? c0_back, "
+      "Tensor? lengths, Tensor? resets, int cell, bool training, bool cell_states, bool tf32) -> "
+      "(Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, "
+      "Tensor m, Tensor y_back, Tensor h_n_back, Tensor c_n_back, Tensor c_back, "
+      "Tensor h_prev_back, Tensor c_prev_back, Tensor saved_back, Tensor m_back)");
+  library.def(
+      "cuda_backward_both(Tensor? dy, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor w_hh, "
+      "Tensor w_hh_t, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor? dy_back, "
+      "Tensor? dc_back, Tensor? dh_n_back, Tensor? dc_n_back, Tensor w_hh_back, "
+      "Tensor w_hh_t_back, Tensor h_prev_back, Tensor c_prev_back, Tensor saved_back, "
+      "Tensor? lengths, Tensor? resets, int cell, bool tf32) -> (Tensor dgx, Tensor dgh, "
+      "Tensor dh, Tensor dh0, Tensor dc0, Tensor dgx_back, Tensor dgh_back, Tensor dh_back, "
+      "Tensor dh0_back, Tensor dc0_back)");
+  library.def(
       "cuda_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b, bool tf32) -> Tensor");
 }
 
@@ -369,20 +384,21 @@ FRNN_EXPORT const char* frnn_cells() {
 }
 
 // How the CUDA kernels divide a call, for a device that need not be here. plan: units and rows of a
-// block, and the numbers of blocks along units and rows. Returns the algorithm.
+// block, the numbers of blocks along units and rows of each direction, and how many directions run
+// at once. Returns the algorithm.
 FRNN_EXPORT int frnn_cuda_plan(int64_t rows, int64_t hidden, int64_t out, int gates, int arithmetic,
-                               int projection, int backward, int multiprocessors, int capability,
-                               int shared_memory, int64_t* plan) {
+                               int projection, int backward, int sides, int multiprocessors,
+                               int capability, int shared_memory, int64_t* plan) {
   using namespace frnn::cuda;
-  const Call call{rows,          hidden,         out, gates, static_cast<Arithmetic>(arithmetic),
-                  backward != 0, projection != 0};
+  const Call call{rows,          hidden,          out,  gates, static_cast<Arithmetic>(arithmetic),
+                  backward != 0, projection != 0, sides};
   const Choice choice = choose(call, {multiprocessors, capability, shared_memory});
   if (choice.algorithm == Algorithm::kCluster) {
     const ClusterShape& shape = choice.cluster;
     plan[0] = shape.units;
     plan[1] = int64_t{shape.tiles} * kTileColumns;
     plan[2] = shape.blocks;
-    plan[3] = divide_up(rows, plan[1]);
+    plan[3] = shape.clusters;
   } else if (choice.algorithm == Algorithm::kGrid) {
     const GridShape& shape = choice.grid;
     plan[0] = kGridUnits;
@@ -397,6 +413,7 @@ FRNN_EXPORT int frnn_cuda_plan(int64_t rows, int64_t hidden, int64_t out, int ga
     plan[2] = blocks.y;
     plan[3] = blocks.x;
   }
+  plan[4] = choice.sides;
   return static_cast<int>(choice.algorithm);
 }
 

@@ -68,14 +68,24 @@ const frnn::CellFacts& plain_facts_of(int64_t cell) {
   return facts;
 }
 
-ForwardResult cuda_forward(Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor w_hr,
-                           Tensor h0, OptionalTensor c0, OptionalTensor lengths,
-                           OptionalTensor resets, int64_t cell_index, bool reverse, bool training,
-                           bool cell_states, bool tf32) {
-  const Arithmetic arithmetic = arithmetic_of("gx", gx, tf32);
+// Both directions have the same sizes, dtype and device.
+void check_alike(const char* what, const Tensor& one, const Tensor& other) {
+  Check{one}(what, other, {one.size(0), one.size(1), one.size(2)});
+}
+
+// One direction: its arguments, what it gives, and what it needs as long as the call lasts.
+struct ForwardSide {
+  frnn::cuda::Forward<void, void> args;
+  ForwardResult result;
+  std::tuple<Tensor, Tensor, Tensor> between;
+};
+
+ForwardSide forward_side(const frnn::CellFacts& cell, const Tensor& gx, const Tensor& w_hh,
+                         const OptionalTensor& b_hh, const OptionalTensor& w_hr, const Tensor& h0,
+                         const OptionalTensor& c0, const OptionalTensor& lengths,
+                         const OptionalTensor& resets, bool reverse, bool training,
+                         bool cell_states) {
   const ScalarType wide = wide_type(gx);
-  const frnn::CellFacts& cell = plain_facts_of(cell_index);
-  const OnDevice device(gx);
   frnn::cuda::Forward<void, void> args{};
   ForwardResult result = prepare_forward(args, cell, wide, "gx", gx, w_hh, b_hh, w_hr, std::nullopt,
                                          h0, c0, lengths, resets, reverse, training, cell_states);
@@ -91,25 +101,64 @@ ForwardResult cuda_forward(Tensor gx, Tensor w_hh, OptionalTensor b_hh, Optional
   write(args.h_step, inference, h_step);
   write(args.states_step, inference && others > 0, states_step);
   write(args.m_step, inner, m_step);
+  return {args, result, {h_step, states_step, m_step}};
+}
+
+void run_forward(int64_t cell, Arithmetic arithmetic, frnn::cuda::ForwardSides sides,
+                 const Tensor& like, void* stream) {
   const int64_t bytes =
-      frnn::cuda::forward_exchange_bytes(static_cast<int>(cell_index), arithmetic, args);
-  const Tensor exchange = make(bytes > 0, {bytes}, ScalarType::Byte);
-  write(args.exchange, bytes > 0, exchange);
-  frnn::cuda::forward(static_cast<int>(cell_index), arithmetic, args, device.stream());
-  return result;
+      frnn::cuda::forward_exchange_bytes(static_cast<int>(cell), arithmetic, sides);
+  const Tensor exchange = Allocator{like}(bytes > 0, {bytes}, ScalarType::Byte);
+  write(sides.exchange, bytes > 0, exchange);
+  frnn::cuda::forward(static_cast<int>(cell), arithmetic, sides, stream);
+}
+
+ForwardResult cuda_forward(Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor w_hr,
+                           Tensor h0, OptionalTensor c0, OptionalTensor lengths,
+                           OptionalTensor resets, int64_t cell, bool reverse, bool training,
+                           bool cell_states, bool tf32) {
+  const Arithmetic arithmetic = arithmetic_of("gx", gx, tf32);
+  const frnn::CellFacts& facts = plain_facts_of(cell);
+  const OnDevice device(gx);
+  const ForwardSide side = forward_side(facts, gx, w_hh, b_hh, w_hr, h0, c0, lengths, resets,
+                                        reverse, training, cell_states);
+  run_forward(cell, arithmetic, {{side.args}, 1}, gx, device.stream());
+  return side.result;
+}
+
+// Both directions of a layer without projection: the results of the one, then of the other.
+auto cuda_forward_both(Tensor gx, Tensor w_hh, OptionalTensor b_hh, Tensor h0, OptionalTensor c0,
+                       Tensor gx_back, Tensor w_hh_back, OptionalTensor b_hh_back, Tensor h0_back,
+                       OptionalTensor c0_back, OptionalTensor lengths, OptionalTensor resets,
+                       int64_t cell, bool training, bool cell_states, bool tf32) {
+  const Arithmetic arithmetic = arithmetic_of("gx", gx, tf32);
+  const frnn::CellFacts& facts = plain_facts_of(cell);
+  const OnDevice device(gx);
+  const ForwardSide one = forward_side(facts, gx, w_hh, b_hh, std::nullopt, h0, c0, lengths, resets,
+                                       false, training, cell_states);
+  const ForwardSide other =
+      forward_side(facts, gx_back, w_hh_back, b_hh_back, std::nullopt, h0_back, c0_back, lengths,
+                   resets, true, training, cell_states);
+  check_alike("gx", gx, gx_back);
+  run_forward(cell, arithmetic, {{one.args, other.args}, 2}, gx, device.stream());
+  return std::tuple_cat(one.result, other.result);
 }
 
 // dgx, dgh, dh, dh0, dc0
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-BackwardResult cuda_backward(OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n,
-                             OptionalTensor dc_n, Tensor w_hh, OptionalTensor w_hr, Tensor w_hh_t,
-                             OptionalTensor w_hr_t, Tensor h_prev, Tensor c_prev, Tensor saved,
-                             OptionalTensor lengths, OptionalTensor resets, int64_t cell_index,
-                             bool reverse, bool tf32) {
-  const Arithmetic arithmetic = arithmetic_of("h_prev", h_prev, tf32);
-  const frnn::CellFacts& cell = plain_facts_of(cell_index);
-  const OnDevice device(h_prev);
+struct BackwardSide {
+  frnn::cuda::Backward<void, void> args;
+  BackwardResult result;
+};
+
+BackwardSide backward_side(const frnn::CellFacts& cell, const OptionalTensor& dy,
+                           const OptionalTensor& dc, const OptionalTensor& dh_n,
+                           const OptionalTensor& dc_n, const Tensor& w_hh,
+                           const OptionalTensor& w_hr, const Tensor& w_hh_t,
+                           const OptionalTensor& w_hr_t, const Tensor& h_prev, const Tensor& c_prev,
+                           const Tensor& saved, const OptionalTensor& lengths,
+                           const OptionalTensor& resets, bool reverse) {
   frnn::cuda::Backward<void, void> args{};
   auto [_, dh0, dc0] =
       prepare_backward(args, cell, wide_type(h_prev), dy, dc, dh_n, dc_n, w_hh, w_hr, std::nullopt,
@@ -129,12 +178,51 @@ BackwardResult cuda_backward(OptionalTensor dy, OptionalTensor dc, OptionalTenso
   write(args.dgx, true, dgx);
   write(args.dgh, true, cell.additive ? dgx : dgh);
   write(args.dh, w_hr.has_value(), dh);
+  return {args, {dgx, dgh, dh, dh0, dc0}};
+}
+
+void run_backward(int64_t cell, Arithmetic arithmetic, frnn::cuda::BackwardSides sides,
+                  const Tensor& like, void* stream) {
   const int64_t bytes =
-      frnn::cuda::backward_exchange_bytes(static_cast<int>(cell_index), arithmetic, args);
-  const Tensor exchange = make(bytes > 0, {bytes}, ScalarType::Byte);
-  write(args.exchange, bytes > 0, exchange);
-  frnn::cuda::backward(static_cast<int>(cell_index), arithmetic, args, device.stream());
-  return {dgx, dgh, dh, dh0, dc0};
+      frnn::cuda::backward_exchange_bytes(static_cast<int>(cell), arithmetic, sides);
+  const Tensor exchange = Allocator{like}(bytes > 0, {bytes}, ScalarType::Byte);
+  write(sides.exchange, bytes > 0, exchange);
+  frnn::cuda::backward(static_cast<int>(cell), arithmetic, sides, stream);
+}
+
+BackwardResult cuda_backward(OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n,
+                             OptionalTensor dc_n, Tensor w_hh, OptionalTensor w_hr, Tensor w_hh_t,
+                             OptionalTensor w_hr_t, Tensor h_prev, Tensor c_prev, Tensor saved,
+                             OptionalTensor lengths, OptionalTensor resets, int64_t cell,
+                             bool reverse, bool tf32) {
+  const Arithmetic arithmetic = arithmetic_of("h_prev", h_prev, tf32);
+  const frnn::CellFacts& facts = plain_facts_of(cell);
+  const OnDevice device(h_prev);
+  const BackwardSide side = backward_side(facts, dy, dc, dh_n, dc_n, w_hh, w_hr, w_hh_t, w_hr_t,
+                                          h_prev, c_prev, saved, lengths, resets, reverse);
+  run_backward(cell, arithmetic, {{side.args}, 1}, h_prev, device.stream());
+  return side.result;
+}
+
+auto cuda_backward_both(OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n,
+                        OptionalTensor dc_n, Tensor w_hh, Tensor w_hh_t, Tensor h_prev,
+                        Tensor c_prev, Tensor saved, OptionalTensor dy_back, OptionalTensor dc_back,
+                        OptionalTensor dh_n_back, OptionalTensor dc_n_back, Tensor w_hh_back,
+                        Tensor w_hh_t_back, Tensor h_prev_back, Tensor c_prev_back,
+                        Tensor saved_back, OptionalTensor lengths, OptionalTensor resets,
+                        int64_t cell, bool tf32) {
+  const Arithmetic arithmetic = arithmetic_of("h_prev", h_prev, tf32);
+  const frnn::CellFacts& facts = plain_facts_of(cell);
+  const OnDevice device(h_prev);
+  const BackwardSide one =
+      backward_side(facts, dy, dc, dh_n, dc_n, w_hh, std::nullopt, w_hh_t, std::nullopt, h_prev,
+                    c_prev, saved, lengths, resets, false);
+  const BackwardSide other = backward_side(facts, dy_back, dc_back, dh_n_back, dc_n_back, w_hh_back,
+                                           std::nullopt, w_hh_t_back, std::nullopt, h_prev_back,
+                                           c_prev_back, saved_back, lengths, resets, true);
+  check_alike("h_prev", h_prev, h_prev_back);
+  run_backward(cell, arithmetic, {{one.args, other.args}, 2}, h_prev, device.stream());
+  return std::tuple_cat(one.result, other.result);
 }
 
 // a b, or of their transposes, in float32. PyTorch's own products read their precision from a
@@ -181,5 +269,7 @@ Tensor cuda_product(Tensor a, Tensor b, bool transpose_a, bool transpose_b, bool
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CUDA, library) {
   library.impl("cuda_forward", TORCH_BOX(&cuda_forward));
   library.impl("cuda_backward", TORCH_BOX(&cuda_backward));
+  library.impl("cuda_forward_both", TORCH_BOX(&cuda_forward_both));
+  library.impl("cuda_backward_both", TORCH_BOX(&cuda_backward_both));
   library.impl("cuda_product", TORCH_BOX(&cuda_product));
 }

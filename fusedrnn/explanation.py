@@ -73,6 +73,7 @@ def explain(module: nn.Module, x: Tensor | PackedSequence) -> Explanation:
         recurrent_dropout=rates.recurrent_dropout > 0 and module.training,
         zoneout=any(rates.zones), layer_norm=getattr(module, "layer_norm", False),
         recompute=recompute if torch.is_grad_enabled() else "none",
+        bidirectional=getattr(module, "bidirectional", False),
     )  # fmt: skip
     reasons: dict[str, str] = {}
     for name, reason in weigh(request, wish).items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedrnn.backends import Call, Noise, Request, Sequence, Weights, select
 from fusedrnn.cells import Cell
-from fusedrnn.recurrence import recurrence
+from fusedrnn.recurrence import recurrence, recurrences
 
 
 class Stack(NamedTuple):
@@ -28,6 +28,7 @@ def request_of(
     noise: Noise,
     cell_states: bool,
     recompute: str = "none",
+    bidirectional: bool = False,
 ) -> Request:
     hidden = weights.w_hh.shape[0] // len(cell.gates)
     proj = 0 if weights.w_hr is None else weights.w_hr.shape[0]
@@ -36,7 +37,7 @@ def request_of(
         cell, x.dtype, x.device, hidden, proj, seq.lengths is not None, seq.resets is not None,
         seq.h_reset is not None, cell_states, empty,
         recurrent_dropout=noise.dropout is not None, zoneout=noise.zoneout,
-        layer_norm=weights.norm_ih is not None, recompute=recompute,
+        layer_norm=weights.norm_ih is not None, recompute=recompute, bidirectional=bidirectional,
     )  # fmt: skip
 
 
@@ -65,7 +66,8 @@ def run_layers(
         recompute: what backward recomputes, see :mod:`fusedrnn.recompute`.
     """
     kept = recompute if torch.is_grad_enabled() else "none"
-    request = request_of(cell, x, weights[0], seq, noise[0], cell_states, kept)
+    both = directions == 2
+    request = request_of(cell, x, weights[0], seq, noise[0], cell_states, kept, both)
     backend = select(request, wish)
     if backend.reads_padding:
         x = seq.without_padding(x)
@@ -75,6 +77,7 @@ def run_layers(
     y = x
     c = None
     for layer in range(layers):
+        calls: list[Call] = []
         ys: list[Tensor] = []
         cs: list[Tensor] = []
         ask = cell_states and layer == layers - 1
@@ -84,8 +87,10 @@ def run_layers(
             if seq.h_reset is not None:
                 c_reset = None if seq.c_reset is None else seq.c_reset[:, k]
                 own = seq.with_states(seq.h_reset[k], c_reset)
-            call = Call(cell, y, weights[k], hx[0][k], others, own, direction == 1, ask, noise[k])
-            out = recurrence(backend, call, recompute)
+            calls.append(
+                Call(cell, y, weights[k], hx[0][k], others, own, direction == 1, ask, noise[k])
+            )
+        for out in recurrences(backend, calls, recompute):
             ys.append(out[0])
             h_n.append(out[1])
             c_n.extend(out[2:3] if len(hx) > 1 else ())

@@ -21,6 +21,8 @@ from fusedrnn.backends import (
     Sequence,
     Upstream,
     Wanted,
+    backward_of,
+    forward_of,
 )
 from fusedrnn.backends.reference import compute_dtype
 
@@ -33,28 +35,31 @@ def check_recompute(recompute: str) -> str:
     return recompute
 
 
-def forward(backend: Backend, recompute: str, call: Call) -> Run:
-    """``backend.forward`` for training; the reserve is what is kept until :func:`backward`."""
+def forward(backend: Backend, recompute: str, calls: list[Call]) -> list[Run]:
+    """``forward_of`` for training; the reserves are what is kept until :func:`backward`."""
     if recompute == "chunks":
-        return _forward_in_chunks(backend, call)
-    run = backend.forward(call, True)
-    return run._replace(reserve=run.reserve[:2]) if recompute == "gates" else run
+        return [_forward_in_chunks(backend, call) for call in calls]
+    runs = forward_of(backend, calls, True)
+    kept = 2 if recompute == "gates" else None
+    return [run._replace(reserve=run.reserve[:kept]) for run in runs]
 
 
 def backward(
     backend: Backend,
     recompute: str,
-    call: Call,
-    upstream: Upstream,
-    reserve: tuple[Tensor, ...],
-    wanted: Wanted,
-) -> Gradients:
-    """``backend.backward`` from what :func:`forward` kept."""
+    calls: list[Call],
+    upstreams: list[Upstream],
+    reserves: list[tuple[Tensor, ...]],
+    wanted: list[Wanted],
+) -> list[Gradients]:
+    """``backward_of`` from what :func:`forward` kept."""
     if recompute == "chunks":
-        return _backward_in_chunks(backend, call, upstream, reserve, wanted)
+        each = zip(calls, upstreams, reserves, wanted, strict=True)
+        return [_backward_in_chunks(backend, *of_call) for of_call in each]
     if recompute == "gates":
-        reserve = _with_gates(backend, call, *reserve)
-    return backend.backward(call, upstream, reserve, wanted)
+        kept = zip(calls, reserves, strict=True)
+        reserves = [_with_gates(backend, call, *states) for call, states in kept]
+    return backward_of(backend, calls, upstreams, reserves, wanted)
 
 
 def _with_gates(backend: Backend, call: Call, h_prev: Tensor, c_prev: Tensor) -> tuple[Tensor, ...]:

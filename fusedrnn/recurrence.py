@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from fusedrnn.backends import (
     Wanted,
     Weights,
     by_name,
+    forward_of,
     reference,
 )
 from fusedrnn.cells import Cell, by_key
@@ -33,24 +35,46 @@ def recurrence(
 ) -> tuple[Tensor, ...]:
     """``y [T,B,P]``, ``h_n [B,P]``, then ``c_n [S-1,B,H]`` if the cell has states beside h, then
     ``c [T,B,H]`` if asked for."""
-    tensors = call.tensors
+    return _recurrences(backend, [call], recompute)[0]
+
+
+def recurrences(
+    backend: Backend | Reference, calls: list[Call], recompute: str = "none"
+) -> list[tuple[Tensor, ...]]:
+    """:func:`recurrence` of one direction of a layer, or of both, at once where the backend can."""
+    alone = recompute == "chunks" or calls[0].weights.w_hr is not None
+    if len(calls) == 1 or alone or isinstance(backend, Reference) or not backend.runs_both:
+        return [recurrence(backend, call, recompute) for call in calls]
+    return _recurrences(backend, calls, recompute)
+
+
+def _recurrences(
+    backend: Backend | Reference, calls: list[Call], recompute: str
+) -> list[tuple[Tensor, ...]]:
+    tensors = tuple(t for call in calls for t in call.tensors)
     if isinstance(backend, Reference) or _transformed(tensors):
-        return reference.recurrence(call)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        args = (
-            *tensors,
-            *call.seq.masks,
-            *call.noise.masks,
-            call.cell.key,
-            backend.name,
-            call.reverse,
-            call.cell_states,
-            *call.noise.rates,
-            "none" if torch.compiler.is_exporting() else recompute,  # a program has no backward
-        )
-        outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
-        return outputs
-    return _outputs(call, backend.forward(call, False))
+        return [reference.recurrence(call) for call in calls]
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        runs = forward_of(backend, calls, False)
+        return [_outputs(call, run) for call, run in zip(calls, runs, strict=True)]
+    first = calls[0]
+    args = (
+        first.cell.key,
+        backend.name,
+        first.reverse,
+        first.cell_states,
+        *first.noise.rates,
+        "none" if torch.compiler.is_exporting() else recompute,  # a program has no backward
+        *(t for call in calls for t in (*call.tensors, *call.seq.masks, *call.noise.masks)),
+    )
+    outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
+    return _parts(outputs, len(calls))
+
+
+def _parts(items: tuple[Any, ...], count: int) -> list[tuple[Any, ...]]:
+    """As many parts of the same size."""
+    size = len(items) // count
+    return [items[i * size : (i + 1) * size] for i in range(count)]
 
 
 # Private to PyTorch: without them it is not known whether a transform is active, and the reference,
@@ -72,8 +96,13 @@ def _outputs(call: Call, run: Run) -> tuple[Tensor, ...]:
     return (run.y, run.h_n, *c_n, *((run.c,) if call.cell_states else ()))
 
 
+_CONSTANTS = 7  # of RecurrenceFunction, before its tensors
+_INPUTS = len(Wanted._fields)  # those of a call that have gradients
+_OF_CALL = _INPUTS + 5  # and its masks
+
+
 class RecurrenceFunction(torch.autograd.Function):
-    """The autograd node of one layer and direction, entered only when a gradient is needed.
+    """The autograd node of a layer's direction, or of both, entered only when a gradient is needed.
 
     Under ``create_graph`` its backward differentiates the reference.
     """
@@ -81,71 +110,81 @@ class RecurrenceFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-        w_hr: Tensor | None,
-        params: Tensor | None,
-        norm_ih: Tensor | None,
-        norm_hh: Tensor | None,
-        norm_c: Tensor | None,
-        norm_c_bias: Tensor | None,
-        h0: Tensor,
-        c0: Tensor | None,
-        h_reset: Tensor | None,
-        c_reset: Tensor | None,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        dropout: Tensor | None,
-        renew_h: Tensor | None,
-        renew_c: Tensor | None,
         cell_key: str,
         backend_name: str,
-        reverse: bool,
+        reverse: bool,  # of the first call; a second one is the reverse
         cell_states: bool,
         rate_h: float,
         rate_c: float,
         recompute: str,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        ctx.constants = cell_key, backend_name, reverse, cell_states, rate_h, rate_c, recompute
+        ctx.set_materialize_grads(False)
         backend = by_name(backend_name)
         assert not isinstance(backend, Reference)
-        weights = Weights(
-            w_ih, w_hh, b_ih, b_hh, w_hr, params, norm_ih, norm_hh, norm_c, norm_c_bias
-        )
-        seq = Sequence(lengths, resets, h_reset, c_reset)
-        noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
-        call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states, noise)
-        run = recomputing.forward(backend, recompute, call)
-        ctx.constants = cell_key, backend_name, reverse, cell_states, noise.rates, recompute
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*call.tensors, *seq.masks, *noise.masks, *run.reserve)
-        return _outputs(call, run)
+        calls = _calls(ctx.constants, tensors)
+        runs = recomputing.forward(backend, recompute, calls)
+        ctx.save_for_backward(*tensors, *(t for run in runs for t in run.reserve))
+        ctx.count = len(calls)
+        return tuple(t for call, run in zip(calls, runs, strict=True) for t in _outputs(call, run))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, *others: Tensor | None) -> Any:
-        cell_key, backend_name, reverse, cell_states, rates, recompute = ctx.constants
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         saved = ctx.saved_tensors  # to be asked for once, under torch.utils.checkpoint
-        inputs, (lengths, resets, *masks), reserve = saved[:15], saved[15:20], saved[20:]
-        x, *of_layer, h0, c0, h_reset, c_reset = inputs
-        if torch.is_autocast_enabled(x.device.type):  # products in the dtype they had in forward
-            with torch.autocast(x.device.type, enabled=False):
-                return RecurrenceFunction.backward(ctx, dy, dh_n, *others)
-        weights, noise = Weights(*of_layer), Noise(*masks, *rates)
-        seq = Sequence(lengths, resets, h_reset, c_reset)
-        call = Call(by_key(cell_key), x, weights, h0, c0, seq, reverse, cell_states, noise)
+        tensors, reserve = saved[: ctx.count * _OF_CALL], saved[ctx.count * _OF_CALL :]
+        device = tensors[0].device.type
+        if torch.is_autocast_enabled(device):  # products in the dtype they had in forward
+            with torch.autocast(device, enabled=False):
+                return RecurrenceFunction.backward(ctx, *grads)
+        calls = _calls(ctx.constants, tensors)
+        of_calls = _parts(grads, len(calls))
+        found: Seq[tuple[Tensor | None, ...]]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            out = _differentiable_backward(call, (dy, dh_n, *others))
-            return (*out, *(None,) * 12)
-        dc_n = others[0] if c0 is not None else None
-        dc = others[-1] if cell_states else None
-        backend = by_name(backend_name)
-        assert not isinstance(backend, Reference)
-        wanted = Wanted(*ctx.needs_input_grad[:15])
-        upstream = Upstream(dy, dh_n, dc_n, dc)
-        found = recomputing.backward(backend, recompute, call, upstream, reserve, wanted)
-        return (*found, *(None,) * 12)
+            found = [_differentiable_backward(c, d) for c, d in zip(calls, of_calls, strict=True)]
+        else:
+            backend = by_name(ctx.constants[1])
+            assert not isinstance(backend, Reference)
+            needed = _parts(ctx.needs_input_grad[_CONSTANTS:], len(calls))
+            found = recomputing.backward(
+                backend,
+                ctx.constants[-1],
+                calls,
+                [_upstream(c, d) for c, d in zip(calls, of_calls, strict=True)],
+                _parts(reserve, len(calls)),
+                [Wanted(*n[:_INPUTS]) for n in needed],
+            )
+        nothing = (None,) * (_OF_CALL - _INPUTS)
+        return (*(None,) * _CONSTANTS, *(d for f in found for d in (*f, *nothing)))
+
+
+def _calls(constants: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> list[Call]:
+    """What the arguments of RecurrenceFunction stand for."""
+    cell_key, _, reverse, cell_states, *rates, _ = constants
+    calls = []
+    for i, of_call in enumerate(_parts(tensors, len(tensors) // _OF_CALL)):
+        x, *of_layer, h0, c0, h_reset, c_reset = of_call[:_INPUTS]
+        lengths, resets, *masks = of_call[_INPUTS:]
+        calls.append(
+            Call(
+                by_key(cell_key),
+                x,
+                Weights(*of_layer),
+                h0,
+                c0,
+                Sequence(lengths, resets, h_reset, c_reset),
+                reverse if i == 0 else not reverse,
+                cell_states,
+                Noise(*masks, *rates),
+            )
+        )
+    return calls
+
+
+def _upstream(call: Call, grads: tuple[Tensor | None, ...]) -> Upstream:
+    dy, dh_n, *others = grads
+    dc_n = others[0] if call.c0 is not None else None
+    return Upstream(dy, dh_n, dc_n, others[-1] if call.cell_states else None)
 
 
 def _differentiable_backward(

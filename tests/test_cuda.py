@@ -21,8 +21,10 @@ from fusedrnn.backends import (
     Upstream,
     Wanted,
     Weights,
+    backward_of,
     by_name,
     cuda,
+    forward_of,
     native,
 )
 from fusedrnn.cells import LSTM, PLAIN, Cell
@@ -58,6 +60,17 @@ def test_explain_tells_the_plan(present):
     assert plan(layer, 512, 128, 256, dtype=torch.float16) == (
         "cuda: float16, forward cluster (one launch, 8 clusters of 8 blocks of 32 units x 16 rows),"
         " backward cluster (one launch, 8 clusters of 8 blocks of 32 units x 16 rows)"
+    )
+    layer = fusedrnn.LSTM(512, 512, bidirectional=True, backend="cuda")
+    clusters = "(one launch for both directions, 8 clusters of 8 blocks of 64 units x 8 rows)"
+    assert plan(layer, 512, 32, 512, dtype=torch.bfloat16) == (
+        f"cuda: bfloat16, forward cluster {clusters}, backward cluster {clusters}"
+    )
+    layer = fusedrnn.LSTM(1024, 1024, bidirectional=True, backend="cuda")
+    assert plan(layer, 512, 8, 1024, dtype=torch.bfloat16) == (
+        "cuda: bfloat16, "
+        "forward grid (one launch for both directions, 2 teams of 64 blocks of 16 units x 8 rows), "
+        "backward grid (one launch, 1 team of 64 blocks of 16 units x 8 rows)"
     )
     assert "one launch, 1 cluster of 1 blocks of 64 units x 8 rows" in plan(
         fusedrnn.LSTM(8, 64, backend="cuda"), 512, 3, 8, dtype=torch.bfloat16
@@ -128,7 +141,8 @@ def library():
 LOADS = """
 import sys, torch, fusedrnn
 torch.ops.load_library(sys.argv[1])
-for name in ("cuda_forward", "cuda_backward", "cuda_product"):
+for name in ("cuda_forward", "cuda_backward", "cuda_forward_both", "cuda_backward_both",
+             "cuda_product"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusedrnn::{name}", "CUDA"), name
 assert not torch.cuda.is_initialized()
 """
@@ -154,52 +168,70 @@ def test_library_is_given_dense_matrices():
 
 # A PyTorch without CUDA neither indexes nor differentiates fake CUDA tensors, so that tracing stops
 # at a backend here, and a whole layer is traced on the CPU (test_compile.py): by the same ops.
-def both_directions(dtype, cell, hidden, proj):
-    """Forward and backward of fake tensors on the cuda backend."""
-
+def fake_call(dtype, cell, hidden, proj):
     def empty(*shape):
         return torch.empty(shape, dtype=dtype, device=CUDA)
 
-    backend, rows, out = by_name("cuda"), len(cell.gates) * hidden, proj or hidden
+    rows, out = len(cell.gates) * hidden, proj or hidden
     w_hr = empty(proj, hidden) if proj else None
     weights = Weights(empty(rows, 3), empty(rows, out), empty(rows), empty(rows), w_hr)
     others = len(cell.states) - 1
     c0 = empty(others, 2, hidden) if others else None
     x, h0 = empty(5, 2, 3), empty(2, out)
-    call = Call(cell, x, weights, h0, c0, Sequence(), False, others > 0)
-    run = backend.forward(call, True)
-    upstream, wanted = (
-        Upstream(run.y, None, None, None),
-        Wanted(*(True,) * 5, proj > 0, *(False,) * 5, True, True, False, False),
-    )
-    return call.tensors, run, backend.backward(call, upstream, run.reserve, wanted)
+    return Call(cell, x, weights, h0, c0, Sequence(), False, others > 0)
 
 
+def there_and_back(calls):
+    """Forward and backward of calls on fake tensors by the cuda backend."""
+    backend = by_name("cuda")
+    runs = forward_of(backend, calls, True)
+    upstreams = [Upstream(run.y, None, None, None) for run in runs]
+    has_proj = calls[0].weights.w_hr is not None
+    wanted = Wanted(*(True,) * 5, has_proj, *(False,) * 5, True, True, False, False)
+    reserves = [run.reserve for run in runs]
+    return runs, backward_of(backend, calls, upstreams, reserves, [wanted] * len(calls))
+
+
+@pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
 @pytest.mark.parametrize("cell", PLAIN.values(), ids=lambda c: c.name)
-def test_fake_tensors(cell, dtype):
+def test_fake_tensors(cell, dtype, directions):
     """Results have the dtype of the inputs; only the c that backward reads is not rounded to it."""
+    proj = 4 if cell.name == "lstm" and directions == 1 else 0
     with FakeTensorMode():
-        inputs, run, found = both_directions(dtype, cell, 8, 4 if cell.name == "lstm" else 0)
-    h_prev, c_prev, saved, m, _ = run.reserve
+        calls = [fake_call(dtype, cell, 8, proj) for _ in range(directions)]
+        runs, found = there_and_back(calls)
     wide = dtype if dtype == torch.float64 else torch.float32
-    assert c_prev.dtype == wide
-    assert {t.dtype for t in (*run[:4], h_prev, saved, m)} == {dtype}
-    assert {t.device for t in (*run[:4], *run.reserve)} == {CUDA}
-    for value, gradient in zip(inputs, found, strict=True):
-        assert (value is None) == (gradient is None)
-        if value is not None:
-            assert (value.shape, value.dtype) == (gradient.shape, gradient.dtype)
+    for call, run, gradients in zip(calls, runs, found, strict=True):
+        h_prev, c_prev, saved, m, _ = run.reserve
+        assert c_prev.dtype == wide
+        assert {t.dtype for t in (*run[:4], h_prev, saved, m)} == {dtype}
+        assert {t.device for t in (*run[:4], *run.reserve)} == {CUDA}
+        for value, gradient in zip(call.tensors, gradients, strict=True):
+            assert (value is None) == (gradient is None)
+            if value is not None:
+                assert (value.shape, value.dtype) == (gradient.shape, gradient.dtype)
 
 
+OPS = {
+    1: ["recurrence_forward", "recurrence_backward"],
+    2: ["cuda_recurrences_forward", "cuda_recurrences_backward"],
+}
+
+
+@pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tracing_leaves_the_precision_to_the_run(dtype):
+def test_tracing_leaves_the_precision_to_the_run(dtype, directions):
     """All products are inside ops, none of which has the precision as an argument."""
+
+    def dw_ih():
+        calls = [fake_call(dtype, LSTM, 8, 0) for _ in range(directions)]
+        return there_and_back(calls)[1][0].w_ih
+
     with FakeTensorMode():
-        graph = make_fx(lambda: both_directions(dtype, LSTM, 8, 0)[2].w_ih)().graph
+        graph = make_fx(dw_ih)().graph
     ops = [str(node.target) for node in graph.nodes if re.search(r"fusedrnn|mm", str(node.target))]
-    both = ["fusedrnn.recurrence_forward.default", "fusedrnn.recurrence_backward.default"]
-    assert ops == both
+    assert ops == [f"fusedrnn.{name}.default" for name in OPS[directions]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

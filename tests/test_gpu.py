@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from against_torch import LAYERS, assert_equals_torch, make_hx, twins
+from both_directions import assert_as_alone
 
 import fusedrnn
 from fusedrnn.backends import by_name, cuda
@@ -123,6 +124,19 @@ def test_triton_cell_update(dtype):
 @pytest.mark.parametrize("proj", [1, 7, 16])
 def test_projection(proj, feature, arithmetic):
     check(LSTM, 3, 9, 4, 32, arithmetic=arithmetic, P=proj, cell_states=True, **feature)
+
+
+# A launch a step; one by a block, by clusters, by teams; teams of forward alone at once.
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("batch, hidden", [(9, 40), (9, 136), (40, 512), (8, 640), (8, 1024)])
+@pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
+def test_both_directions_at_once(cell, batch, hidden, arithmetic, masked):
+    tf32 = arithmetic == "tf32"
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if tf32 else "ieee"
+    dtype = torch.float32 if tf32 else getattr(torch, arithmetic)
+    case = Case(cell, 4, batch, 4, hidden, dtype=dtype, lengths=masked, resets=masked)
+    assert_as_alone(by_name("cuda"), case, DEVICE)
 
 
 @pytest.mark.parametrize("shape", [(65_600, 1, 1, 2), (2, 70_000, 1, 3)], ids=str)

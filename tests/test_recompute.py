@@ -78,7 +78,7 @@ class Plain:
     """The equations as a backend, of any cell and with all there is; its backward holds what it is
     given against what forward left."""
 
-    name, reads_padding = "plain", False
+    name, reads_padding, runs_both = "plain", False, False
 
     def supports(self, request: Request) -> None:
         return None
@@ -388,7 +388,7 @@ def test_on_triton(monkeypatch, cell, arithmetic, layer_norm):
     case = Case(cell, 3, 5, 4, 20, dtype=machine.choose(arithmetic), lengths=True, resets=True)
     case = replace(case, layer_norm=layer_norm)
     call = make_inputs(case).call(case)
-    kept = recompute.forward(machine.backend, "gates", call).reserve
+    kept = recompute.forward(machine.backend, "gates", [call])[0].reserve
     made = recompute._with_gates(machine.backend, call, *kept)
     for found, expected in zip(made, machine.backend.forward(call, True).reserve, strict=True):
         torch.testing.assert_close(found.view_as(expected), expected)

@@ -11,10 +11,12 @@ import fusedrnn
 if "cuda" not in fusedrnn.list_backends():
     sys.exit('this fusedrnn has no backend "cuda"')
 LAYERS = (fusedrnn.LSTM, fusedrnn.GRU, fusedrnn.RNN, partial(fusedrnn.LSTM, proj_size=8))
+BOTH = [partial(layer, bidirectional=True) for layer in LAYERS[:2]]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CASES = [
     *itertools.product(LAYERS, DTYPES, (20, 24)),  # rows in parts of 8 and of 16 bytes, in 16 bits
     *itertools.product(LAYERS[:2], DTYPES[1:], (136, 520)),  # several blocks: a cluster, a grid
+    *itertools.product(BOTH, DTYPES[1:], (24, 136, 520)),
 ]
 for layer, dtype, hidden in CASES:
     module = layer(5, hidden, backend="cuda").to("cuda", dtype)

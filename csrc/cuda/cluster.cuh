@@ -36,6 +36,7 @@ struct ClusterSizes {
 template <int kBlocks, int kGroups, int kTiles>
 struct Seat {
   int lane, warp, rank, units;  // of the block, a warp and rank being numbers in block and cluster
+  int side;                     // of the cluster
   int64_t row;                  // the first of the cluster
 
   __device__ __forceinline__ explicit Seat(const ClusterShape& shape)
@@ -43,7 +44,8 @@ struct Seat {
         warp(threadIdx.x / kWarpSize),
         rank(blockIdx.x % kBlocks),
         units(shape.units),
-        row(int64_t{blockIdx.x / kBlocks} * kTiles * kTileColumns) {}
+        side(static_cast<int>(blockIdx.x) >= shape.clusters * kBlocks),
+        row((int64_t{blockIdx.x / kBlocks} - side * shape.clusters) * kTiles * kTileColumns) {}
 
   // The unit of a group, within the block and within the cluster.
   __device__ __forceinline__ int own_unit(int group) const {
@@ -75,7 +77,7 @@ struct Seat {
 
 template <class Cell, class M, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(kClusterThreads, 1)
-    forward_cluster(const __grid_constant__ Forward<typename M::S, typename M::V> f,
+    forward_cluster(const __grid_constant__ Sides<Forward<typename M::S, typename M::V>> sides,
                     const __grid_constant__ ClusterShape shape) {
 #if FRNN_HAVE_CLUSTER
   using S = typename M::S;
@@ -87,6 +89,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   constexpr int kResults = Sizes::kResults, kValues = Piece<S>::kValues;
   FRNN_DYN_SMEM(shared);
   const Seat<kBlocks, kGroups, kTiles> seat(shape);
+  const auto& f = sides.of[seat.side];
   const int chunks = shape.chunks;
   const auto h_of = [&](int tile, int64_t n) {
     return reinterpret_cast<Piece<S>*>(shared) + (tile * 2 + n % 2) * chunks * kWarpSize;
@@ -263,7 +266,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
 
 template <class Cell, class M, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(kClusterThreads, 1)
-    backward_cluster(const __grid_constant__ Backward<typename M::S, typename M::V> f,
+    backward_cluster(const __grid_constant__ Sides<Backward<typename M::S, typename M::V>> sides,
                      const __grid_constant__ ClusterShape shape) {
 #if FRNN_HAVE_CLUSTER
   using S = typename M::S;
@@ -275,6 +278,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   constexpr int kResults = Sizes::kResults, kValues = Piece<S>::kValues;
   FRNN_DYN_SMEM(shared);
   const Seat<kBlocks, kGroups, kTiles> seat(shape);
+  const auto& f = sides.of[seat.side];
   const int chunks = shape.chunks, units = shape.units;
   const auto dgates_of = [&](int tile, int64_t n) {
     const int64_t operand = tile * shape.operands + (n & (shape.operands - 1));

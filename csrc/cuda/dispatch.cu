@@ -53,10 +53,17 @@ Watch& watch() {
 
 // `words` is where kernels say that they waited in vain; without such a place none may wait.
 template <class Args>
-Choice choice_for(int cell, Arithmetic arithmetic, bool backward, const Args& args,
+Choice choice_for(int cell, Arithmetic arithmetic, bool backward, const Sides<Args>& sides,
                   const uint32_t* words) {
-  const Call call{
-      args.b, args.h, args.p, cell_facts(cell).gates, arithmetic, backward, args.w_hr != nullptr};
+  const Args& args = sides.of[0];
+  const Call call{args.b,
+                  args.h,
+                  args.p,
+                  cell_facts(cell).gates,
+                  arithmetic,
+                  backward,
+                  args.w_hr != nullptr,
+                  sides.count};
   Device device = current_device();
   device.waits = device.waits && words != nullptr;
   return args.b == 0 || args.t == 0 ? Choice{} : choose(call, device);
@@ -65,39 +72,47 @@ Choice choice_for(int cell, Arithmetic arithmetic, bool backward, const Args& ar
 // By the algorithm that suits the call, or the standard one if the device has no room for the
 // other's blocks.
 template <class Args, class Run>
-void run(int cell, Arithmetic arithmetic, bool backward, const Args& args, const Run& by) {
+void run(int cell, Arithmetic arithmetic, bool backward, const Sides<Args>& sides, const Run& by) {
   watch().check();
-  if (args.b == 0) return;
+  if (sides.of[0].b == 0) return;
   const int index = static_cast<int>(arithmetic);
   uint32_t* const words = watch().words();
-  const Choice choice = choice_for(cell, arithmetic, backward, args, words);
-  if (choice.algorithm == Algorithm::kCluster && by(*kClusters[index], choice.cluster)) return;
-  if (choice.algorithm == Algorithm::kGrid && args.exchange != nullptr &&
-      by(*kGrids[index], choice.grid, words)) {
-    return;
-  }
-  by(*kStandard[index]);
+  const Choice choice = choice_for(cell, arithmetic, backward, sides, words);
+  const auto run_some = [&](const Sides<Args>& some) {
+    if (choice.algorithm == Algorithm::kCluster && by(*kClusters[index], some, choice.cluster)) {
+      return;
+    }
+    if (choice.algorithm == Algorithm::kGrid && some.exchange != nullptr &&
+        by(*kGrids[index], some, choice.grid, words)) {
+      return;
+    }
+    by(*kStandard[index], some);
+  };
+  if (choice.sides == sides.count) return run_some(sides);
+  for (const Args& args : sides.of) run_some({{args}, 1, sides.exchange});
 }
 
 }  // namespace
 
-int64_t forward_exchange_bytes(int cell, Arithmetic arithmetic, const Forward<void, void>& args) {
-  return choice_for(cell, arithmetic, false, args, watch().words()).grid.exchange;
+int64_t forward_exchange_bytes(int cell, Arithmetic arithmetic, const ForwardSides& sides) {
+  return choice_for(cell, arithmetic, false, sides, watch().words()).grid.exchange;
 }
-int64_t backward_exchange_bytes(int cell, Arithmetic arithmetic, const Backward<void, void>& args) {
-  return choice_for(cell, arithmetic, true, args, watch().words()).grid.exchange;
-}
-
-void forward(int cell, Arithmetic arithmetic, const Forward<void, void>& args, void* stream) {
-  run(cell, arithmetic, false, args, [&](const auto& driver, const auto&... shape) {
-    return driver.forward(cell, args, shape..., stream);
-  });
+int64_t backward_exchange_bytes(int cell, Arithmetic arithmetic, const BackwardSides& sides) {
+  return choice_for(cell, arithmetic, true, sides, watch().words()).grid.exchange;
 }
 
-void backward(int cell, Arithmetic arithmetic, const Backward<void, void>& args, void* stream) {
-  run(cell, arithmetic, true, args, [&](const auto& driver, const auto&... shape) {
-    return driver.backward(cell, args, shape..., stream);
-  });
+void forward(int cell, Arithmetic arithmetic, const ForwardSides& sides, void* stream) {
+  run(cell, arithmetic, false, sides,
+      [&](const auto& driver, const ForwardSides& some, const auto&... shape) {
+        return driver.forward(cell, some, shape..., stream);
+      });
+}
+
+void backward(int cell, Arithmetic arithmetic, const BackwardSides& sides, void* stream) {
+  run(cell, arithmetic, true, sides,
+      [&](const auto& driver, const BackwardSides& some, const auto&... shape) {
+        return driver.backward(cell, some, shape..., stream);
+      });
 }
 
 }  // namespace frnn::cuda

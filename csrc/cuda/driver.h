@@ -12,8 +12,8 @@
 namespace frnn::cuda {
 
 struct Standard {
-  void (*forward)(int cell, const Forward<void, void>& args, void* stream);
-  void (*backward)(int cell, const Backward<void, void>& args, void* stream);
+  void (*forward)(int cell, const ForwardSides& sides, void* stream);
+  void (*backward)(int cell, const BackwardSides& sides, void* stream);
 };
 
 extern const Standard kStandardFloat16;
@@ -24,17 +24,15 @@ extern const Standard kStandardFloat64;
 
 // False, and nothing done, if the device has no room for such blocks.
 struct Clusters {
-  bool (*forward)(int cell, const Forward<void, void>& args, const ClusterShape& shape,
-                  void* stream);
-  bool (*backward)(int cell, const Backward<void, void>& args, const ClusterShape& shape,
-                   void* stream);
+  bool (*forward)(int cell, const ForwardSides& sides, const ClusterShape& shape, void* stream);
+  bool (*backward)(int cell, const BackwardSides& sides, const ClusterShape& shape, void* stream);
 };
 
 struct Grids {
-  bool (*forward)(int cell, const Forward<void, void>& args, const GridShape& shape,
-                  uint32_t* error, void* stream);
-  bool (*backward)(int cell, const Backward<void, void>& args, const GridShape& shape,
-                   uint32_t* error, void* stream);
+  bool (*forward)(int cell, const ForwardSides& sides, const GridShape& shape, uint32_t* error,
+                  void* stream);
+  bool (*backward)(int cell, const BackwardSides& sides, const GridShape& shape, uint32_t* error,
+                   void* stream);
 };
 
 extern const Grids kGridsFloat16;
@@ -47,8 +45,8 @@ extern const Clusters kClustersTf32;
 
 // f.template operator()<Cell>(arguments in the types of the arithmetic M).
 template <class M, template <class, class> class Args, class F>
-void with_types(int cell, const Args<void, void>& args, const F& f) {
-  const auto typed = __builtin_bit_cast(Args<typename M::S, typename M::V>, args);
+void with_types(int cell, const Sides<Args<void, void>>& sides, const F& f) {
+  const auto typed = __builtin_bit_cast(Sides<Args<typename M::S, typename M::V>>, sides);
   PlainCells::dispatch(cell, [&]<class Cell>() { f.template operator()<Cell>(typed); });
 }
 

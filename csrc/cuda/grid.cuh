@@ -111,7 +111,7 @@ __device__ __forceinline__ void give_up(uint32_t* error, int64_t b, int64_t h, u
 
 template <class Cell, class M, int kTiles>
 __global__ void __launch_bounds__(kGridThreads, 1)
-    forward_grid(const __grid_constant__ Forward<typename M::S, typename M::V> f,
+    forward_grid(const __grid_constant__ Sides<Forward<typename M::S, typename M::V>> sides,
                  const __grid_constant__ GridShape shape, uint32_t* error) {
   using S = typename M::S;
   using V = typename M::Real;
@@ -122,7 +122,9 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const GridSeat<kTiles> seat;
   const int lane = seat.lane, warp = seat.warp;
   const int rank = blockIdx.x % shape.blocks, team = blockIdx.x / shape.blocks;
-  const int64_t first_row = int64_t{team} * kTiles * kTileColumns;
+  const int side = team >= shape.teams;
+  const auto& f = sides.of[side];
+  const int64_t first_row = int64_t{team - side * shape.teams} * kTiles * kTileColumns;
   const int each = shape.each, chunks = shape.chunks;  // of k: of a warp, of all
   const Steps steps(f, nullptr, nullptr, nullptr);
   const Timeline<S>& timeline = steps.timeline();
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   // h of the team: [4, kTiles, chunks, 32].
   const auto h_of = [&](int64_t n, int tile) {
     const int64_t operand = (int64_t{team} * kExchangeSlots + n % kExchangeSlots) * kTiles + tile;
-    return static_cast<Piece<S>*>(f.exchange) + operand * chunks * kWarpSize;
+    return static_cast<Piece<S>*>(sides.exchange) + operand * chunks * kWarpSize;
   };
   // The warps' sums: [2, kGridWarps, kTiles, kSlots, 2, 32].
   const auto sums_of = [&](int64_t n, int w, int tile, int slot, int j) -> float& {
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
 
 template <class Cell, class M, int kTiles>
 __global__ void __launch_bounds__(kGridThreads, 1)
-    backward_grid(const __grid_constant__ Backward<typename M::S, typename M::V> f,
+    backward_grid(const __grid_constant__ Sides<Backward<typename M::S, typename M::V>> sides,
                   const __grid_constant__ GridShape shape, uint32_t* error) {
 #if FRNN_HAVE_CLUSTER
   using S = typename M::S;
@@ -303,8 +305,9 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const int lane = seat.lane, warp = seat.warp, chunks = shape.chunks;
   const int clusters = shape.blocks / kBlocks;  // of a team
   const int rank = blockIdx.x % kBlocks, cluster = blockIdx.x / kBlocks % clusters;
-  const int team = blockIdx.x / shape.blocks;
-  const int64_t first_row = int64_t{team} * kTiles * kTileColumns;
+  const int team = blockIdx.x / shape.blocks, side = team >= shape.teams;
+  const auto& f = sides.of[side];
+  const int64_t first_row = int64_t{team - side * shape.teams} * kTiles * kTileColumns;
   const Steps steps(f);
   const Timeline<S>& timeline = steps.timeline();
   const Span span = span_of(timeline, f, first_row, kTiles * kTileColumns);
@@ -313,7 +316,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const auto exchanged = [&](int64_t n, int tile) {
     const int64_t slot = int64_t{team} * kExchangeSlots + n % kExchangeSlots;
     const int64_t operand = (slot * kTiles + tile) * kBlocks + rank;
-    return static_cast<Piece<S>*>(f.exchange) + operand * chunks * kWarpSize;
+    return static_cast<Piece<S>*>(sides.exchange) + operand * chunks * kWarpSize;
   };
   const auto operand_of = [&](int64_t n, int tile) {
     const int64_t operand = tile * 2 + n % 2;

@@ -7,9 +7,9 @@ namespace frnn::cuda {
 namespace {
 
 template <class Args>
-bool run_grid(const char* name, void (*kernel)(Args, GridShape, uint32_t*), int cluster,
-              const Args& args, const GridShape& shape, uint32_t* error, void* stream) {
-  const int blocks = shape.teams * shape.blocks;
+bool run_grid(const char* name, void (*kernel)(Sides<Args>, GridShape, uint32_t*), int cluster,
+              const Sides<Args>& sides, const GridShape& shape, uint32_t* error, void* stream) {
+  const int blocks = sides.count * shape.teams * shape.blocks;
   const Launch how{.grid = dim3(static_cast<unsigned>(blocks)),
                    .block = dim3(kGridThreads),
                    .cluster = cluster,
@@ -20,17 +20,18 @@ bool run_grid(const char* name, void (*kernel)(Args, GridShape, uint32_t*), int 
   const int resident = cluster > 1 ? resident_clusters(name, kernel, how) * cluster
                                    : resident_blocks(name, kernel, how);
   if (resident < blocks) return false;
-  fill(name, args.exchange, 0xff, static_cast<size_t>(shape.exchange), how.stream);  // kEmpty
-  launch(name, kernel, how, args, shape, error);
+  fill(name, sides.exchange, 0xff, static_cast<size_t>(shape.exchange), how.stream);  // kEmpty
+  launch(name, kernel, how, sides, shape, error);
   return true;
 }
 
 template <class M>
-bool forward_in(int cell, const Forward<void, void>& args, const GridShape& shape, uint32_t* error,
+bool forward_in(int cell, const ForwardSides& sides, const GridShape& shape, uint32_t* error,
                 void* stream) {
   bool ran = false;
-  with_types<M>(cell, args, [&]<class Cell>(auto typed) {
-    typed.copied = common_unit({typed.h * int64_t{sizeof(typename M::S)}}, {typed.w_hh});
+  with_types<M>(cell, sides, [&]<class Cell>(auto typed) {
+    for (auto& f : typed.of)
+      f.copied = common_unit({f.h * int64_t{sizeof(typename M::S)}}, {f.w_hh});
     const auto kernel = shape.tiles == 1 ? forward_grid<Cell, M, 1> : forward_grid<Cell, M, 2>;
     ran = run_grid("forward_grid", kernel, 1, typed, shape, error, stream);
   });
@@ -38,11 +39,12 @@ bool forward_in(int cell, const Forward<void, void>& args, const GridShape& shap
 }
 
 template <class M>
-bool backward_in(int cell, const Backward<void, void>& args, const GridShape& shape,
-                 uint32_t* error, void* stream) {
+bool backward_in(int cell, const BackwardSides& sides, const GridShape& shape, uint32_t* error,
+                 void* stream) {
   bool ran = false;
-  with_types<M>(cell, args, [&]<class Cell>(auto typed) {
-    typed.copied = common_unit({typed.h * int64_t{sizeof(typename M::S)}}, {typed.w_hh_t});
+  with_types<M>(cell, sides, [&]<class Cell>(auto typed) {
+    for (auto& f : typed.of)
+      f.copied = common_unit({f.h * int64_t{sizeof(typename M::S)}}, {f.w_hh_t});
     const auto kernel = shape.tiles == 1 ? backward_grid<Cell, M, 1> : backward_grid<Cell, M, 2>;
     ran = run_grid("backward_grid", kernel, kClusterBlocks, typed, shape, error, stream);
   });

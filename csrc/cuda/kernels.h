@@ -19,8 +19,6 @@ struct Forward : ForwardArgs<S, A> {
   A* states_step;  // [S-1, B, H]
   S* m_step;       // [B, H], or null if m is given or there is no projection
 
-  void* exchange;  // as many bytes as forward_exchange_bytes says, or null if that is 0
-
   int copied;  // set by the driver: bytes at a time in which products copy their rows, see
                // product()
 };
@@ -31,22 +29,31 @@ struct Backward : BackwardArgs<S, A> {
   S* dgh;
   S* dh;
 
-  void* exchange;  // as many bytes as backward_exchange_bytes says, or null if that is 0
-
   const S* w_hh_t;  // [P, G*H] in: w_hh transposed
   const S* w_hr_t;  // [H, P] in: w_hr transposed, or null
 
   int copied;  // as in Forward
 };
 
+// One direction of a layer, or both: of the same sizes, with the same lengths and resets or none.
+template <class Args>
+struct Sides {
+  Args of[2];
+  int count;
+  void* exchange;  // as many bytes as *_exchange_bytes says, or null if that is 0
+};
+
+using ForwardSides = Sides<Forward<void, void>>;
+using BackwardSides = Sides<Backward<void, void>>;
+
 // How many bytes forward needs for what its blocks send each other, on the current device; only
 // sizes and w_hr are read.
-int64_t forward_exchange_bytes(int cell, Arithmetic arithmetic, const Forward<void, void>& args);
-int64_t backward_exchange_bytes(int cell, Arithmetic arithmetic, const Backward<void, void>& args);
+int64_t forward_exchange_bytes(int cell, Arithmetic arithmetic, const ForwardSides& sides);
+int64_t backward_exchange_bytes(int cell, Arithmetic arithmetic, const BackwardSides& sides);
 
-// Queue the kernels on a cudaStream_t of the current device. A launch that fails throws
-// std::runtime_error.
-void forward(int cell, Arithmetic arithmetic, const Forward<void, void>& args, void* stream);
-void backward(int cell, Arithmetic arithmetic, const Backward<void, void>& args, void* stream);
+// Queue the kernels on a cudaStream_t of the current device: both directions side by side where
+// there is room for them, else one after the other. A launch that fails throws std::runtime_error.
+void forward(int cell, Arithmetic arithmetic, const ForwardSides& sides, void* stream);
+void backward(int cell, Arithmetic arithmetic, const BackwardSides& sides, void* stream);
 
 }  // namespace frnn::cuda

@@ -25,6 +25,14 @@ constexpr int most_tiles(Arithmetic arithmetic) {
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+struct Call {
+  int64_t rows, hidden, out;  // B, H, P
+  int gates;
+  Arithmetic arithmetic;
+  bool backward, projection;
+  int sides = 1;  // 2: both directions of a layer, side by side
+};
+
 // ---- The standard algorithm.
 
 // What a block owns: groups of eight units, with all their gates, and tiles of eight rows.
@@ -100,10 +108,11 @@ struct Device {
 
 // A cluster of blocks owns a few tiles of rows for all steps, and a block of it some units.
 struct ClusterShape {
-  int blocks;  // of a cluster: 1 or kClusterBlocks, or 0 where the algorithm cannot be used
-  int tiles;   // of a cluster
-  int warps;   // of a block
-  int units;   // of a block: its warps have eight or sixteen each
+  int blocks;    // of a cluster: 1 or kClusterBlocks, or 0 where the algorithm cannot be used
+  int clusters;  // of each side
+  int tiles;     // of a cluster
+  int warps;     // of a block
+  int units;     // of a block: its warps have eight or sixteen each
 
   // Shared memory of a block: the operands of each tile, which are h in forward and the gates'
   // gradients in backward, and what begins at these offsets.
@@ -116,6 +125,10 @@ constexpr int kClusterBlocks = 8;    // more are not portable, and send at half 
 constexpr int kMostWarps = 8;        // so that a thread has 255 registers
 constexpr int kMostTiles = 2;        // of which one is sent while the other is multiplied
 constexpr int kChunkBytes = 8 * 64;  // eight rows, k in 64 bytes: a piece of 16 bytes for each lane
+
+constexpr bool has_tensor_cores(Arithmetic arithmetic) {
+  return arithmetic != Arithmetic::kFloat32 && arithmetic != Arithmetic::kFloat64;
+}
 
 constexpr int value_bytes(Arithmetic arithmetic) {
   switch (arithmetic) {
@@ -149,12 +162,15 @@ constexpr int cluster_held(int gates, int blocks, int tiles, bool backward) {
   return backward || fit < 8 ? fit : 8;
 }
 
-constexpr ClusterShape cluster_shape_of(int blocks, int tiles, int operands, int warps, int gates,
-                                        Arithmetic arithmetic, bool backward) {
-  const int size = value_bytes(arithmetic), slots = cluster_slots(gates, blocks, backward);
+constexpr ClusterShape cluster_shape_of(int blocks, int tiles, int operands, int warps,
+                                        const Call& call) {
+  const int gates = call.gates, size = value_bytes(call.arithmetic);
+  const bool backward = call.backward;
+  const int slots = cluster_slots(gates, blocks, backward);
   const int held = cluster_held(gates, blocks, tiles, backward);
   ClusterShape shape{};
   shape.blocks = blocks;
+  shape.clusters = static_cast<int>(divide_up(call.rows, tiles * kTileColumns));
   shape.tiles = tiles;
   shape.warps = warps;
   shape.units = warps * cluster_groups(gates, blocks, backward) * kSlotRows;
@@ -180,29 +196,25 @@ constexpr int64_t clusters_at_once(int blocks, int multiprocessors) {
   return blocks == 1 ? multiprocessors : multiprocessors / blocks * 15 / 16;
 }
 
-// The shape for forward or backward of `units` units with so many gates and of `rows` rows. One
-// block where its registers hold all weights, since nothing need be sent then. Rows that would have
-// to wait for a cluster are instead a second tile of one, which makes a step longer, though not
-// twice as long; those of more than two rounds are better off with the standard algorithm.
+// One block where its registers hold all weights, since nothing need be sent then. Rows that would
+// have to wait for a cluster are instead a second tile of one, which makes a step longer, though
+// not twice as long; those of more than two rounds are better off with the standard algorithm.
 // Reasoned, not measured.
-constexpr ClusterShape cluster_shape(int64_t rows, int64_t units, int gates, Arithmetic arithmetic,
-                                     bool backward, const Device& device) {
+constexpr ClusterShape cluster_shape(const Call& call, const Device& device) {
   constexpr ClusterShape kNone{};
-  const bool tensor_cores =
-      arithmetic != Arithmetic::kFloat32 && arithmetic != Arithmetic::kFloat64;
-  if (device.capability < 90 || !tensor_cores) return kNone;
-  const int blocks = units * value_bytes(arithmetic) <= 256 ? 1 : kClusterBlocks;
-  const int groups = cluster_groups(gates, blocks, backward);
-  const int64_t warps = divide_up(units, blocks * groups * kSlotRows);
+  if (device.capability < 90 || !has_tensor_cores(call.arithmetic)) return kNone;
+  const int blocks = call.hidden * value_bytes(call.arithmetic) <= 256 ? 1 : kClusterBlocks;
+  const int groups = cluster_groups(call.gates, blocks, call.backward);
+  const int64_t warps = divide_up(call.hidden, blocks * groups * kSlotRows);
   if (warps > kMostWarps) return kNone;
   const int64_t at_once = clusters_at_once(blocks, device.multiprocessors);
-  const int64_t tiles = divide_up(rows, kTileColumns);
+  const int64_t tiles = call.sides * divide_up(call.rows, kTileColumns);
   for (int of_each = tiles > at_once && blocks > 1 ? kMostTiles : 1; of_each > 0; --of_each) {
-    for (int operands = 2; operands >= (backward ? 1 : 2); --operands) {
-      const ClusterShape shape = cluster_shape_of(
-          blocks, of_each, operands, static_cast<int>(warps), gates, arithmetic, backward);
+    for (int operands = 2; operands >= (call.backward ? 1 : 2); --operands) {
+      const ClusterShape shape =
+          cluster_shape_of(blocks, of_each, operands, static_cast<int>(warps), call);
       if (shape.bytes > device.shared_memory) continue;
-      return tiles <= 2 * at_once * of_each ? shape : kNone;
+      return call.sides * shape.clusters <= 2 * at_once ? shape : kNone;
     }
   }
   return kNone;
@@ -225,7 +237,7 @@ constexpr int grid_held(int gates, int tiles, bool backward) {
 
 // A team of blocks owns a few tiles of rows for all steps, and a block of it kGridUnits units.
 struct GridShape {
-  int teams, blocks;  // and blocks of a team; no teams where the algorithm cannot be used
+  int teams, blocks;  // of each side, of a team; no teams where the algorithm cannot be used
   int tiles;          // of a team
   int chunks, each;   // of an operand: all, and a warp's share in forward
   int64_t exchange;   // bytes of global memory
@@ -235,9 +247,10 @@ struct GridShape {
   int operands, sums, barriers, failed, bytes;
 };
 
-constexpr GridShape grid_shape_of(int64_t teams, int64_t blocks, int tiles, int gates,
-                                  Arithmetic arithmetic, bool backward) {
-  const int size = value_bytes(arithmetic), held = grid_held(gates, tiles, backward);
+constexpr GridShape grid_shape_of(int64_t teams, int64_t blocks, int tiles, const Call& call) {
+  const int gates = call.gates, size = value_bytes(call.arithmetic);
+  const bool backward = call.backward;
+  const int held = grid_held(gates, tiles, backward);
   GridShape shape{};
   shape.teams = static_cast<int>(teams);
   shape.blocks = static_cast<int>(blocks);
@@ -247,8 +260,8 @@ constexpr GridShape grid_shape_of(int64_t teams, int64_t blocks, int tiles, int 
   shape.chunks = static_cast<int>(divide_up(k * size, 64));
   shape.each = static_cast<int>(divide_up(shape.chunks, kGridWarps));
   if (backward && shape.chunks < held) shape.chunks = held;
-  shape.exchange =
-      teams * kExchangeSlots * tiles * (backward ? kClusterBlocks : 1) * shape.chunks * kChunkBytes;
+  shape.exchange = call.sides * teams * kExchangeSlots * tiles * (backward ? kClusterBlocks : 1) *
+                   shape.chunks * kChunkBytes;
   shape.patience = 4'000'000'000;  // about two seconds
 
   const int of_warp = backward ? shape.chunks : shape.each;
@@ -263,23 +276,21 @@ constexpr GridShape grid_shape_of(int64_t teams, int64_t blocks, int tiles, int 
   return shape;
 }
 
-// The shape for `rows` rows of `units` units with so many gates: as many teams as the rows' tiles,
-// if there is room for them, else half as many with two tiles each. All blocks must be resident at
-// once; in backward they are clusters of eight. Reasoned, not measured.
-constexpr GridShape grid_shape(int64_t rows, int64_t units, int gates, Arithmetic arithmetic,
-                               bool backward, const Device& device) {
+// As many teams as the rows' tiles, if there is room for them, else half as many with two tiles
+// each. All blocks must be resident at once; in backward they are clusters of eight. Reasoned, not
+// measured.
+constexpr GridShape grid_shape(const Call& call, const Device& device) {
   constexpr GridShape kNone{};
-  const bool tensor_cores =
-      arithmetic != Arithmetic::kFloat32 && arithmetic != Arithmetic::kFloat64;
-  if (!device.waits || !tensor_cores || (backward && device.capability < 90)) return kNone;
-  const int together = backward ? kClusterBlocks : 1;
-  const int64_t blocks = divide_up(units, kGridUnits * together) * together;
+  if (!device.waits || !has_tensor_cores(call.arithmetic)) return kNone;
+  if (call.backward && device.capability < 90) return kNone;
+  const int together = call.backward ? kClusterBlocks : 1;
+  const int64_t blocks = divide_up(call.hidden, kGridUnits * together) * together;
   const int64_t room = clusters_at_once(together, device.multiprocessors) / (blocks / together);
-  const int64_t tiles = divide_up(rows, kTileColumns);
-  if (tiles > kMostTiles * room) return kNone;
-  const int of_each = tiles > room ? kMostTiles : 1;
-  const GridShape shape =
-      grid_shape_of(divide_up(tiles, of_each), blocks, of_each, gates, arithmetic, backward);
+  const int64_t tiles = divide_up(call.rows, kTileColumns);
+  const int of_each = call.sides * tiles > room ? kMostTiles : 1;
+  const int64_t teams = divide_up(tiles, of_each);
+  if (call.sides * teams > room) return kNone;
+  const GridShape shape = grid_shape_of(teams, blocks, of_each, call);
   return shape.bytes <= device.shared_memory ? shape : kNone;
 }
 
@@ -287,32 +298,21 @@ constexpr GridShape grid_shape(int64_t rows, int64_t units, int gates, Arithmeti
 
 enum class Algorithm { kStandard, kCluster, kGrid };
 
-struct Call {
-  int64_t rows, hidden, out;  // B, H, P
-  int gates;
-  Arithmetic arithmetic;
-  bool backward, projection;
-};
-
 struct Choice {
-  Algorithm algorithm;
-  ClusterShape cluster;  // of Algorithm::kCluster
-  GridShape grid;        // of Algorithm::kGrid
+  Algorithm algorithm = Algorithm::kStandard;
+  int sides = 1;              // at once: both directions, where there is room for them
+  ClusterShape cluster = {};  // of Algorithm::kCluster
+  GridShape grid = {};        // of Algorithm::kGrid
 };
 
 constexpr Choice choose(const Call& call, const Device& device) {
-  Choice choice{};
-  if (call.projection) return choice;
-  choice.cluster =
-      cluster_shape(call.rows, call.hidden, call.gates, call.arithmetic, call.backward, device);
-  if (choice.cluster.blocks > 0) {
-    choice.algorithm = Algorithm::kCluster;
-    return choice;
+  for (Call some = call; some.sides > 0 && !call.projection; --some.sides) {
+    const ClusterShape cluster = cluster_shape(some, device);
+    if (cluster.blocks > 0) return {Algorithm::kCluster, some.sides, cluster};
+    const GridShape grid = grid_shape(some, device);
+    if (grid.teams > 0) return {Algorithm::kGrid, some.sides, {}, grid};
   }
-  choice.grid =
-      grid_shape(call.rows, call.hidden, call.gates, call.arithmetic, call.backward, device);
-  if (choice.grid.teams > 0) choice.algorithm = Algorithm::kGrid;
-  return choice;
+  return {};
 }
 
 }  // namespace frnn::cuda

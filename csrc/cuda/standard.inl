@@ -118,15 +118,17 @@ void run_backward(Backward<typename M::S, typename M::V> f, void* stream) {
 }
 
 template <class M>
-void forward_in(int cell, const Forward<void, void>& args, void* stream) {
-  with_types<M>(cell, args,
-                [&]<class Cell>(const auto& typed) { run_forward<Cell, M>(typed, stream); });
+void forward_in(int cell, const ForwardSides& sides, void* stream) {
+  with_types<M>(cell, sides, [&]<class Cell>(const auto& typed) {
+    for (int i = 0; i < typed.count; ++i) run_forward<Cell, M>(typed.of[i], stream);
+  });
 }
 
 template <class M>
-void backward_in(int cell, const Backward<void, void>& args, void* stream) {
-  with_types<M>(cell, args,
-                [&]<class Cell>(const auto& typed) { run_backward<Cell, M>(typed, stream); });
+void backward_in(int cell, const BackwardSides& sides, void* stream) {
+  with_types<M>(cell, sides, [&]<class Cell>(const auto& typed) {
+    for (int i = 0; i < typed.count; ++i) run_backward<Cell, M>(typed.of[i], stream);
+  });
 }
 
 }  // namespace

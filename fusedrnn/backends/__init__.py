@@ -19,6 +19,8 @@ from fusedrnn.backends.backend import (
     Upstream,
     Wanted,
     Weights,
+    backward_of,
+    forward_of,
 )
 from fusedrnn.backends.cuda import Cuda
 from fusedrnn.backends.cudnn import Cudnn
@@ -42,8 +44,10 @@ __all__ = [
     "Wanted",
     "Weights",
     "backend",
+    "backward_of",
     "by_name",
     "check_names",
+    "forward_of",
     "list_backends",
     "select",
     "weigh",

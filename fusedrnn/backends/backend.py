@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Request(NamedTuple):
     zoneout: bool = False
     layer_norm: bool = False
     recompute: str = "none"  # see fusedrnn.recompute, also for what "gates" ask of a reserve
+    bidirectional: bool = False
 
 
 class Weights(NamedTuple):
@@ -209,6 +210,7 @@ class Backend(Protocol):
 
     name: str
     reads_padding: bool  # x must be finite where no step is computed
+    runs_both: bool  # has BothDirections beside
 
     def supports(self, request: Request) -> str | None:
         """None if this backend can run it, else the reason, quoted as it stands to users."""
@@ -223,6 +225,43 @@ class Backend(Protocol):
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
         """``reserve`` is that of the call's run, which stays as it is for another backward."""
+
+
+class BothDirections(Protocol):
+    """What a backend has beside, if it can run both directions of a layer at once: calls on the
+    same x, without projection, of which the second one is the reverse."""
+
+    def forward_both(self, calls: list[Call], training: bool) -> list[Run]:
+        """As ``forward`` of each."""
+
+    def backward_both(
+        self,
+        calls: list[Call],
+        upstreams: list[Upstream],
+        reserves: list[tuple[Tensor, ...]],
+        wanted: list[Wanted],
+    ) -> list[Gradients]:
+        """As ``backward`` of each."""
+
+
+def forward_of(backend: Backend, calls: list[Call], training: bool) -> list[Run]:
+    """Of one direction of a layer, or of both."""
+    if len(calls) == 1:
+        return [backend.forward(calls[0], training)]
+    return cast(BothDirections, backend).forward_both(calls, training)
+
+
+def backward_of(
+    backend: Backend,
+    calls: list[Call],
+    upstreams: list[Upstream],
+    reserves: list[tuple[Tensor, ...]],
+    wanted: list[Wanted],
+) -> list[Gradients]:
+    """As :func:`forward_of`."""
+    if len(calls) == 1:
+        return [backend.backward(calls[0], upstreams[0], reserves[0], wanted[0])]
+    return cast(BothDirections, backend).backward_both(calls, upstreams, reserves, wanted)
 
 
 class CellUpdates(Protocol):

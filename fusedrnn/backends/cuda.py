@@ -7,17 +7,29 @@ runs: a compiled graph follows the setting of its call, not the one it was trace
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedrnn.backends import products
-from fusedrnn.backends.backend import Request, Wanted, Weights
+from fusedrnn.backends.backend import (
+    Call,
+    Gradients,
+    Request,
+    Run,
+    Upstream,
+    Wanted,
+    Weights,
+)
 from fusedrnn.backends.native import (
     Device,
     Ops,
     cuda_plan,
+    empty_gradients,
+    empty_run,
     facts_of,
     native_cells,
     unfit_dtype,
@@ -87,6 +99,7 @@ def unfit(request: Request) -> str | None:
 class Cuda(Ops):
     name = "cuda"
     reads_padding = True
+    runs_both = True
 
     def __init__(self) -> None:
         super().__init__(name for name, facts in native_cells().items() if facts.cuda)
@@ -110,6 +123,45 @@ class Cuda(Ops):
             cuda_plan(request, rows, arithmetic, backward, on) for backward in (False, True)
         )
         return f"{arithmetic}, forward {forward}, backward {backward}"
+
+    def forward_both(self, calls: list[Call], training: bool) -> list[Run]:
+        first = calls[0]
+        found = torch.ops.fusedrnn.cuda_recurrences_forward(
+            _contiguous(t for c in calls for t in (c.x, *c.weights[:4], c.h0, c.c0)),
+            *_contiguous(first.seq.masks),
+            self._index[first.cell.key],
+            training,
+            first.cell_states,
+        )
+        none = first.x.new_empty(0)  # what layer norm would keep
+        return [Run(y, h_n, c_n, c, (*kept, none)) for y, h_n, c_n, c, *kept in _halves(found)]
+
+    def backward_both(
+        self,
+        calls: list[Call],
+        upstreams: list[Upstream],
+        reserves: list[tuple[Tensor, ...]],
+        wanted: list[Wanted],
+    ) -> list[Gradients]:
+        first = calls[0]
+        sides = zip(calls, upstreams, reserves, strict=True)
+        found = torch.ops.fusedrnn.cuda_recurrences_backward(
+            _contiguous(t for c, d, r in sides for t in (*d, c.x, *c.weights[:2], *r[:3])),
+            *_contiguous(first.seq.masks),
+            self._index[first.cell.key],
+            [flag for w in wanted for flag in w[:5]],
+        )
+        gradients = []
+        for part, call, of_call in zip(_halves(found), calls, wanted, strict=True):
+            given = (*of_call[:5], True, call.c0 is not None)
+            *first_ones, dh0, dc0 = (d if g else None for d, g in zip(part, given, strict=True))
+            all_of_them = (*first_ones, *(None,) * 6, dh0, dc0, None, None)
+            gradients.append(Gradients(*all_of_them))
+        return gradients
+
+
+def _contiguous(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -207,18 +259,126 @@ def _backward(
         dy, dc, dh_n, dc_n, w_hh, w_hr, w_hh_t, w_hr_t, h_prev, c_prev, saved, lengths, resets,
         cell, reverse, uses_tf32(w_hh.dtype, precision()),
     )  # fmt: skip
-    dh0, dc0 = dh0.to(w_hh.dtype), dc0.to(w_hh.dtype)
-    run = products.Recurrent(h_prev, m, dgx, dgx if additive else dgh, dh, dh0, dc0)
-    weights = Weights(w_ih, w_hh, None, None, w_hr)
-    wanted = Wanted(
-        want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr, *(False,) * 5, True, True,
-        False, False,
-    )  # fmt: skip
-    found = products.gradients(x, weights, run, wanted, _product)
+    wanted = want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr
+    run = dgx, dgx if additive else dgh, dh, dh0, dc0
+    return _gradients(x, Weights(w_ih, w_hh, None, None, w_hr), h_prev, m, run, wanted)
+
+
+def _gradients(
+    x: Tensor,
+    weights: Weights,
+    h_prev: Tensor,
+    m: Tensor,
+    of_run: tuple[Tensor, ...],
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """Those of the op, in its order, from dgx, dgh, dh, dh0 and dc0."""
+    dgx, dgh, dh, dh0, dc0 = of_run
+    dh0, dc0 = dh0.to(x.dtype), dc0.to(x.dtype)
+    run = products.Recurrent(h_prev, m, dgx, dgh, dh, dh0, dc0)
+    all_wanted = (*wanted, *(False,) * 5, True, True, False, False)
+    found = products.gradients(x, weights, run, Wanted(*all_wanted), _product)
     found_by_op = (*found[:8], found[9], *found[11:])  # norms have one gradient of two
     return tuple(x.new_empty(0) if d is None else d for d in found_by_op)
 
 
+# ---- Both directions of a layer. The tensors of the one come before those of the other.
+
+
+def _both_forward(
+    tensors: list[Tensor | None],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    training: bool,
+    cell_states: bool,
+) -> list[Tensor]:
+    """Of each: y, h_n, c_n, c, h_prev, c_prev, saved, m."""
+    args: list[Tensor | None] = []
+    for x, w_ih, w_hh, b_ih, b_hh, h0, c0 in _halves(tensors):
+        gx = products.inputs(x, Weights(w_ih, w_hh, b_ih, b_hh), facts_of(cell).additive, _product)
+        args += gx, w_hh, b_hh, h0, c0
+    tf32 = uses_tf32(gx.dtype, precision())
+    return list(
+        torch.ops.fusedrnn.cuda_forward_both(
+            *args, lengths, resets, cell, training, cell_states, tf32
+        )
+    )
+
+
+def _both_backward(
+    tensors: list[Tensor | None],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Of each the gradients of x, w_ih, w_hh, b_ih, b_hh, h0, c0; ``[0]`` if not wanted."""
+    args: list[Tensor | None] = []
+    for dy, dh_n, dc_n, dc, _, _, w_hh, h_prev, c_prev, saved in _halves(tensors):
+        args += dy, dc, dh_n, dc_n, w_hh, w_hh.t().contiguous(), h_prev, c_prev, saved
+    tf32 = uses_tf32(saved.dtype, precision())
+    runs = torch.ops.fusedrnn.cuda_backward_both(*args, lengths, resets, cell, tf32)
+    found: list[Tensor] = []
+    parts = zip(_halves(tensors), _halves(runs), _halves(wanted), strict=True)
+    for (*_, x, w_ih, w_hh, h_prev, _, _), (dgx, dgh, _, *states), of_side in parts:
+        run = dgx, dgx if facts_of(cell).additive else dgh, None, *states
+        weights = Weights(w_ih, w_hh, None, None)
+        all_of_them = _gradients(x, weights, h_prev, h_prev, run, (*of_side, False))
+        found += (*all_of_them[:5], *all_of_them[9:11])
+    return found
+
+
+def _halves(items: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return items[: len(items) // 2], items[len(items) // 2 :]
+
+
+def _fake_both_forward(
+    tensors: list[Tensor | None],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    training: bool,
+    cell_states: bool,
+) -> list[Tensor]:
+    facts = facts_of(cell)
+    found: list[Tensor] = []
+    for x, _, w_hh, _, _, _, c0 in _halves(tensors):
+        found += empty_run(x, w_hh, None, c0, facts.gates, facts.saved, training, cell_states)
+    return found
+
+
+def _fake_both_backward(
+    tensors: list[Tensor | None],
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    wanted: list[bool],
+) -> list[Tensor]:
+    found: list[Tensor] = []
+    sides = zip(_halves(tensors), _halves(wanted), strict=True)
+    for (*_, x, w_ih, w_hh, _, _, saved), of_side in sides:
+        of_all = empty_gradients(
+            x, w_ih, w_hh, None, saved, facts_of(cell).states, (*of_side, False)
+        )
+        found += (*of_all[:5], *of_all[6:])
+    return found
+
+
+_ops = torch.library.Library("fusedrnn", "FRAGMENT")
+_ops.define(
+    "cuda_recurrences_forward(Tensor?[] tensors, Tensor? lengths, Tensor? resets, int cell, "
+    "bool training, bool cell_states) -> Tensor[]"
+)
+_ops.define(
+    "cuda_recurrences_backward(Tensor?[] tensors, Tensor? lengths, Tensor? resets, int cell, "
+    "bool[] wanted) -> Tensor[]"
+)
+torch.library.register_fake("fusedrnn::cuda_recurrences_forward", _fake_both_forward, lib=_ops)
+torch.library.register_fake("fusedrnn::cuda_recurrences_backward", _fake_both_backward, lib=_ops)
+
 if _missing is None:
     torch.library.impl("fusedrnn::recurrence_forward", "CUDA", _forward)
     torch.library.impl("fusedrnn::recurrence_backward", "CUDA", _backward)
+    _ops.impl("cuda_recurrences_forward", _both_forward, "CUDA")
+    _ops.impl("cuda_recurrences_backward", _both_backward, "CUDA")

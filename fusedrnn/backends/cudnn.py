@@ -33,6 +33,7 @@ _missing = (
 class Cudnn:
     name = "cudnn"
     reads_padding = True
+    runs_both = False
 
     def supports(self, request: Request) -> str | None:
         if _missing is not None:

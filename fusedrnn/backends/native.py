@@ -105,14 +105,17 @@ class CudaPlan(NamedTuple):
     units: int  # of a block
     rows: int
     along_units: int  # blocks: of a cluster, of a team
-    along_rows: int  # blocks, clusters, teams
+    along_rows: int  # blocks, clusters, teams, of each direction
+    directions: int  # at once
 
     def __str__(self) -> str:
         block = f"{self.units} units x {self.rows} rows"
         if self.algorithm in ("cluster", "grid"):
             what = "cluster" if self.algorithm == "cluster" else "team"
-            some = f"1 {what}" if self.along_rows == 1 else f"{self.along_rows} {what}s"
-            return f"{self.algorithm} (one launch, {some} of {self.along_units} blocks of {block})"
+            number = self.along_rows * self.directions
+            some = f"1 {what}" if number == 1 else f"{number} {what}s"
+            launch = f"one launch{' for both directions' if self.directions == 2 else ''}"
+            return f"{self.algorithm} ({launch}, {some} of {self.along_units} blocks of {block})"
         blocks = f"{self.along_units} x {self.along_rows} blocks of {block}"
         return f"standard (a launch a step, {blocks})"
 
@@ -123,11 +126,11 @@ def cuda_plan(
     """The plan for forward or backward; ``arithmetic`` is one of ARITHMETICS. It is a function of
     these facts alone, and needs no GPU."""
     assert _library is not None
-    plan = (ctypes.c_int64 * 4)()
+    plan = (ctypes.c_int64 * 5)()
     hidden, proj = request.hidden_size, request.proj_size
     algorithm = _library.frnn_cuda_plan(
         *map(ctypes.c_int64, (rows, hidden, proj or hidden)), len(request.cell.gates),
-        ARITHMETICS.index(arithmetic), proj > 0, backward, *device, plan,
+        ARITHMETICS.index(arithmetic), proj > 0, backward, 1 + request.bidirectional, *device, plan,
     )  # fmt: skip
     return CudaPlan(("standard", "cluster", "grid")[algorithm], *plan)
 
@@ -229,6 +232,7 @@ class Native(Ops):
 
     name = "cpu"
     reads_padding = False
+    runs_both = False
 
     def __init__(self) -> None:
         super().__init__(native_cells())

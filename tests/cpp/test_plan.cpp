@@ -91,16 +91,52 @@ constexpr ClusterCase kClusterCases[] = {
 };
 
 void expect_cluster(const ClusterCase& c, bool backward) {
-  const ClusterShape shape =
-      cluster_shape(c.rows, c.units, c.gates, c.arithmetic, backward, c.device);
+  Call call{c.rows, c.units, c.units, c.gates, c.arithmetic, backward, false};
+  const ClusterShape shape = cluster_shape(call, c.device);
   const Case shown{c.rows, c.units, c.gates, c.arithmetic, c.device.multiprocessors, backward};
   expect(shape.blocks == c.blocks, "blocks of a cluster", shown);
   expect(shape.tiles == c.tiles, "tiles of a cluster", shown);
   expect(shape.units == (backward ? c.units_backward : c.units_forward), "units", shown);
   expect(shape.blocks * shape.units >= (c.blocks > 0 ? c.units : 0), "all units", shown);
   expect(shape.bytes <= c.device.shared_memory, "shared memory", shown);
-  const Call call{c.rows, c.units, c.units, c.gates, c.arithmetic, backward, true};
+  expect(shape.clusters * shape.tiles * kTileColumns >= (c.blocks > 0 ? c.rows : 0), "rows", shown);
+  call.projection = true;
   expect(choose(call, c.device).algorithm == Algorithm::kStandard, "projection", shown);
+}
+
+// Both directions of a layer: how many run at once, the clusters or teams of each, and their tiles;
+// and how many run at once in backward.
+struct BothCase {
+  int64_t rows, units;
+  Algorithm algorithm;
+  int sides, number, tiles, backward;
+};
+
+constexpr BothCase kBothCases[] = {
+    {56, 256, Algorithm::kCluster, 2, 7, 1, 2},    // 14 clusters of 15
+    {64, 256, Algorithm::kCluster, 2, 4, 2, 2},    // 16: two tiles each
+    {240, 256, Algorithm::kCluster, 2, 15, 2, 2},  // two rounds
+    {241, 256, Algorithm::kCluster, 1, 16, 2, 1}, {481, 256, Algorithm::kStandard, 1, 0, 0, 1},
+    {8, 1024, Algorithm::kGrid, 2, 1, 1, 1},  // 15 clusters are no two teams of 8
+    {8, 768, Algorithm::kGrid, 2, 1, 1, 2},       {16, 768, Algorithm::kGrid, 2, 1, 2, 2},
+    {17, 768, Algorithm::kGrid, 1, 2, 2, 1},
+};
+
+void expect_both(const BothCase& c) {
+  Call call{c.rows, c.units, c.units, 4, kBf16, false, false, 2};
+  const Case shown{c.rows, c.units, 4, kBf16, kH200.multiprocessors, 2};
+  const Choice choice = choose(call, kH200);
+  const auto& [algorithm, sides, cluster, grid] = choice;
+  expect(algorithm == c.algorithm, "algorithm of both", shown);
+  expect(sides == c.sides, "directions at once", shown);
+  expect(cluster.clusters + grid.teams == c.number, "clusters or teams of each", shown);
+  expect(cluster.tiles + grid.tiles == c.tiles, "tiles of both", shown);
+  call.backward = true;
+  expect(choose(call, kH200).sides == c.backward, "directions at once in backward", shown);
+  if (algorithm != Algorithm::kGrid) return;
+  call = {c.rows, c.units, c.units, 4, kBf16, false, false};
+  const GridShape alone = grid_shape_of(c.number, grid.blocks, c.tiles, call);
+  expect(grid.exchange == sides * alone.exchange, "exchange of both", shown);
 }
 
 // By the grid algorithm: teams, blocks of each, tiles of each; in forward and in backward.
@@ -128,14 +164,14 @@ constexpr GridCase kGridCases[] = {
 };
 
 void expect_grid(const GridCase& c, bool backward) {
-  const GridShape shape = grid_shape(c.rows, c.units, c.gates, c.arithmetic, backward, c.device);
+  const Call call{c.rows, c.units, c.units, c.gates, c.arithmetic, backward, false};
+  const GridShape shape = grid_shape(call, c.device);
   const Case shown{c.rows, c.units, c.gates, c.arithmetic, c.device.multiprocessors, backward};
   expect(shape.teams == (backward ? c.teams_backward : c.teams), "teams", shown);
   expect(shape.blocks == (backward ? c.blocks_backward : c.blocks), "blocks of a team", shown);
   expect(shape.tiles == (backward ? c.tiles_backward : c.tiles), "tiles of a team", shown);
   expect(shape.teams * shape.blocks <= c.device.multiprocessors, "resident", shown);
   expect(shape.bytes <= c.device.shared_memory, "shared memory", shown);
-  const Call call{c.rows, c.units, c.units, c.gates, c.arithmetic, backward, false};
   const Algorithm expected = shape.teams > 0 ? Algorithm::kGrid : Algorithm::kStandard;
   expect(choose(call, c.device).algorithm == expected, "algorithm", shown);
 }
@@ -143,6 +179,7 @@ void expect_grid(const GridCase& c, bool backward) {
 }  // namespace
 
 int main() {
+  for (const BothCase& c : kBothCases) expect_both(c);
   for (const GridCase& c : kGridCases) {
     expect_grid(c, false);
     expect_grid(c, true);

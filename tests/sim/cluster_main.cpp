@@ -61,9 +61,11 @@ struct Problem {
     return array;
   }
 
+  Call call(bool backward) const {
+    return {rows, units, units, facts.gates, Arithmetic::kBfloat16, backward, false};
+  }
   ClusterShape shape(bool backward) const {
-    return cluster_shape(rows, units, facts.gates, Arithmetic::kBfloat16, backward,
-                         simulated_device);
+    return cluster_shape(call(backward), simulated_device);
   }
 
   template <class Args>
@@ -98,13 +100,13 @@ struct Problem {
     f.h_prev = array(kSteps * plane, sizeof(S));
     f.c_prev = array(others * kSteps * plane, sizeof(float));
     f.saved = array(facts.saved * kSteps * plane, sizeof(S));
-    require(kClustersBfloat16.forward(cell, f, shape(false), nullptr), "forward did not run");
+    require(kClustersBfloat16.forward(cell, {{f}, 1}, shape(false), nullptr),
+            "forward did not run");
 
     // Also with one operand in shared memory, as if there were no room for two.
     const ClusterShape two = shape(true);
     for (const ClusterShape& shape :
-         {two, cluster_shape_of(two.blocks, two.tiles, 1, two.warps, facts.gates,
-                                Arithmetic::kBfloat16, true)}) {
+         {two, cluster_shape_of(two.blocks, two.tiles, 1, two.warps, call(true))}) {
       auto b = args<Backward<void, void>>();
       b.w_hh_t = w_hh_t.data();
       b.dy = dy.data();
@@ -118,7 +120,7 @@ struct Problem {
       b.dgh = facts.additive ? b.dgx : array(kSteps * rows * gates, sizeof(S));
       b.dh0 = array(plane, sizeof(float));
       b.dc0 = array(others * plane, sizeof(float));
-      require(kClustersBfloat16.backward(cell, b, shape, nullptr), "backward did not run");
+      require(kClustersBfloat16.backward(cell, {{b}, 1}, shape, nullptr), "backward did not run");
     }
     return outputs;
   }

@@ -145,6 +145,7 @@ inline bool loses_a_block = false;
 inline int current_device_index() { return 0; }
 inline uint32_t* host_words(int n) { return static_cast<uint32_t*>(std::calloc(n, 4)); }
 inline void fill(const char*, void* p, int value, size_t bytes, cudaStream_t) {
+  sim::finish();
   std::memset(p, value, bytes);
 }
 

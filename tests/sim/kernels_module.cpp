@@ -17,7 +17,7 @@
 namespace {
 
 using namespace frnn::cuda;
-using Arrays = std::map<std::string, std::pair<uintptr_t, size_t>>;
+using Arrays = std::map<std::string, std::pair<uintptr_t, size_t>>;  // of a side
 
 struct Pointers {
   const Arrays& arrays;
@@ -50,60 +50,70 @@ void set_sequence(Args& args, int64_t t, int64_t b, int64_t h, int64_t p, bool r
 bool prefers_grid = false;
 
 template <class Args>
-void run(int cell, Arithmetic arithmetic, Args& args, frnn::sim::Guards& guards,
-         std::vector<unsigned char>& exchange) {
+void run(int cell, Arithmetic arithmetic, Sides<Args>& sides, frnn::sim::Guards& guards) {
   constexpr bool kBackward = std::is_same_v<Args, Backward<void, void>>;
-  const GridShape grid = grid_shape(args.b, args.h, frnn::cell_facts(cell).gates, arithmetic,
-                                    kBackward, simulated_device);
-  const bool forced = prefers_grid && grid.teams > 0 && args.w_hr == nullptr;
-  int64_t bytes = grid.exchange;
-  if constexpr (kBackward) {
-    if (!forced) bytes = backward_exchange_bytes(cell, arithmetic, args);
-  } else {
-    if (!forced) bytes = forward_exchange_bytes(cell, arithmetic, args);
+  constexpr const Grids* kGrids[] = {&kGridsFloat16, &kGridsBfloat16, &kGridsTf32};
+  const Args& args = sides.of[0];
+  const Call call{args.b,
+                  args.h,
+                  args.p,
+                  frnn::cell_facts(cell).gates,
+                  arithmetic,
+                  kBackward,
+                  args.w_hr != nullptr,
+                  sides.count};
+  const GridShape grid = grid_shape(call, simulated_device);
+  const bool forced = prefers_grid && grid.teams > 0 && !call.projection;
+  const auto exchange_bytes = [&] {
+    if constexpr (kBackward) return backward_exchange_bytes(cell, arithmetic, sides);
+    if constexpr (!kBackward) return forward_exchange_bytes(cell, arithmetic, sides);
+  };
+  std::vector<unsigned char> exchange(forced ? grid.exchange : exchange_bytes());
+  if (!exchange.empty()) {
+    sides.exchange = guards.add("exchange", exchange.data(), exchange.size());
   }
-  exchange.resize(bytes);
-  if (bytes > 0) args.exchange = guards.add("exchange", exchange.data(), exchange.size());
   uint32_t words[3] = {};
   frnn::sim::overlapping([&] {
-    constexpr const Grids* kGrids[] = {&kGridsFloat16, &kGridsBfloat16, &kGridsTf32};
+    const Grids& grids = *kGrids[forced ? static_cast<int>(arithmetic) : 0];
     if constexpr (kBackward) {
-      forced
-          ? void(kGrids[static_cast<int>(arithmetic)]->backward(cell, args, grid, words, nullptr))
-          : backward(cell, arithmetic, args, nullptr);
+      if (!forced) return backward(cell, arithmetic, sides, nullptr);
+      grids.backward(cell, sides, grid, words, nullptr);
     } else {
-      forced ? void(kGrids[static_cast<int>(arithmetic)]->forward(cell, args, grid, words, nullptr))
-             : forward(cell, arithmetic, args, nullptr);
+      if (!forced) return forward(cell, arithmetic, sides, nullptr);
+      grids.forward(cell, sides, grid, words, nullptr);
     }
   });
+  guards.copy_back();
 }
 
 #define SET(name) from.set(#name, args.name)
 
 void run_forward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int64_t p, bool reverse,
-                 const Arrays& arrays) {
-  std::vector<unsigned char> exchange;
+                 const std::vector<Arrays>& of_sides) {
   frnn::sim::Guards guards;
-  const Pointers from{arrays, guards};
-  Forward<void, void> args{};
-  set_sequence(args, t, b, h, p, reverse, from);
-  SET(gx), SET(b_hh), SET(h0), SET(c0), SET(y), SET(h_n), SET(c_n), SET(c);
-  SET(h_prev), SET(c_prev), SET(saved), SET(m), SET(h_step), SET(states_step), SET(m_step);
-  run(cell, static_cast<Arithmetic>(arithmetic), args, guards, exchange);
-  guards.copy_back();
+  ForwardSides sides{};
+  for (const Arrays& arrays : of_sides) {
+    const Pointers from{arrays, guards};
+    Forward<void, void>& args = sides.of[sides.count];
+    set_sequence(args, t, b, h, p, reverse != (sides.count++ > 0), from);
+    SET(gx), SET(b_hh), SET(h0), SET(c0), SET(y), SET(h_n), SET(c_n), SET(c);
+    SET(h_prev), SET(c_prev), SET(saved), SET(m), SET(h_step), SET(states_step), SET(m_step);
+  }
+  run(cell, static_cast<Arithmetic>(arithmetic), sides, guards);
 }
 
 void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int64_t p,
-                  bool reverse, const Arrays& arrays) {
-  std::vector<unsigned char> exchange;
+                  bool reverse, const std::vector<Arrays>& of_sides) {
   frnn::sim::Guards guards;
-  const Pointers from{arrays, guards};
-  Backward<void, void> args{};
-  set_sequence(args, t, b, h, p, reverse, from);
-  SET(dy), SET(dc), SET(dh_n), SET(dc_n), SET(h_prev), SET(c_prev), SET(saved);
-  SET(dgx), SET(dgh), SET(dh0), SET(dc0), SET(dh), SET(w_hh_t), SET(w_hr_t);
-  run(cell, static_cast<Arithmetic>(arithmetic), args, guards, exchange);
-  guards.copy_back();
+  BackwardSides sides{};
+  for (const Arrays& arrays : of_sides) {
+    const Pointers from{arrays, guards};
+    Backward<void, void>& args = sides.of[sides.count];
+    set_sequence(args, t, b, h, p, reverse != (sides.count++ > 0), from);
+    SET(dy), SET(dc), SET(dh_n), SET(dc_n), SET(h_prev), SET(c_prev), SET(saved);
+    SET(dgx), SET(dgh), SET(dh0), SET(dc0), SET(dh), SET(w_hh_t), SET(w_hr_t);
+  }
+  run(cell, static_cast<Arithmetic>(arithmetic), sides, guards);
 }
 
 #undef SET

@@ -470,6 +470,12 @@ void run(const char* kernel, const cuda::Launch& how, const std::function<void()
   if (queue == nullptr) run_all(launches);
 }
 
+void finish() {
+  if (queue == nullptr) return;
+  run_all(*queue);
+  queue->clear();
+}
+
 void overlapping(const std::function<void()>& host) {
   Launches launches;
   queue = &launches;

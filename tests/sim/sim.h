@@ -36,6 +36,9 @@ void check_shared_memory(const char* name, const void* kernel, size_t bytes);
 // as soon as they allow it.
 void overlapping(const std::function<void()>& host);
 
+// Inside it: runs what has been launched, for an operation that comes after all of that.
+void finish();
+
 // ---- The running thread.
 uint3 thread_index();
 uint3 block_index();

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from both_directions import assert_as_alone
 
 from fusedrnn import recompute
 from fusedrnn.backends import Reference
 from fusedrnn.backends.native import ARITHMETICS
 from fusedrnn.cells import PLAIN
-from fusedrnn.recurrence import recurrence
-from fusedrnn.testing import Case, assert_as_accurate, make_inputs, run_case
+from fusedrnn.recurrence import recurrence, recurrences
+from fusedrnn.testing import Case, assert_as_accurate, differentiate, make_inputs, run_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
@@ -66,7 +68,7 @@ def test_recompute(simulated, cell, arithmetic):
     case = Case(cell, 7, 9, 4, 17, dtype=simulated.choose(arithmetic), lengths=True, resets=True)
     inputs = make_inputs(case)
     call = inputs.call(case)
-    kept = recompute.forward(simulated, "gates", call).reserve
+    kept = recompute.forward(simulated, "gates", [call])[0].reserve
     made = recompute._with_gates(simulated, call, *kept)
     torch.testing.assert_close(made, simulated.forward(call, True).reserve)
     if arithmetic != "tf32":
@@ -136,6 +138,52 @@ def test_a_nan_stays_in_its_sequence(simulated, cell, hidden):
     assert not dx[:2].isnan().any() and not dx[:, 1:].isnan().any()
 
 
+# Algorithm, B, H, and how often forward and backward are launched: twice where there is no room for
+# both directions.
+BOTH = [
+    ("standard", 9, 17, None),
+    ("cluster", 9, 24, 1),
+    ("cluster", 9, 136, 1),
+    ("cluster", 17, 136, 2),
+    ("grid", 9, 24, 1),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("name, batch, hidden, launches", BOTH)
+def test_both_directions_at_once(machine, name, batch, hidden, launches, cell, masked):
+    machine.choose(name)
+    case = Case(
+        PLAIN[cell], 4, batch, 4, hidden, dtype=torch.bfloat16, lengths=masked, resets=masked
+    )
+    assert_as_alone(machine.backend, case, between=machine.ran)
+    if launches:
+        assert_launched(machine, {f"forward_{name}": launches, f"backward_{name}": launches})
+
+
+def test_both_directions_of_a_grid_one_after_the_other(machine):
+    """Of the choice: there is room for one team."""
+    machine.module.set_device(64, 90, True, False)
+    case = Case(PLAIN["lstm"], 3, 3, 4, 520, dtype=torch.bfloat16)
+    assert_as_alone(machine.backend, case, between=machine.ran)
+    assert_launched(machine, {"forward_grid": 2, "backward_grid": 2})
+
+
+def assert_launched(machine, expected):
+    assert Counter(machine.module.launched()) == expected
+
+
+def test_one_of_both_directions_may_be_left_out(simulated):
+    """Only its outputs have gradients, or only its inputs ask for them."""
+    case = Case(PLAIN["lstm"], 3, 3, 4, 24, dtype=torch.bfloat16)
+    one, other = (make_inputs(case, seed) for seed in (0, 1))
+    calls = [one.call(case), other.call(case)._replace(reverse=True)]
+    expected = run_case(case, one, simulated)
+    found = differentiate(case, one, lambda call: recurrences(simulated, [call, calls[1]])[0])
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
+
+
 ARRAYS = {
     "forward": "gx w_hh w_hr b_hh h0 c0 lengths resets y h_n c_n c h_prev c_prev saved m".split(),
     "between": "h_step states_step m_step".split(),
@@ -153,8 +201,9 @@ def test_bounds_of_arrays(machine, simulated, algorithm, monkeypatch, call, name
 
     def cut(function):
         def run(*args):
-            address, size = args[-1][name]
-            return function(*args[:-1], {**args[-1], name: (address, size - 8)})
+            *others, (arrays,) = args
+            address, size = arrays[name]
+            return function(*others, [{**arrays, name: (address, size - 8)}])
 
         return run
 

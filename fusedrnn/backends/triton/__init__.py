@@ -27,6 +27,7 @@ elif torch.version.cuda is None:
 class Triton:
     name = "triton"
     reads_padding = True
+    runs_both = False
 
     def supports(self, request: Request) -> str | None:
         return _missing or cuda.unfit(request) or self._lacks(request)
