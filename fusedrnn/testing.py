@@ -335,6 +335,7 @@ def _errors_with_norms(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 # it is made from, each stored value is right or wrong.
 
 Rounding = Callable[[Tensor], Tensor]
+SCALE = "scale"  # of the gradients among what is stored, see products.scaled
 
 
 def unrounded(x: Tensor) -> Tensor:
@@ -362,8 +363,12 @@ def assert_stored(
     16 bits follows, it may also be one that flows in, since terms that cancel leave their errors.
     ``operand`` rounds the operands of all products; of those that a library makes, it only may.
     """
-    model = OnStored(case, inputs, stored, operand)
-    expected = differentiate(case, inputs.to(torch.float64), model) | model.made
+    scale = stored.pop(SCALE, torch.ones(())).double()
+    model, exactly = OnStored(case, inputs, stored, operand), inputs.to(torch.float64)
+    exactly = replace(exactly, grads={name: g * scale for name, g in exactly.grads.items()})
+    expected = differentiate(case, exactly, model)
+    expected = {name: t / scale if name[0] == "d" else t for name, t in expected.items()}
+    expected |= model.made
     got = out | stored
     given = [t for t in inputs.call(case).tensors if t is not None]
     loose = {} if operand is unrounded else rounding_of_products(case, inputs, stored)
@@ -452,6 +457,8 @@ def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
 
     def gradients(*args: Any) -> Gradients:
         recurrent: products.Recurrent = args[2]
+        if args[5] is not None:
+            stored[SCALE] = args[5]
         for name in ("dgx", "dgh", *(("m", "dh") if case.P else ())):
             stored[name] = getattr(recurrent, name)
         if recurrent.norms is not None:

@@ -26,6 +26,7 @@ from fusedrnn.backends import (
     cuda,
     forward_of,
     native,
+    products,
 )
 from fusedrnn.cells import LSTM, PLAIN, Cell
 
@@ -127,6 +128,31 @@ def test_precision_follows_pytorch():
             assert cuda.precision() == "tf32"
     finally:
         cudnn.fp32_precision, cudnn.rnn.fp32_precision = before
+
+
+# Of float16: the largest gradient, and what all are multiplied by.
+SCALES = {1.0: 0.5, 0.75: 1.0, 2**-12: 2**11, 2**-24: 2**15, 0.0: 2**15, 65504.0: 2**-16}
+
+
+@pytest.mark.parametrize("largest, expected", SCALES.items())
+def test_scale_of_float16(largest, expected):
+    half = torch.tensor([largest, -largest / 2], dtype=torch.float16)
+    scale, (dy, none, dh) = products.scaled((half / 2, None, half))
+    assert none is None and scale == expected
+    assert torch.equal(dy, half / 2 * expected) and torch.equal(dh, half * expected)
+    assert dy.dtype == torch.float16 and dh.abs().max() < 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_scale_keeps_what_is_not_finite(value):
+    _, (dy,) = products.scaled((torch.tensor([1.0, value], dtype=torch.float16),))
+    expected = torch.tensor([2**-16, value], dtype=torch.float16)
+    torch.testing.assert_close(dy, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_scale_is_of_float16_alone():
+    dy = torch.ones(1, dtype=torch.bfloat16)
+    assert products.scaled((None, dy)) == (None, (None, dy)) and products.scaled((None,))[0] is None
 
 
 def library():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from against_torch import LAYERS, assert_equals_torch, make_hx, twins
 from both_directions import assert_as_alone
+from small_gradients import assert_as_accurate_as_large_ones
 
 import fusedrnn
 from fusedrnn.backends import by_name, cuda
@@ -124,6 +125,11 @@ def test_triton_cell_update(dtype):
 @pytest.mark.parametrize("proj", [1, 7, 16])
 def test_projection(proj, feature, arithmetic):
     check(LSTM, 3, 9, 4, 32, arithmetic=arithmetic, P=proj, cell_states=True, **feature)
+
+
+@pytest.mark.parametrize("hidden", [24, 136, 640])
+def test_small_gradients_of_float16(backend, hidden):
+    assert_as_accurate_as_large_ones(by_name(backend), DEVICE, hidden)
 
 
 # A launch a step; one by a block, by clusters, by teams; teams of forward alone at once.

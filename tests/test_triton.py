@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from against_torch import assert_equals_torch, make_hx, twins
+from small_gradients import assert_as_accurate_as_large_ones
 
 import fusedrnn
 from fusedrnn import backends
@@ -391,6 +392,11 @@ def test_inference_gives_the_same(machine, algorithm, cell, layer_norm, arithmet
     outputs = recurrence(machine.backend, inputs.call(case))
     for name, t in zip(inputs.grads, outputs, strict=True):
         assert torch.equal(t, training[name]), name
+
+
+def test_small_gradients_of_float16(machine, algorithm):
+    machine.choose("float16")
+    assert_as_accurate_as_large_ones(machine.backend)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])

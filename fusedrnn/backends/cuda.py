@@ -164,9 +164,9 @@ def _contiguous(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     if a.dtype != torch.float32 or a.numel() == 0 or b.numel() == 0:
-        return products.product(a, b, bias)
+        return products.product(a, b, bias, wide)
     transpose_a, transpose_b = not a.is_contiguous(), not b.is_contiguous()
     a, b = a.t() if transpose_a else a, b.t() if transpose_b else b
     tf32 = uses_tf32(a.dtype, precision())
@@ -255,13 +255,14 @@ def _backward(
     additive = facts_of(cell).additive
     w_hh_t = w_hh.t().contiguous()
     w_hr_t = None if w_hr is None else w_hr.t().contiguous()
+    scale, (dy, dc, dh_n, dc_n) = products.scaled((dy, dc, dh_n, dc_n))
     dgx, dgh, dh, dh0, dc0 = torch.ops.fusedrnn.cuda_backward(
         dy, dc, dh_n, dc_n, w_hh, w_hr, w_hh_t, w_hr_t, h_prev, c_prev, saved, lengths, resets,
         cell, reverse, uses_tf32(w_hh.dtype, precision()),
     )  # fmt: skip
     wanted = want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr
     run = dgx, dgx if additive else dgh, dh, dh0, dc0
-    return _gradients(x, Weights(w_ih, w_hh, None, None, w_hr), h_prev, m, run, wanted)
+    return _gradients(x, Weights(w_ih, w_hh, None, None, w_hr), h_prev, m, run, wanted, scale)
 
 
 def _gradients(
@@ -271,13 +272,13 @@ def _gradients(
     m: Tensor,
     of_run: tuple[Tensor, ...],
     wanted: tuple[bool, ...],
+    scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Those of the op, in its order, from dgx, dgh, dh, dh0 and dc0."""
     dgx, dgh, dh, dh0, dc0 = of_run
-    dh0, dc0 = dh0.to(x.dtype), dc0.to(x.dtype)
     run = products.Recurrent(h_prev, m, dgx, dgh, dh, dh0, dc0)
     all_wanted = (*wanted, *(False,) * 5, True, True, False, False)
-    found = products.gradients(x, weights, run, Wanted(*all_wanted), _product)
+    found = products.gradients(x, weights, run, Wanted(*all_wanted), _product, scale)
     found_by_op = (*found[:8], found[9], *found[11:])  # norms have one gradient of two
     return tuple(x.new_empty(0) if d is None else d for d in found_by_op)
 
@@ -315,16 +316,19 @@ def _both_backward(
 ) -> list[Tensor]:
     """Of each the gradients of x, w_ih, w_hh, b_ih, b_hh, h0, c0; ``[0]`` if not wanted."""
     args: list[Tensor | None] = []
+    scales = []
     for dy, dh_n, dc_n, dc, _, _, w_hh, h_prev, c_prev, saved in _halves(tensors):
-        args += dy, dc, dh_n, dc_n, w_hh, w_hh.t().contiguous(), h_prev, c_prev, saved
+        scale, upstream = products.scaled((dy, dc, dh_n, dc_n))
+        scales.append(scale)
+        args += *upstream, w_hh, w_hh.t().contiguous(), h_prev, c_prev, saved
     tf32 = uses_tf32(saved.dtype, precision())
     runs = torch.ops.fusedrnn.cuda_backward_both(*args, lengths, resets, cell, tf32)
     found: list[Tensor] = []
-    parts = zip(_halves(tensors), _halves(runs), _halves(wanted), strict=True)
-    for (*_, x, w_ih, w_hh, h_prev, _, _), (dgx, dgh, _, *states), of_side in parts:
+    parts = zip(_halves(tensors), _halves(runs), _halves(wanted), scales, strict=True)
+    for (*_, x, w_ih, w_hh, h_prev, _, _), (dgx, dgh, _, *states), of_side, scale in parts:
         run = dgx, dgx if facts_of(cell).additive else dgh, None, *states
         weights = Weights(w_ih, w_hh, None, None)
-        all_of_them = _gradients(x, weights, h_prev, h_prev, run, (*of_side, False))
+        all_of_them = _gradients(x, weights, h_prev, h_prev, run, (*of_side, False), scale)
         found += (*all_of_them[:5], *all_of_them[9:11])
     return found
 

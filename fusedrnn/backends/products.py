@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -27,7 +29,8 @@ class Norms(NamedTuple):
 
 
 class Recurrent(NamedTuple):
-    """What a recurrence leaves behind in forward and backward, and its GEMMs take."""
+    """What a recurrence leaves behind in forward and backward, and its GEMMs take; what has no time
+    may be in the dtype of computation."""
 
     h_prev: Tensor  # [T,B,P] the h that entered each step, 0 where none was computed
     m: Tensor  # [T,B,H] the output before projection, if there is one
@@ -43,14 +46,20 @@ class Recurrent(NamedTuple):
 
 
 class Product(Protocol):
-    """``a @ b (+ bias)`` of matrices, rounded once."""
+    """``a @ b (+ bias)`` of matrices, rounded once; ``wide``: not to 16 bits."""
 
-    def __call__(self, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, a: Tensor, b: Tensor, bias: Tensor | None = None, wide: bool = False
+    ) -> Tensor: ...
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """PyTorch's own."""
-    return a @ b if bias is None else torch.addmm(bias, a, b)
+    if not wide:
+        return a @ b if bias is None else torch.addmm(bias, a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=compute_dtype(a.dtype))
+    return a.to(compute_dtype(a.dtype)) @ b.to(compute_dtype(b.dtype))
 
 
 def inputs(x: Tensor, weights: Weights, additive: bool, product: Product) -> Tensor:
@@ -92,13 +101,38 @@ def _of_layer_norm(d: Tensor, of: Normalised, gain: Tensor, want_x: bool) -> tup
         d.to(wide), of.hats.to(wide), d.shape[2:], none, one, gain.to(wide), None,
         (want_x, True, False),
     )  # fmt: skip
-    return dx, dgain.to(d.dtype)
+    return dx, dgain
+
+
+def scaled(upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    """The gradients of a run's outputs as its backward should get them, and what they were
+    multiplied by, if at all: in float16, where those of gates may be too small to be told from 0, a
+    power of two that brings the largest one to between 1/2 and 1."""
+    given = [d for d in upstream if d is not None]
+    if not given or given[0].dtype != torch.float16:
+        return None, upstream
+    largest = torch.stack([torch.linalg.vector_norm(d, math.inf) for d in given]).amax()
+    # 2^e has the exponent field e + 127. The scale, too, must be a number of float16.
+    field = (largest.float().view(torch.int32) >> 23).clamp(127 - 16, 127 + 15)
+    scale = ((253 - field) << 23).view(torch.float32)
+    return scale, tuple(None if d is None else d * scale for d in upstream)
 
 
 def gradients(
-    x: Tensor, weights: Weights, run: Recurrent, wanted: Wanted, product: Product
+    x: Tensor,
+    weights: Weights,
+    run: Recurrent,
+    wanted: Wanted,
+    product: Product,
+    scale: Tensor | None = None,
 ) -> Gradients:
-    """All gradients: one GEMM or sum for each of x, weights and biases, without atomics."""
+    """All gradients: one GEMM or sum for each of x, weights and biases, without atomics.
+
+    ``scale``: what those of the run were multiplied by, see :func:`scaled`.
+    """
+    if scale is not None:
+        product = functools.partial(product, wide=True)
+    sums = None if scale is None else torch.float32
     rows_ih, rows_hh = run.dgx.flatten(0, 1), run.dgh.flatten(0, 1)
     dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = dnorm_ih = dnorm_hh = None
     of_x, of_h = rows_ih, rows_hh
@@ -118,12 +152,19 @@ def gradients(
     elif wanted.w_hh:
         dw_hh = product(of_h.t(), run.h_prev.flatten(0, 1))
     if wanted.b_ih:
-        db_ih = rows_ih.sum(0)
+        db_ih = rows_ih.sum(0, dtype=sums)
     if wanted.b_hh:
-        db_hh = db_ih.clone() if run.dgx is run.dgh and db_ih is not None else rows_hh.sum(0)
+        db_hh = (
+            db_ih.clone()
+            if run.dgx is run.dgh and db_ih is not None
+            else (rows_hh.sum(0, dtype=sums))
+        )
     if wanted.w_hr and run.dh is not None:
         dw_hr = product(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))
-    return Gradients(
+    found: tuple[Tensor | None, ...] = (
         dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, run.dparams, dnorm_ih, dnorm_hh, None, None,
         run.dh0, run.dc0, *run.dreset,
     )  # fmt: skip
+    if scale is not None:
+        found = tuple(None if d is None else d / scale for d in found)
+    return Gradients(*(None if d is None else d.to(x.dtype) for d in found))

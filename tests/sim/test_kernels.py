@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from both_directions import assert_as_alone
+from small_gradients import assert_as_accurate_as_large_ones
 
 from fusedrnn import recompute
 from fusedrnn.backends import Reference
@@ -105,6 +106,10 @@ def test_a_second_backward_is_the_same(simulated, options):
         for _ in range(2)
     )
     assert all(map(torch.equal, first, second))
+
+
+def test_small_gradients_of_float16(simulated):
+    assert_as_accurate_as_large_ones(simulated)
 
 
 @pytest.mark.parametrize("hidden", [16, 136])

@@ -284,6 +284,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     facts, wide = by_key(cell), compute_dtype(x.dtype)
     noise = Noise(dropout, renew_h, renew_c, rate_h, rate_c)
+    scale, (dy, dc, dh_n, dc_n) = products.scaled((dy, dc, dh_n, dc_n))
     steps, rows, hidden = h_prev.shape
     dgx = x.new_empty(steps, rows, len(facts.gates) * hidden)
     dgh = dgx if facts.additive else torch.empty_like(dgx)
@@ -324,21 +325,21 @@ def _backward(
         "dreset": dreset,
     }
     _launch(h_prev, facts, hidden, noise, reverse, True, norms is not None, arguments)
-    dh0, dc0 = (d.to(x.dtype, copy=True) for d in (dstates[0], dstates[1:]))
+    dh0, dc0 = dstates[0].clone(), dstates[1:].clone()
     dc0 = dc0 if len(facts.states) > 1 else x.new_empty(0)
-    d_of_units = dparameters.sum(1).to(x.dtype)
+    d_of_units = dparameters.sum(1)
     entering = h_prev if dropout is None else (h_prev * dropout).to(x.dtype)
     of_late = (late.view_as(h_prev), facts.late * hidden) if facts.late else None
     d_of_reset: tuple[Tensor | None, Tensor | None] = None, None
     if dreset is not None:
-        summed = dreset.sum(1).to(x.dtype)
+        summed = dreset.sum(1)
         d_of_reset = summed[0].clone(), summed[1:].clone() if len(facts.states) > 1 else None
     run = products.Recurrent(
         entering, m, dgx, dgh, None, dh0, dc0, d_of_units, norms, of_late, d_of_reset
     )
     wanted = Wanted(want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, False, True, *(True,) * 8)
     weights = Weights(w_ih, w_hh, None, None, norm_ih=norm_ih, norm_hh=norm_hh)
-    found = products.gradients(x, weights, run, wanted, products.product)
+    found = products.gradients(x, weights, run, wanted, products.product, scale)
     of_op = (*found[:5], *found[6:9], *found[11:])
     return tuple(x.new_empty(0) if d is None else d for d in of_op)
 
