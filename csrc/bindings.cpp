@@ -140,6 +140,70 @@ ForwardResultWithNorms recurrence_forward(
   });
 }
 
+// All layers of a direction without training, of a cell with at most two states: y [T, B, P],
+// h_n [L, B, P], c_n [L, B, H]. The weights of a layer follow each other: w_ih, w_hh, b_ih and b_hh
+// if it has `biases`, w_hr if it has a `projection`, params if the cell has any.
+std::tuple<Tensor, Tensor, Tensor> stack_forward(Tensor x, std::vector<Tensor> weights, Tensor h0,
+                                                 OptionalTensor c0, OptionalTensor lengths,
+                                                 OptionalTensor resets, int64_t cell_index,
+                                                 bool biases, bool projection) {
+  return dispatch("x", x, [&]<class T>() {
+    const frnn::CellFacts& cell = facts_of(cell_index);
+    const size_t each = 2 + (biases ? 2 : 0) + (projection ? 1 : 0) + (cell.params > 0 ? 1 : 0);
+    const auto layers = static_cast<int64_t>(weights.size() / each);
+    STD_TORCH_CHECK(layers > 0 && weights.size() % each == 0, "got ", weights.size(),
+                    " weights, expected ", each, " for each layer");
+    STD_TORCH_CHECK(cell.states <= 2 && c0.has_value() == (cell.states > 1), "c0 is ",
+                    c0 ? "given" : "missing", ", but ", cell.name, " has ", cell.states,
+                    " state(s)");
+    STD_TORCH_CHECK(x.dim() == 3 && weights[1].dim() == 2, "x has ", x.dim(),
+                    " dimensions and w_hh ", weights[1].dim(), ", expected 3 and 2");
+    const int64_t t = x.size(0), b = x.size(1);
+    const int64_t h = weights[1].size(0) / cell.gates, p = weights[1].size(1);
+    const Check check(x);
+    check("h0", h0, {layers, b, p});
+    check("c0", c0, {layers, b, h});
+
+    const Allocator make{x};
+    const std::tuple result{make({t, b, p}), make({layers, b, p}),
+                            make(cell.states > 1, {layers, b, h})};
+    const Tensor inner[] = {make(layers > 1, {t, b, p}), make(layers > 2, {t, b, p})};
+    prefer_huge_pages<T>(result);
+    frnn::cpu::ForwardArgs<T> args{};
+    for (int64_t k = 0; k < layers; ++k) {
+      const Tensor& input = k == 0 ? x : inner[(k - 1) % 2];
+      const Tensor& output = k + 1 == layers ? std::get<0>(result) : inner[k % 2];
+      auto next = weights.begin() + static_cast<std::ptrdiff_t>(each) * k;
+      const auto take = [&](bool there) { return there ? OptionalTensor(*next++) : std::nullopt; };
+      const Tensor w_ih = *next++, w_hh = *next++;
+      const OptionalTensor b_ih = take(biases), b_hh = take(biases), w_hr = take(projection);
+      set_sequence(args, cell, "x", input, w_hh, w_hr, take(cell.params > 0), lengths, resets,
+                   false);
+      args.i = input.size(2);
+      STD_TORCH_CHECK(args.i >= 1, "input size is 0, expected at least 1");
+      check("x", input, {t, b, args.i});
+      check("w_ih", w_ih, {cell.gates * h, args.i});
+      check("w_hh", w_hh, {cell.gates * h, p});
+      check("b_ih", b_ih, {cell.gates * h});
+      check("b_hh", b_hh, {cell.gates * h});
+      set_noise(args, cell, check, std::nullopt, std::nullopt, std::nullopt, 1, 1);
+      read(args.x, input);
+      read(args.w_ih, w_ih);
+      read(args.b_ih, b_ih);
+      read(args.b_hh, b_hh);
+      args.h0 = static_cast<const T*>(h0.const_data_ptr()) + k * b * p;
+      write(args.y, true, output);
+      args.h_n = static_cast<T*>(std::get<1>(result).mutable_data_ptr()) + k * b * p;
+      if (cell.states > 1) {
+        args.c0 = static_cast<const T*>(c0->const_data_ptr()) + k * b * h;
+        args.c_n = static_cast<T*>(std::get<2>(result).mutable_data_ptr()) + k * b * h;
+      }
+      frnn::cpu::forward(static_cast<int>(cell_index), args, torch_pool());
+    }
+    return result;
+  });
+}
+
 // dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, of each row dparams, those of norm_ih and norm_hh and
 // those of norm_c and norm_c_bias, dh0, dc0, of each row those of the states at resets
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
@@ -317,6 +381,10 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "Tensor dparams, Tensor dgains, Tensor dnorm_c, Tensor dh0, Tensor dc0, "
       "Tensor dh_reset, Tensor dc_reset)");
   library.def(
+      "stack_forward(Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, Tensor? lengths, "
+      "Tensor? resets, int cell, bool biases, bool projection) -> (Tensor y, Tensor h_n, "
+      "Tensor c_n)");
+  library.def(
       "cell_update(Tensor gates, Tensor c, Tensor? params, int cell) -> (Tensor h, Tensor c_new)");
   library.def(
       "cell_update_backward(Tensor gates, Tensor c, Tensor? params, Tensor? dh, Tensor? dc, "
@@ -356,6 +424,7 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, library) {
   library.impl("recurrence_forward", TORCH_BOX(&recurrence_forward));
   library.impl("recurrence_backward", TORCH_BOX(&recurrence_backward));
+  library.impl("stack_forward", TORCH_BOX(&stack_forward));
   library.impl("mask", TORCH_BOX(&mask));
   library.impl("cell_update", TORCH_BOX(&cell_update));
   library.impl("cell_update_backward", TORCH_BOX(&cell_update_backward));

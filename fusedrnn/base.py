@@ -122,12 +122,11 @@ def _run_packed(
             return torch.view_as_complex(pack(torch.view_as_real(padded)))
         return torch._VF._pack_padded_sequence(padded, lengths, False)[0]
 
-    def between(y: Tensor) -> Tensor:  # on the packed rows, so that the mask is torch.nn's
-        if module.dropout and module.training:
-            return pad(F.dropout(pack(y), module.dropout))[0]
-        return y
+    def dropped(y: Tensor) -> Tensor:  # on the packed rows, so that the mask is torch.nn's
+        return pad(F.dropout(pack(y), module.dropout))[0]
 
     seq = Sequence(lengths.to(x.device), None)
+    between = dropped if module.dropout and module.training else None
     stack = _run(module, x, hx, seq, between, return_cell_states)
     hidden = module.permute_hidden(_state(stack), unsorted_indices)  # type: ignore[arg-type]
 
@@ -286,9 +285,10 @@ class Layers(nn.RNNBase):
 
     def _norm_names(self) -> list[str]:
         """Of the norms' gains and biases, by layer and direction."""
+        if not self.layer_norm:
+            return []
         ends = [names[0].removeprefix("weight_ih") for names in self._all_weights]
-        names = functional.norm_names(self._cell) if self.layer_norm else ()
-        return [name + end for end in ends for name in names]
+        return [name + end for end in ends for name in functional.norm_names(self._cell)]
 
     def _reset_norms(self) -> None:
         for name in self._norm_names():

@@ -6,7 +6,6 @@ directions, L layers, G gates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,7 +21,7 @@ from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cells import LSTM, PLAIN, Cell
 from fusedrnn.cells import gru as gru_cell
 from fusedrnn.cells import lstm as lstm_cell
-from fusedrnn.layer import Stack, run_layers, run_step
+from fusedrnn.layer import Between, Stack, run_layers, run_step
 from fusedrnn.recompute import check_recompute
 from fusedrnn.recurrence import cell_update
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout, regularised
@@ -335,9 +334,9 @@ def checked_run(
     return to_batch_first(stack) if batch_first else stack
 
 
-def between_layers(dropout: float, training: bool) -> Callable[[Tensor], Tensor]:
-    """What happens to the output of every layer but the last: torch.nn's own dropout."""
-    return (lambda y: F.dropout(y, dropout)) if dropout and training else lambda y: y
+def between_layers(dropout: float, training: bool) -> Between:
+    """What happens to the output of every layer but the last: torch.nn's own dropout, if any."""
+    return (lambda y: F.dropout(y, dropout)) if dropout and training else None
 
 
 def to_batch_first(stack: Stack) -> Stack:
@@ -446,7 +445,7 @@ def run(
     weights: list[Weights],
     directions: int,
     seq: Sequence,
-    between: Callable[[Tensor], Tensor] = lambda y: y,
+    between: Between = None,
     cell_states: bool = False,
     wish: tuple[str, ...] = (),
     rates: Rates = NO_RATES,

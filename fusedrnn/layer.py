@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from fusedrnn.backends import Call, Noise, Request, Sequence, Weights, select
+from fusedrnn.backends import (
+    Backend,
+    Call,
+    Noise,
+    Reference,
+    Request,
+    Sequence,
+    Stacks,
+    Weights,
+    select,
+)
 from fusedrnn.cells import Cell
-from fusedrnn.recurrence import recurrence, recurrences
+from fusedrnn.recurrence import is_inference, recurrence, recurrences
+
+Between = Callable[[Tensor], Tensor] | None
 
 
 class Stack(NamedTuple):
@@ -50,7 +62,7 @@ def run_layers(
     noise: list[Noise],
     directions: int,
     cell_states: bool,
-    between: Callable[[Tensor], Tensor],
+    between: Between,
     wish: tuple[str, ...],
     recompute: str = "none",
 ) -> Stack:
@@ -61,7 +73,7 @@ def run_layers(
         hx: S tensors, ``[L*D,B,P]`` and the states beside h ``[L*D,B,H]``.
         seq: its states are ``[L*D,P]`` and ``[S-1,L*D,H]``.
         noise: of each layer and direction.
-        between: what happens to the output of every layer but the last (dropout).
+        between: what happens to the output of every layer but the last (dropout); None: nothing.
         wish: the backends to try, in order; empty: the context's or the default.
         recompute: what backward recomputes, see :mod:`fusedrnn.recompute`.
     """
@@ -71,6 +83,9 @@ def run_layers(
     backend = select(request, wish)
     if backend.reads_padding:
         x = seq.without_padding(x)
+    if between is None and _runs_at_once(backend, request, x, weights, hx):
+        y, h, *beside = cast(Stacks, backend).forward_stack(cell, x, weights, hx, seq)
+        return Stack(y, h, tuple(beside), None)
     layers, own = len(weights) // directions, seq
     h_n: list[Tensor] = []
     c_n: list[Tensor] = []
@@ -83,12 +98,12 @@ def run_layers(
         ask = cell_states and layer == layers - 1
         for direction in range(directions):
             k = layer * directions + direction
-            others = beside_h(tuple(s[k] for s in hx))
+            c_0 = beside_h(tuple(s[k] for s in hx))
             if seq.h_reset is not None:
                 c_reset = None if seq.c_reset is None else seq.c_reset[:, k]
                 own = seq.with_states(seq.h_reset[k], c_reset)
             calls.append(
-                Call(cell, y, weights[k], hx[0][k], others, own, direction == 1, ask, noise[k])
+                Call(cell, y, weights[k], hx[0][k], c_0, own, direction == 1, ask, noise[k])
             )
         for out in recurrences(backend, calls, recompute):
             ys.append(out[0])
@@ -98,11 +113,24 @@ def run_layers(
         y = ys[0] if directions == 1 else torch.cat(ys, -1)
         if ask:
             c = cs[0] if directions == 1 else torch.cat(cs, -1)
-        if layer < layers - 1:
+        if layer < layers - 1 and between is not None:
             y = between(y)
     # The states are no views, so that all a user does to them in place is allowed.
-    beside = tuple(torch.stack([c[s] for c in c_n]) for s in range(len(hx) - 1))
-    return Stack(y, torch.stack(h_n), beside, c)
+    others = tuple(torch.stack([c[s] for c in c_n]) for s in range(len(hx) - 1))
+    return Stack(y, torch.stack(h_n), others, c)
+
+
+def _runs_at_once(
+    backend: Backend | Reference,
+    request: Request,
+    x: Tensor,
+    weights: list[Weights],
+    hx: tuple[Tensor, ...],
+) -> bool:
+    """Not in a trace, whose program may go to another device."""
+    if torch.compiler.is_compiling() or not backend.runs_stack(request):
+        return False
+    return is_inference((x, *hx, *(t for w in weights for t in w)))
 
 
 def run_step(
@@ -115,7 +143,12 @@ def run_step(
 ) -> tuple[Tensor, ...]:
     """One step of one layer over ``x [1,B,I]``: the new states from hx, ``h [B,H]`` first."""
     seq = Sequence()
-    backend = select(request_of(cell, x, weights, seq, noise, False), wish)
+    request = request_of(cell, x, weights, seq, noise, False)
+    backend = select(request, wish)
+    if _runs_at_once(backend, request, x, [weights], hx):
+        layer = tuple(s.unsqueeze(0) for s in hx)
+        _, *states = cast(Stacks, backend).forward_stack(cell, x, [weights], layer, seq)
+        return tuple(s.squeeze(0) for s in states)
     call = Call(cell, x, weights, hx[0], beside_h(hx), seq, False, False, noise)
     _, h_n, *others = recurrence(backend, call)
     return (h_n, *(c_n.clone() for c in others for c_n in c.unbind(0)))

@@ -43,7 +43,7 @@ def recurrences(
 ) -> list[tuple[Tensor, ...]]:
     """:func:`recurrence` of one direction of a layer, or of both, at once where the backend can."""
     alone = recompute == "chunks" or calls[0].weights.w_hr is not None
-    if len(calls) == 1 or alone or isinstance(backend, Reference) or not backend.runs_both:
+    if len(calls) == 1 or alone or not backend.runs_both:
         return [recurrence(backend, call, recompute) for call in calls]
     return _recurrences(backend, calls, recompute)
 
@@ -54,7 +54,7 @@ def _recurrences(
     tensors = tuple(t for call in calls for t in call.tensors)
     if isinstance(backend, Reference) or _transformed(tensors):
         return [reference.recurrence(call) for call in calls]
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+    if not _differentiated_by_autograd(tensors):
         runs = forward_of(backend, calls, False)
         return [_outputs(call, run) for call, run in zip(calls, runs, strict=True)]
     first = calls[0]
@@ -69,6 +69,15 @@ def _recurrences(
     )
     outputs: tuple[Tensor, ...] = RecurrenceFunction.apply(*args)  # type: ignore[no-untyped-call]
     return _parts(outputs, len(calls))
+
+
+def is_inference(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Nothing is asked for but values."""
+    return not _differentiated_by_autograd(tensors) and not _transformed(tensors)
+
+
+def _differentiated_by_autograd(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _parts(items: tuple[Any, ...], count: int) -> list[tuple[Any, ...]]:
@@ -229,7 +238,7 @@ def cell_update(
     inputs = gates, c, params
     if isinstance(backend, Reference) or _transformed(inputs):
         return reference.cell_update(cell, gates, c, params)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if _differentiated_by_autograd(inputs):
         states: tuple[Tensor, Tensor] = CellUpdateFunction.apply(  # type: ignore[no-untyped-call]
             gates, c, params, cell.key, backend.name
         )

@@ -83,6 +83,9 @@ class Plain:
     def supports(self, request: Request) -> None:
         return None
 
+    def runs_stack(self, request: Request) -> bool:
+        return False
+
     def forward(self, call: Call, training: bool) -> Run:
         kept = []
 

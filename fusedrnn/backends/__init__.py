@@ -16,6 +16,7 @@ from fusedrnn.backends.backend import (
     Request,
     Run,
     Sequence,
+    Stacks,
     Upstream,
     Wanted,
     Weights,
@@ -40,6 +41,7 @@ __all__ = [
     "Request",
     "Run",
     "Sequence",
+    "Stacks",
     "Upstream",
     "Wanted",
     "Weights",
@@ -122,19 +124,24 @@ def backend(names: Names) -> Iterator[None]:
         _context.names = before
 
 
+def _names(wish: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the backends that may run a call, in order."""
+    return wish or _context.names or _environment or _AUTOMATIC
+
+
 def weigh(request: Request, wish: tuple[str, ...]) -> dict[str, str | None]:
     """Why each backend that may run ``request`` cannot, in order; None for those that can."""
-    names = wish or _context.names or _environment or _AUTOMATIC
-    return {name: _ALL[name].supports(request) for name in names}
+    return {name: _ALL[name].supports(request) for name in _names(wish)}
 
 
 def select(request: Request, wish: tuple[str, ...] = ()) -> Backend | Reference:
     """The first backend, in order, that supports the request; RuntimeError with every reason."""
     if is_watched():
         return REFERENCE
-    reasons = weigh(request, wish)
-    for name, reason in reasons.items():
-        if reason is None:
+    reasons = {}
+    for name in _names(wish):
+        reasons[name] = _ALL[name].supports(request)
+        if reasons[name] is None:
             return _ALL[name]
     raise RuntimeError("; ".join(f"backend {name!r} {reason}" for name, reason in reasons.items()))
 

@@ -218,6 +218,9 @@ class Backend(Protocol):
     def algorithm(self, request: Request, rows: int) -> str:
         """What runs a supported request over a batch of ``rows``, for people."""
 
+    def runs_stack(self, request: Request) -> bool:
+        """Whether it has ``forward_stack`` for a supported request."""
+
     def forward(self, call: Call, training: bool) -> Run:
         """``training``: backward will be asked for."""
 
@@ -225,6 +228,16 @@ class Backend(Protocol):
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
         """``reserve`` is that of the call's run, which stays as it is for another backward."""
+
+
+class Stacks(Protocol):
+    """What a backend has beside, if it runs all layers of one direction at once, without training
+    and with nothing between them."""
+
+    def forward_stack(
+        self, cell: Cell, x: Tensor, weights: list[Weights], hx: tuple[Tensor, ...], seq: Sequence
+    ) -> tuple[Tensor, ...]:
+        """``y [T,B,P]``, then the final states in the shapes of hx ``[L,B,*]``."""
 
 
 class BothDirections(Protocol):

@@ -72,6 +72,9 @@ class Cudnn:
                 return f"has no {name.replace('_', ' ')}"
         return None
 
+    def runs_stack(self, request: Request) -> bool:
+        return False
+
     def algorithm(self, request: Request, rows: int) -> str:
         return "cuDNN's choice"
 

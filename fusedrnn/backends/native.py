@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedrnn.backends.backend import Call, Gradients, Request, Run, Upstream, Wanted
+from fusedrnn.backends.backend import (
+    Call,
+    Gradients,
+    Request,
+    Run,
+    Sequence,
+    Upstream,
+    Wanted,
+    Weights,
+)
 from fusedrnn.backends.reference import compute_dtype
 from fusedrnn.cells import Cell
 
@@ -145,6 +154,9 @@ def unfit_dtype(request: Request) -> str | None:
 class Ops:
     """What the backends of the CPU and of CUDA share: their tensors go through the same ops."""
 
+    def runs_stack(self, request: Request) -> bool:
+        return False
+
     def __init__(self, cells: Iterable[str]) -> None:
         """``cells``: the first ones of the native library, in its order."""
         self._index = {name: i for i, name in enumerate(cells)}
@@ -252,6 +264,28 @@ class Native(Ops):
     def algorithm(self, request: Request, rows: int) -> str:
         stored = str(compute_dtype(request.dtype)).removeprefix("torch.")
         return f"standard on {isa()}, states in {stored}, one parallel region a sequence"
+
+    def runs_stack(self, request: Request) -> bool:
+        regularised = request.recurrent_dropout or request.zoneout or request.layer_norm
+        more = request.bidirectional or request.cell_states or request.reset_states
+        wide = compute_dtype(request.dtype) == request.dtype
+        return wide and not (regularised or more or len(request.cell.states) > 2)
+
+    def forward_stack(
+        self, cell: Cell, x: Tensor, weights: list[Weights], hx: tuple[Tensor, ...], seq: Sequence
+    ) -> tuple[Tensor, ...]:
+        first = weights[0]
+        y, h_n, c_n = torch.ops.fusedrnn.stack_forward(
+            x.contiguous(),
+            [t.contiguous() for w in weights for t in w if t is not None],
+            *(s.contiguous() for s in hx),
+            *(() if len(hx) > 1 else (None,)),
+            *(None if t is None else t.contiguous() for t in seq.masks),
+            self._index[cell.key],
+            first.b_ih is not None,
+            first.w_hr is not None,
+        )
+        return (y, h_n, c_n)[: 1 + len(hx)]
 
     def forward(self, call: Call, training: bool) -> Run:
         dtype = call.x.dtype
@@ -451,6 +485,21 @@ def _fake_backward(
     )
 
 
+def _fake_stack(
+    x: Tensor,
+    weights: list[Tensor],
+    h0: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    cell: int,
+    biases: bool,
+    projection: bool,
+) -> tuple[Tensor, ...]:
+    y = x.new_empty(*x.shape[:2], h0.shape[2])
+    return y, torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0)
+
+
 def _fake_update(
     gates: Tensor, c: Tensor, params: Tensor | None, cell: int
 ) -> tuple[Tensor, Tensor]:
@@ -477,6 +526,7 @@ def _fake_mask(
 
 if _library is not None:
     torch.library.register_fake("fusedrnn::mask", _fake_mask)
+    torch.library.register_fake("fusedrnn::stack_forward", _fake_stack)
     torch.library.register_fake("fusedrnn::cell_update", _fake_update)
     torch.library.register_fake("fusedrnn::cell_update_backward", _fake_update_backward)
     torch.library.register_fake("fusedrnn::recurrence_forward", _fake_forward)

@@ -49,6 +49,7 @@ def is_watched() -> bool:
 class Reference:
     name = "reference"
     reads_padding = False
+    runs_both = False
 
     def supports(self, request: Request) -> str | None:
         if request.layer_norm and request.dtype.is_complex:
@@ -57,6 +58,9 @@ class Reference:
 
     def algorithm(self, request: Request, rows: int) -> str:
         return "a loop of PyTorch operations"
+
+    def runs_stack(self, request: Request) -> bool:
+        return False
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -63,6 +63,9 @@ class Triton:
             return f"has no cell update of the cell {request.cell.name}"
         return None
 
+    def runs_stack(self, request: Request) -> bool:
+        return False
+
     def algorithm(self, request: Request, rows: int) -> str:
         tf32 = cuda.uses_tf32(request.dtype, cuda.precision())
         arithmetic = "tf32" if tf32 else str(request.dtype).removeprefix("torch.")
