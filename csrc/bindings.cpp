@@ -167,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward(Tensor x, std::vector<Tensor> w
     const Allocator make{x};
     const std::tuple result{make({t, b, p}), make({layers, b, p}),
                             make(cell.states > 1, {layers, b, h})};
-    const Tensor inner[] = {make(layers > 1, {t, b, p}), make(layers > 2, {t, b, p})};
+    std::vector<Tensor> inner;  // that take turns
+    for (int64_t k = 1; k < layers && k < 3; ++k) inner.push_back(make({t, b, p}));
     prefer_huge_pages<T>(result);
     frnn::cpu::ForwardArgs<T> args{};
     for (int64_t k = 0; k < layers; ++k) {

@@ -51,12 +51,18 @@ def recompute_of(module: nn.RNNBase) -> str:
     return check_recompute(module.recompute) if isinstance(module, Layers) else "none"
 
 
+def of_name(module: nn.Module, name: str, *default: Any) -> Any:
+    """An attribute, which is a parameter unless a parametrisation has taken its place."""
+    parameters = module._parameters  # to look in it first is four times as fast
+    return parameters[name] if name in parameters else getattr(module, name, *default)
+
+
 def weights_of(module: nn.RNNBase) -> list[Weights]:
     """The parameters as they are now: read by name at each call, never cached."""
     names = module._flat_weights_names
     if isinstance(module, Layers):
         names = names + module._params_names() + module._norm_names()
-    params = [getattr(module, name) for name in names]
+    params = [of_name(module, name) for name in names]
     return functional.group(
         cell_of(module), params, module.bias, module.proj_size > 0,
         isinstance(module, Layers) and module.layer_norm,
@@ -324,7 +330,7 @@ class Layers(nn.RNNBase):
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return [of_name(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor | None]) -> None:

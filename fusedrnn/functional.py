@@ -374,19 +374,19 @@ def group(
     has params, one tensor ``[K*H]`` for each layer and direction; then likewise those of norms."""
     plain, names = _tensors(cell, has_biases, has_projection, layer_norm)
     layers = len(params) // (plain + bool(cell.params) + len(names))
-    flat = iter(params[: plain * layers])
-    more = params[plain * layers :]
-    of_cell, of_norms = iter(more), iter(more[layers if cell.params else 0 :])
-
-    def weights() -> Weights:
-        w_ih, w_hh = next(flat), next(flat)
-        b_ih, b_hh = (next(flat), next(flat)) if has_biases else (None, None)
-        w_hr = next(flat) if has_projection else None
-        of_units = by_unit(cell, next(of_cell), w_hh) if cell.params else None
-        norms = {name: next(of_norms) for name in names}
-        return Weights(w_ih, w_hh, b_ih, b_hh, w_hr, of_units, **norms)
-
-    return [weights() for _ in range(layers)]
+    absent = () if has_biases else (None, None)
+    weights = []
+    for k in range(layers):
+        w_ih, w_hh, *others = params[k * plain : (k + 1) * plain]
+        weights.append(Weights(w_ih, w_hh, *absent, *others))
+    if len(params) > plain * layers:
+        more = iter(params[plain * layers :])
+        of_cell = [next(more) for _ in weights] if cell.params else []
+        for k, w in enumerate(weights):
+            of_units = by_unit(cell, of_cell[k], w.w_hh) if of_cell else None
+            norms = {name: next(more) for name in names}
+            weights[k] = w._replace(params=of_units, **norms)
+    return weights
 
 
 def by_unit(cell: Cell, params: Tensor, w_hh: Tensor) -> Tensor:
@@ -461,7 +461,8 @@ def run(
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     shape = (len(weights), x.shape[1])
     x, hx, weights, scope = _prepared(cell, x, hx, weights, shape)
-    seq = seq.with_states(*(None if s is None else s.to(x.dtype) for s in seq.states))
+    if seq.h_reset is not None:
+        seq = seq.with_states(*(None if s is None else s.to(x.dtype) for s in seq.states))
     with scope:
         weights, noise = regularised(rates, x, weights, len(cell.states), training)
         return run_layers(
@@ -526,17 +527,17 @@ def _autocast(
 
 
 def _check_attributes(x: Tensor, hx: tuple[Tensor, ...] | None, weights: list[Weights]) -> None:
+    device, dtype = x.device, x.dtype
     for name, tensors in (("hidden", hx or ()), ("parameter", [t for w in weights for t in w])):
         for t in tensors:
-            if t is None:
+            if t is None or (t.device == device and t.dtype == dtype):
                 continue
-            if t.device != x.device:
+            if t.device != device:
                 raise RuntimeError(
                     f"Input and {name} tensors are not at the same device, found input tensor at "
-                    f"{x.device} and {name} tensor at {t.device}"
+                    f"{device} and {name} tensor at {t.device}"
                 )
-            if t.dtype != x.dtype:
-                raise RuntimeError(
-                    f"Input and {name} tensors are not the same dtype, found input tensor with "
-                    f"{x.dtype} and {name} tensor with {t.dtype}"
-                )
+            raise RuntimeError(
+                f"Input and {name} tensors are not the same dtype, found input tensor with "
+                f"{dtype} and {name} tensor with {t.dtype}"
+            )

@@ -113,7 +113,7 @@ class Noise(NamedTuple):
 
     @property
     def zoneout(self) -> bool:
-        return self._replace(dropout=None) != Noise()
+        return self.renew_h is not None or self.renew_c is not None or self.rates != (1.0, 1.0)
 
 
 class Call(NamedTuple):
