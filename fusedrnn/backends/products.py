@@ -107,13 +107,13 @@ def _of_layer_norm(d: Tensor, of: Normalised, gain: Tensor, want_x: bool) -> tup
 def scaled(upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
     """The gradients of a run's outputs as its backward should get them, and what they were
     multiplied by, if at all: in float16, where those of gates may be too small to be told from 0, a
-    power of two that brings the largest one to between 1/2 and 1."""
+    power of two that brings the largest one to between 1/2 and 1, or 1 if it is not smaller."""
     given = [d for d in upstream if d is not None]
     if not given or given[0].dtype != torch.float16:
         return None, upstream
     largest = torch.stack([torch.linalg.vector_norm(d, math.inf) for d in given]).amax()
     # 2^e has the exponent field e + 127. The scale, too, must be a number of float16.
-    field = (largest.float().view(torch.int32) >> 23).clamp(127 - 16, 127 + 15)
+    field = (largest.float().view(torch.int32) >> 23).clamp(127 - 16, 127 - 1)
     scale = ((253 - field) << 23).view(torch.float32)
     return scale, tuple(None if d is None else d * scale for d in upstream)
 
