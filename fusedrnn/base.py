@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import functional
+from fusedrnn import running
 from fusedrnn.arguments import changed, truth
 from fusedrnn.backends import Names, Sequence, Weights, check_names
 from fusedrnn.cells import PLAIN, Cell
-from fusedrnn.functional import Lengths
 from fusedrnn.layer import Stack, beside_h
 from fusedrnn.recompute import check_recompute
 from fusedrnn.regularisers import NO_RATES, Rates, Zoneout
+from fusedrnn.running import Lengths
 
 State = Tensor | tuple[Tensor, ...]
 
@@ -63,7 +63,7 @@ def weights_of(module: nn.RNNBase) -> list[Weights]:
     if isinstance(module, Layers):
         names = names + module._params_names() + module._norm_names()
     params = [of_name(module, name) for name in names]
-    return functional.group(
+    return running.group(
         cell_of(module), params, module.bias, module.proj_size > 0,
         isinstance(module, Layers) and module.layer_norm,
     )  # fmt: skip
@@ -96,11 +96,11 @@ def run_module(
             resets = resets.unsqueeze(batch_dim)
     _check_shapes(module, input, hx, None)
     x = input.transpose(0, 1) if module.batch_first else input
-    seq = functional.sequence(x, lengths, resets, module.batch_first)
-    between = functional.between_layers(module.dropout, module.training)
+    seq = running.sequence(x, lengths, resets, module.batch_first)
+    between = running.between_layers(module.dropout, module.training)
     stack = _run(module, x, hx, seq, between, return_cell_states)
     if module.batch_first:
-        stack = functional.to_batch_first(stack)
+        stack = running.to_batch_first(stack)
     y, c, hidden = stack.y, stack.c, _state(stack)
     if not batched:
         y, hidden = y.squeeze(batch_dim), _map(hidden, lambda s: s.squeeze(1))
@@ -152,7 +152,7 @@ def _run(
         if seq.resets is not None:
             seq = seq.with_states(initial[0], beside_h(initial))
         hx = tuple(s.unsqueeze(1).expand(-1, x.shape[1], -1) for s in initial) if hx is None else hx
-    return functional.run(
+    return running.run(
         cell_of(module),
         x,
         hx,
@@ -286,7 +286,7 @@ class Layers(nn.RNNBase):
             params = weight.new_empty(len(self._cell.params) * self.hidden_size)
             self.register_parameter(name, nn.Parameter(params.uniform_(-bound, bound)))
         for name in self._norm_names():
-            norm = functional.new_norm(self._cell, name, self.hidden_size, weight)
+            norm = running.new_norm(self._cell, name, self.hidden_size, weight)
             self.register_parameter(name, norm)
 
     def _norm_names(self) -> list[str]:
@@ -294,11 +294,11 @@ class Layers(nn.RNNBase):
         if not self.layer_norm:
             return []
         ends = [names[0].removeprefix("weight_ih") for names in self._all_weights]
-        return [name + end for end in ends for name in functional.norm_names(self._cell)]
+        return [name + end for end in ends for name in running.norm_names(self._cell)]
 
     def _reset_norms(self) -> None:
         for name in self._norm_names():
-            functional.fill_norm(name, getattr(self, name))
+            running.fill_norm(name, getattr(self, name))
 
     def _register_initial_states(self) -> None:
         weight: Any = self.weight_ih_l0

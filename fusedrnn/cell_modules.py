@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
-from fusedrnn import arguments, functional
+from fusedrnn import arguments, running
 from fusedrnn.arguments import changed, truth
 from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import GRU, LSTM, PLAIN, Cell, gru, lstm
@@ -57,12 +57,12 @@ def step_module(module: RNNCellBase, input: Tensor, hx: Any) -> tuple[Tensor, ..
     weights = Weights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
     if cell.params:
         params: Any = module.weight_peephole
-        of_units = functional.by_unit(cell, params, module.weight_hh)
+        of_units = running.by_unit(cell, params, module.weight_hh)
         weights = weights._replace(params=of_units)
     if isinstance(module, _CellModule):
         weights = weights._replace(**{name: getattr(module, name) for name in module._norm_names()})
     wish, rates = wish_of(module), rates_of(module)
-    new = functional.step(cell, input, hx, weights, wish, rates, module.training)
+    new = running.step(cell, input, hx, weights, wish, rates, module.training)
     return new if batched else tuple(s.squeeze(0) for s in new)
 
 
@@ -134,18 +134,18 @@ class _CellModule(RNNCellBase):
             self.layer_norm = True
 
     def _norm_names(self) -> tuple[str, ...]:
-        return functional.norm_names(cell_of(self)) if self.layer_norm else ()
+        return running.norm_names(cell_of(self)) if self.layer_norm else ()
 
     def _register_norms(self) -> None:
         for name in self._norm_names():
-            norm = functional.new_norm(cell_of(self), name, self.hidden_size, self.weight_ih)
+            norm = running.new_norm(cell_of(self), name, self.hidden_size, self.weight_ih)
             self.register_parameter(name, norm)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for name in self._norm_names():
             if name in self._parameters:  # not while torch.nn's own are made
-                functional.fill_norm(name, getattr(self, name))
+                running.fill_norm(name, getattr(self, name))
 
     def extra_repr(self) -> str:
         own = {

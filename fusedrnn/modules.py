@@ -13,8 +13,8 @@ from fusedrnn.backends import Names
 from fusedrnn.base import Layers, run_module
 from fusedrnn.cell_modules import fill_forget_gate
 from fusedrnn.cells import Cell, gru, lstm
-from fusedrnn.functional import Lengths
 from fusedrnn.regularisers import Zoneout
+from fusedrnn.running import Lengths
 
 
 class LSTM(Layers):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedrnn import functional
+from fusedrnn import running
 from fusedrnn.arguments import changed, probability, size
 from fusedrnn.backends import Names, Weights, check_names
 from fusedrnn.cells import Cell
-from fusedrnn.functional import Lengths
+from fusedrnn.running import Lengths
 
 
 class Recurrent(nn.Module):
@@ -142,7 +142,7 @@ class Recurrent(nn.Module):
                 found = f"{len(got)} tensors" if tensors else type(hx).__name__
                 raise TypeError(f"hx should be {wanted}, got {found}")
             hx = tuple(got)
-        stack = functional.checked_run(
+        stack = running.checked_run(
             self.cell, input, hx, [self._weights(suffix) for _, suffix in self.places()],
             dropout=self.dropout, training=self.training, bidirectional=self.bidirectional,
             batch_first=self.batch_first, lengths=lengths, resets=resets, backend=self.backend,
