@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 
 # Each may import the ones after it, and none before it.
 ORDER = ["explanation", "diagnostics", "convert", "modules", "conv", "base", "init", "recurrent",
-         "cell_modules", "reference", "functional", "testing", "layer", "recurrence",
+         "cell_modules", "reference", "functional", "running", "testing", "layer", "recurrence",
          "recompute", "philox", "backends", "cells", "arguments"]  # fmt: skip
 
 
