@@ -20,16 +20,16 @@ template <class S>
 class Timeline {
  public:
   FRNN_FN explicit Timeline(const SequenceArgs<S>& args)
-      : a_(args),
-        full_(args.lengths == nullptr && args.resets == nullptr),
-        flip_(args.reverse ? -1 : 0),
-        shift_(args.reverse ? args.t : 0) {}
+      : a_(args), full_(args.lengths == nullptr && args.resets == nullptr) {}
 
   // Every step is computed, from the one before.
   FRNN_FN bool full() const { return full_; }
 
-  // T - 1 - s in reverse, without a branch.
-  FRNN_FN int64_t time(int64_t s) const { return (s ^ flip_) + shift_; }
+  // T - 1 - s in reverse, which is T + ~s, without a branch.
+  FRNN_FN int64_t time(int64_t s) const {
+    const int64_t flip = -int64_t{a_.reverse};
+    return (s ^ flip) + (a_.t & flip);
+  }
 
   FRNN_FN int64_t length(int64_t row) const {
     if (a_.lengths == nullptr) return a_.t;
@@ -75,7 +75,6 @@ class Timeline {
 
   const SequenceArgs<S>& a_;
   const bool full_;
-  const int64_t flip_, shift_;
 };
 
 }  // namespace frnn

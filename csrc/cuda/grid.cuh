@@ -339,6 +339,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
           (int64_t{cluster} * kBlocks + rank) * kGridUnits + seat.own_unit(), 0, 1};
   p.offset = p.row * f.h + p.unit;
   const bool row_there = seat.mine && p.row < f.b, there = row_there && p.unit < f.h;
+  const int rows = f.b - first_row < kTiles * kTileColumns ? static_cast<int>(f.b - first_row)
+                                                           : kTiles * kTileColumns;
 
   // Slot: a group of the units of the warp's block of this cluster. k: cluster, gate and unit of
   // the blocks of this rank.
@@ -393,7 +395,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     const int64_t n = span.end - 1 - s;
     const bool more = s >= span.begin;
     FRNN_ROLLED for (int tile = 0; tile < kTiles; ++tile) {
-      const int64_t rest = f.b - first_row - tile * kTileColumns;
+      const int rest = rows - tile * kTileColumns;
       if (rest <= 0 || lost) break;
       // Rows are sent by fours.
       if (more && threadIdx.x == 0) {
@@ -432,6 +434,10 @@ __global__ void __launch_bounds__(kGridThreads, 1)
 
       // Orders what was emptied before this step, and what was polled, too.
       fence_gpu();
+      if (finishes && there) {
+        steps.keep_gates(p, result, gates_at(s));
+        if (now == Entry::kInitial) steps.template keep_carried<false>(s, p, result);
+      }
       // Of the rows that are there.
       Piece<S>* const operand = operand_of(n, tile);
       constexpr int kAtOnce = 2;
@@ -470,12 +476,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
             store_relaxed(own_word(n - 1, gate), kEmpty);
           }
         }
-        const Entry entered = now;
         read_ahead(s - 1);
-        if (there) {
-          steps.keep_gates(p, result, gates_at(s));
-          if (entered == Entry::kInitial) steps.template keep_carried<false>(s, p, result);
-        }
       }
     }
   }

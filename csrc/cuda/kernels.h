@@ -40,7 +40,7 @@ template <class Args>
 struct Sides {
   Args of[2];
   int count;
-  void* exchange;  // as many bytes as *_exchange_bytes says, or null if that is 0
+  void* exchange = nullptr;  // as many bytes as *_exchange_bytes says, or null if that is 0
 };
 
 using ForwardSides = Sides<Forward<void, void>>;
