@@ -53,4 +53,5 @@ def machine(monkeypatch, request):
     monkeypatch.setitem(backends._ALL, "cuda", machine.backend)
     cuda_kernels_sim.set_seed(len(request.node.name))
     machine.ran()
-    return machine
+    yield machine
+    cuda_kernels_sim.set_script()

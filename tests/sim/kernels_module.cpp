@@ -121,7 +121,10 @@ void run_backward(int cell, int arithmetic, int64_t t, int64_t b, int64_t h, int
 }  // namespace
 
 PYBIND11_MODULE(cuda_kernels_sim, m) {
+  using namespace pybind11::literals;
   m.def("set_seed", &frnn::sim::set_seed);
+  m.def("set_script", &frnn::sim::set_script, "pause"_a = "", "block"_a = 0, "warp"_a = -1,
+        "late"_a = -1);
   m.def("lose_a_block", [](bool lose) { loses_a_block = lose; });
   m.def("launched", &frnn::sim::launched);
   m.def("set_device", [](int multiprocessors, int capability, bool waits, bool grid) {

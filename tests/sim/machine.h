@@ -45,7 +45,7 @@ class Random {
 struct Block;
 struct Warp;
 
-enum class Wait { kNone, kMeeting, kCollective, kMbarrier, kDependency, kDone };
+enum class Wait { kNone, kMeeting, kCollective, kMbarrier, kDependency, kPause, kDone };
 
 struct Thread {
   Fiber fiber;
@@ -173,7 +173,7 @@ struct Grid {
   Grid* ahead = nullptr;         // the launch before, if this one may start before that ends
   double eager = 0;              // chance per tick to run rather than a grid ahead
   size_t held_back;              // blocks that do not let the next grid start yet
-  std::vector<Thread*> dependents;
+  std::vector<Thread*> dependents, paused;
   Fiber scheduler;
   Thread* running = nullptr;
   std::vector<Thread*> ready;
@@ -206,7 +206,9 @@ std::string number(uint64_t n);
 void wait(Wait how, const char* what);  // until wake
 void wake(Thread* thread);
 void wake_all(std::vector<Thread*>& threads);
-void happened();  // this launch made progress
+void happened();                // this launch made progress
+void pause(const char* where);  // if the script says so
+bool comes_late(uint64_t value);
 
 // ---- Memory.
 void make_shared(Block& block);

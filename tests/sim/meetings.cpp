@@ -117,6 +117,7 @@ void block_barrier(const char* what, int id, int threads, bool waits) {
     wait(Wait::kMeeting, what);
   }
   if (waits) token.acquire();
+  if (waits) pause(what);
 }
 
 void cluster_arrive() {

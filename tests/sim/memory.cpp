@@ -207,13 +207,16 @@ void drain_all(Block& block) {
 }
 
 bool drain_one(Block& block, bool held) {
-  if (block.stores.empty()) return false;
-  const Pending& store = block.stores[grid->random.below(block.stores.size())];
-  if (store.held && !held) return false;
-  size_t i = 0;  // stores to one word stay in order
-  while (block.stores[i].to != store.to) ++i;
-  perform(block, i);
-  return true;
+  const size_t n = block.stores.size(), from = n == 0 ? 0 : grid->random.below(n);
+  for (size_t i = 0; i < n; ++i) {
+    const Pending& store = block.stores[(from + i) % n];
+    if (store.held && !held) continue;
+    size_t first = 0;  // stores to one word stay in order
+    while (block.stores[first].to != store.to) ++first;
+    perform(block, first);
+    return true;
+  }
+  return false;
 }
 
 void before_atomic(const void* p, size_t bytes) {
@@ -263,7 +266,7 @@ void store_relaxed(void* p, uint64_t value, int bytes) {
     grid->released[p] = &t.fences[(t.fence_count - 1) % 8];
   }
 #else
-  t.block->stores.push_back({p, value, bytes, &t, false, grid->random.chance(grid->mode.hold)});
+  t.block->stores.push_back({p, value, bytes, &t, false, comes_late(value)});
 #endif
   happened();
 }
@@ -300,6 +303,7 @@ void red_release_add(uint32_t* p, uint32_t value) {
 
 void fence_gpu() {
   Thread& t = *grid->running;
+  pause("fence_gpu");
 #if defined(FRNN_SIM_TSAN)
   for (void* token : t.seen) __tsan_acquire(token);
   t.seen.clear();

@@ -8,7 +8,10 @@
 
 PYBIND11_MODULE(cuda_sim, m) {
   using namespace frnn;
+  using namespace pybind11::literals;
   m.def("set_seed", &sim::set_seed, "Later launches are a function of this seed.");
+  m.def("set_script", &sim::set_script, "pause"_a = "", "block"_a = 0, "warp"_a = -1,
+        "late"_a = -1);
   pybind11::list names;
   for (const char* name : checks::kNames) names.append(name);
   m.attr("CHECKS") = names;

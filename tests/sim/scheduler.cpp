@@ -17,6 +17,11 @@ Grid* grid = nullptr;
 namespace {
 
 uint64_t next_seed = 0;
+struct {
+  std::string pause;
+  int block, warp = -1;
+  int64_t late = -1;
+} script;
 std::vector<std::string> names;  // of the kernels launched
 
 using Launches = std::vector<std::unique_ptr<Grid>>;
@@ -184,16 +189,18 @@ Thread* choose() {
   return ready[random.below(ready.size())];
 }
 
-// Lets delayed operations take effect, by chance or, if `force`, until one did.
-bool advance_memory(bool force) {
+// Lets delayed operations take effect, by chance.
+void advance_memory() {
   Random& random = grid->random;
-  if (!force) {
-    Cluster& cluster = *grid->clusters[random.below(grid->clusters.size())];
-    Block& block = *cluster.blocks[random.below(cluster.blocks.size())];
-    if (!block.flights.empty() && random.chance(grid->mode.land)) land_one(block, true);
-    if (!block.stores.empty() && random.chance(grid->mode.drain)) drain_one(block, false);
-    return true;
-  }
+  Cluster& cluster = *grid->clusters[random.below(grid->clusters.size())];
+  Block& block = *cluster.blocks[random.below(cluster.blocks.size())];
+  if (!block.flights.empty() && random.chance(grid->mode.land)) land_one(block, true);
+  if (!block.stores.empty() && random.chance(grid->mode.drain)) drain_one(block, false);
+}
+
+// One of them, if there is one; of the stores that are held only if `held`.
+bool force_memory(bool held) {
+  Random& random = grid->random;
   std::vector<Block*> blocks;
   for (auto& cluster : grid->clusters) {
     for (auto& block : cluster->blocks) blocks.push_back(block.get());
@@ -202,9 +209,23 @@ bool advance_memory(bool force) {
   for (size_t i = 0; i < blocks.size(); ++i) {
     Block& block = *blocks[(from + i) % blocks.size()];
     const bool store_first = random.chance(0.5);
-    if (store_first && drain_one(block, true)) return true;
+    if (store_first && drain_one(block, held)) return true;
     if (land_one(block, false)) return true;
-    if (drain_one(block, true)) return true;
+    if (drain_one(block, held)) return true;
+  }
+  return false;
+}
+
+// When nothing goes on: delayed operations take effect, at most so many; or else threads that
+// pause go on; or else stores that are held take effect. False if there are none of these.
+bool stir(size_t most) {
+  for (const bool held : {false, true}) {
+    size_t done = 0;
+    while (done < most && force_memory(held)) ++done;
+    if (done > 0) return true;
+    if (grid->paused.empty()) continue;
+    wake_all(grid->paused);
+    return true;
   }
   return false;
 }
@@ -240,7 +261,7 @@ void let_next_start(Block& block) {
 
 void run_one() {
   if (grid->ready.empty()) {
-    if (!advance_memory(true)) grid->error = "deadlock: " + who_waits();
+    if (!stir(1)) grid->error = "deadlock: " + who_waits();
     return;
   }
   const uint64_t patience = 16 * grid->ready.size() + 256;
@@ -248,12 +269,9 @@ void run_one() {
     grid->error = "livelock, nothing changes any more: " + who_waits();
     return;
   }
-  if (grid->quiet % patience == 0) {
-    // Many at a time where many threads poll, or a large grid would take for ever.
-    for (size_t i = 0; i <= grid->ready.size() / 64 && advance_memory(true); ++i) {
-    }
-  }
-  advance_memory(false);
+  // Many at a time where many threads poll, or a large grid would take for ever.
+  if (grid->quiet % patience == 0) stir(1 + grid->ready.size() / 64);
+  advance_memory();
   if (!grid->error.empty()) return;
   ++grid->tick;
   Thread* t = choose();
@@ -380,6 +398,9 @@ void run_all(Launches& launches) {
 std::string number(uint64_t n) { return std::to_string(n); }
 
 void set_seed(uint64_t seed) { next_seed = seed; }
+void set_script(const std::string& pause, int block, int warp, int64_t late) {
+  script = {pause, block, warp, late};
+}
 
 void report(const Thread& thread, const std::string& sentence) {
   if (grid->error.empty()) grid->error = name(thread) + ": " + sentence;
@@ -419,6 +440,20 @@ void wait(Wait how, const char* what) {
   last->position = t->position;
   grid->ready.pop_back();
   fiber_switch(t->fiber, grid->scheduler);
+}
+
+void pause(const char* where) {
+  Thread* t = grid->running;
+  const bool mine = static_cast<int>(t->block->index.x) == script.block &&
+                    (script.warp < 0 || static_cast<int>(t->index.x / 32) == script.warp);
+  if (!mine || script.pause != where) return;
+  grid->paused.push_back(t);
+  wait(Wait::kPause, where);
+}
+
+bool comes_late(uint64_t value) {
+  if (script.late < 0) return grid->random.chance(grid->mode.hold);
+  return value == static_cast<uint64_t>(script.late);
 }
 
 void yield() { fiber_switch(grid->running->fiber, grid->scheduler); }

@@ -20,6 +20,12 @@ namespace frnn::sim {
 // Every later launch is a pure function of this seed and of the launches since.
 void set_seed(uint64_t seed);
 
+// What later launches do beside what the seed says. Threads of a block pause at a primitive, before
+// fence_gpu or behind a barrier of the block, until nothing else goes on: those of a warp or, if it
+// is -1, all. Stores of the word `late` take effect as late as they may and others do not; if it is
+// -1, the seed says which.
+void set_script(const std::string& pause, int block, int warp, int64_t late);
+
 // The names of the kernels launched since this was last asked.
 std::vector<std::string> launched();
 

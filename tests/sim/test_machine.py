@@ -52,6 +52,11 @@ PLANTED = [
     ("cluster_async", "no pair barrier", "wrong values"),
     ("dependent", "no dependency wait", "wrong values"),
 ]
+# What to plant, and a script that shows it.
+SCRIPTED = [
+    ("late recycle", {"pause": "fence_gpu", "block": 1, "late": 0xFFFFFFFF}),
+    ("no fence", {"pause": "__syncthreads", "block": 1, "late": 0xFFFFFFFF}),
+]
 RACES = [
     ("grid_flag", "no barrier"),
     ("grid_flag", "no sync after copy"),
@@ -67,14 +72,16 @@ RACES = [
 ]
 
 
-def failures(sim, toy, bug, seeds):
+def failures(sim, toy, bug, seeds, **script):
     sentences = []
+    sim.set_script(**script)
     for seed in range(seeds):
         sim.set_seed(seed)
         try:
             sim.run_toy(TOYS.index(toy), BUGS.index(bug))
         except RuntimeError as error:
             sentences.append(str(error))
+    sim.set_script()
     return sentences
 
 
@@ -94,6 +101,12 @@ def test_no_false_alarm(sim, toy):
 @pytest.mark.parametrize("toy, bug, sentence", PLANTED)
 def test_planted(sim, toy, bug, sentence):
     assert any(sentence in text for text in failures(sim, toy, bug, 100))
+
+
+@pytest.mark.parametrize("bug, script", SCRIPTED)
+def test_a_script_shows_what_seeds_may_miss(sim, bug, script):
+    assert failures(sim, "grid_sentinel", "none", 50, **script) == []
+    assert len(failures(sim, "grid_sentinel", bug, 50, **script)) >= 48
 
 
 @pytest.mark.parametrize(
