@@ -7,7 +7,7 @@ import torch
 from test_standard import FEATURES, WAYS
 
 from fusedrnn.cells import PLAIN
-from fusedrnn.testing import Case, check_case, make_inputs
+from fusedrnn.testing import Case, check_case, make_inputs, run_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
@@ -58,6 +58,33 @@ def test_many_schedules(machine, simulated, cell):
     for seed in range(100):
         machine.module.set_seed(seed)
         check_case(case, simulated, tf32=False)
+
+
+EMPTY = 0xFFFFFFFF
+# What a schedule must do for a mistake to show, see the head of grid.cuh.
+SCRIPTS = {
+    # A warp has yet to multiply, or to add up sums, while others of its block are a step ahead.
+    "slow product": {"pause": "__syncthreads", "warp": 5},
+    "slow sums": {"pause": "__syncthreads", "warp": 0},
+    # Words are empty as late as fences let them be.
+    "late": {"late": EMPTY},
+    # And a block has sent its own, but neither emptied the others for all to see nor read any.
+    "late and slow": {"pause": "fence_gpu", "late": EMPTY},
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
+@pytest.mark.parametrize("hidden, seeds", [(40, 4), (136, 2)])
+def test_scripted_schedules(machine, simulated, script, hidden, seeds):
+    """One cluster of backward, two of them."""
+    case = Case(PLAIN["lstm"], 6, 3, 1, hidden, dtype=simulated.choose("bfloat16"))
+    inputs = make_inputs(case)
+    expected = run_case(case, inputs, simulated)
+    machine.module.set_script(**script)
+    for seed in range(seeds):
+        machine.module.set_seed(seed)
+        for name, t in run_case(case, inputs, simulated).items():
+            assert torch.equal(t, expected[name]), name
 
 
 def test_a_wait_in_vain_is_an_error_and_gives_nan(machine, simulated):
