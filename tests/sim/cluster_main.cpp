@@ -2,6 +2,7 @@
 // clusters CELL ROWS UNITS TIME FIRST_SEED SEEDS: runs the cluster kernels in bfloat16, forward and
 // backward, under a sanitizer, which ends the program at its first find. Throws if a seed leaves
 // other bits than the first. TIME: plain, masked (by lengths and resets) or reversed (masked too).
+// grids, the same program with FRNN_GRIDS, runs the grid kernels.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -20,6 +21,11 @@ using S = __nv_bfloat16;
 using Bytes = std::vector<unsigned char>;
 
 constexpr int64_t kSteps = 4;
+#if defined(FRNN_GRIDS)
+constexpr bool kGrids = true;
+#else
+constexpr bool kGrids = false;
+#endif
 
 void require(bool ok, const char* sentence) {
   if (!ok) throw std::runtime_error(sentence);
@@ -67,6 +73,32 @@ struct Problem {
   ClusterShape shape(bool backward) const {
     return cluster_shape(call(backward), simulated_device);
   }
+  GridShape grid_shape(bool backward) const {
+    return frnn::cuda::grid_shape(call(backward), simulated_device);
+  }
+
+  template <class Run, class Args>
+  bool run_grid(Run* kernel, const Args& args, bool backward) const {
+    const GridShape shape = grid_shape(backward);
+    Bytes exchange(static_cast<size_t>(shape.exchange));
+    uint32_t words[3] = {};
+    return shape.teams > 0 && kernel(cell, {{args}, 1, exchange.data()}, shape, words, nullptr) &&
+           words[0] == 0;
+  }
+  bool run_forward(const Forward<void, void>& f) const {
+    if constexpr (kGrids) {
+      return run_grid(kGridsBfloat16.forward, f, false);
+    } else {
+      return kClustersBfloat16.forward(cell, {{f}, 1}, shape(false), nullptr);
+    }
+  }
+  bool run_backward(const Backward<void, void>& b, const ClusterShape& shape) const {
+    if constexpr (kGrids) {
+      return run_grid(kGridsBfloat16.backward, b, true);
+    } else {
+      return kClustersBfloat16.backward(cell, {{b}, 1}, shape, nullptr);
+    }
+  }
 
   template <class Args>
   Args args() const {
@@ -100,10 +132,9 @@ struct Problem {
     f.h_prev = array(kSteps * plane, sizeof(S));
     f.c_prev = array(others * kSteps * plane, sizeof(float));
     f.saved = array(facts.saved * kSteps * plane, sizeof(S));
-    require(kClustersBfloat16.forward(cell, {{f}, 1}, shape(false), nullptr),
-            "forward did not run");
+    require(run_forward(f), "forward did not run");
 
-    // Also with one operand in shared memory, as if there were no room for two.
+    // Clusters also with one operand in shared memory, as if there were no room for two.
     const ClusterShape two = shape(true);
     for (const ClusterShape& shape :
          {two, cluster_shape_of(two.blocks, two.tiles, 1, two.warps, call(true))}) {
@@ -120,7 +151,8 @@ struct Problem {
       b.dgh = facts.additive ? b.dgx : array(kSteps * rows * gates, sizeof(S));
       b.dh0 = array(plane, sizeof(float));
       b.dc0 = array(others * plane, sizeof(float));
-      require(kClustersBfloat16.backward(cell, {{b}, 1}, shape, nullptr), "backward did not run");
+      require(run_backward(b, shape), "backward did not run");
+      if (kGrids) break;
     }
     return outputs;
   }
@@ -130,7 +162,8 @@ struct Problem {
 
 int main(int argc, char** argv) {
   if (argc != 7) return 2;
-  simulated_device = {16, 90, 227 * 1024};  // with room for one cluster of eight blocks by the plan
+  // With room for one cluster of eight blocks by the plan, or for two.
+  simulated_device = {kGrids ? 32 : 16, 90, 227 * 1024};
   const Problem problem(std::atoi(argv[1]), std::atoi(argv[2]), std::atoi(argv[3]), argv[4]);
   std::vector<Bytes> first;
   for (int i = 0; i < std::atoi(argv[6]); ++i) {
@@ -139,6 +172,8 @@ int main(int argc, char** argv) {
     if (i == 0) first = outputs;
     require(outputs == first, "the results depend on the seed");
   }
-  std::printf("%d blocks and %d tiles of a cluster\n", problem.shape(true).blocks,
-              problem.shape(true).tiles);
+  const auto print = [](const char* of, const auto& shape) {
+    std::printf("%d blocks and %d tiles of a %s\n", shape.blocks, shape.tiles, of);
+  };
+  kGrids ? print("team", problem.grid_shape(true)) : print("cluster", problem.shape(true));
 }

@@ -1,4 +1,5 @@
-"""The cluster kernels in bfloat16 under ThreadSanitizer and AddressSanitizer."""
+"""The cluster kernels in bfloat16 under ThreadSanitizer and AddressSanitizer, those of grids under
+the first."""
 
 import os
 import subprocess
@@ -17,6 +18,18 @@ CASES = [
 SEEDS = {"tsan": 2, "asan": 1}  # a process of TSan has room for three
 
 
+def run(program, cell, shape, time, seeds):
+    index = list(native_cells()).index(cell)
+    result = subprocess.run(
+        [str(word) for word in (program, index, *shape, time, 0, seeds)],
+        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.mark.parametrize("flavour", SEEDS)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 @pytest.mark.parametrize(
@@ -24,13 +37,12 @@ SEEDS = {"tsan": 2, "asan": 1}  # a process of TSan has room for three
     [(shape, cluster, time) for shape, cluster, times in CASES for time in times],
 )
 def test_clean_and_the_same_for_every_seed(build, flavour, cell, shape, cluster, time):
-    index = list(native_cells()).index(cell)
-    command = [build / f"clusters_{flavour}", index, *shape, time, 0, SEEDS[flavour]]
-    result = subprocess.run(
-        [str(word) for word in command],
-        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1:exitcode=66"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "{} blocks and {} tiles of a cluster\n".format(*cluster)
+    output = run(build / f"clusters_{flavour}", cell, shape, time, SEEDS[flavour])
+    assert output == "{} blocks and {} tiles of a cluster\n".format(*cluster)
+
+
+@pytest.mark.parametrize("cell, time", [("lstm", "reversed"), ("gru", "plain")])
+def test_grids_are_clean(build, cell, time):
+    """Nine blocks of forward, two clusters of backward: a process has room for one seed."""
+    output = run(build / "grids_tsan", cell, (3, 131), time, 1)
+    assert output == "16 blocks and 1 tiles of a team\n"
