@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operat
 
 KERNELS = {"forward_grid", "backward_grid"}
 # (T, B, I, H): one of each; units that leave a block half empty; several blocks of forward; two
-# clusters of backward, rows of another size than 16 bytes; two tiles and a row that is left over.
+# clusters of backward, rows of another size than 16 bytes; three teams, the last of one row.
 SHAPES = [(1, 1, 1, 1), (4, 3, 5, 11), (3, 5, 4, 40), (3, 3, 4, 131), (3, 17, 4, 24)]
 
 
@@ -48,6 +48,15 @@ def test_target_sizes(machine, simulated, cell, hidden, arithmetic):
     machine.module.set_device(132, 90, True, True)
     dtype = simulated.choose(arithmetic)
     check_case(Case(PLAIN[cell], 2, 8, 4, hidden, dtype=dtype), simulated, tf32=simulated.tf32)
+    assert machine.ran() == KERNELS
+
+
+@pytest.mark.parametrize("cell, arithmetic", [("lstm", "bfloat16"), ("gru", "tf32")])
+def test_two_tiles(machine, simulated, cell, arithmetic):
+    """Of a team, in forward too: the device has room for one of 13 blocks, or two clusters."""
+    machine.module.set_device(24, 90, True, True)
+    case = Case(PLAIN[cell], 3, 12, 4, 200, dtype=simulated.choose(arithmetic), lengths=True)
+    check_case(case, simulated, tf32=simulated.tf32)
     assert machine.ran() == KERNELS
 
 
