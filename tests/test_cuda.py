@@ -152,7 +152,9 @@ def test_scale_keeps_what_is_not_finite(value):
 
 def test_scale_is_of_float16_alone():
     dy = torch.ones(1, dtype=torch.bfloat16)
-    assert products.scaled((None, dy)) == (None, (None, dy)) and products.scaled((None,))[0] is None
+    none = torch.empty(3, 0, 4, dtype=torch.float16)
+    assert products.scaled((None, dy)) == (None, (None, dy))
+    assert products.scaled((None,))[0] is None and products.scaled((none,))[0] is None
 
 
 def library():

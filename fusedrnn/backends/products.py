@@ -57,9 +57,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, wide: bool = False
     """PyTorch's own."""
     if not wide:
         return a @ b if bias is None else torch.addmm(bias, a, b)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=compute_dtype(a.dtype))
-    return a.to(compute_dtype(a.dtype)) @ b.to(compute_dtype(b.dtype))
+    dtype = compute_dtype(a.dtype)
+    if a.is_cuda and a.numel() > 0 and b.numel() > 0:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def inputs(x: Tensor, weights: Weights, additive: bool, product: Product) -> Tensor:
@@ -108,7 +109,7 @@ def scaled(upstream: tuple[Tensor | None, ...]) -> tuple[Tensor | None, tuple[Te
     """The gradients of a run's outputs as its backward should get them, and what they were
     multiplied by, if at all: in float16, where those of gates may be too small to be told from 0, a
     power of two that brings the largest one to between 1/2 and 1, or 1 if it is not smaller."""
-    given = [d for d in upstream if d is not None]
+    given = [d for d in upstream if d is not None and d.numel() > 0]
     if not given or given[0].dtype != torch.float16:
         return None, upstream
     largest = torch.stack([torch.linalg.vector_norm(d, math.inf) for d in given]).amax()
