@@ -83,19 +83,22 @@ ALL = (
     Shape("rnn", 1000, 1, 64, 64),
 )
 # For a GPU, the most telling first: where cuDNN's persistent kernels have published times or should
-# end, then the grid of sizes. Every size as an LSTM and a GRU.
+# end, both directions, then the grid of sizes. Every size as an LSTM and a GRU.
 _GPU_SIZES = (
-    (1024, 16, 768),
-    (512, 32, 256),
-    (512, 64, 512),
-    (512, 16, 1024),
-    (512, 1, 256),
-    (512, 128, 1024),
-    (1024, 64, 2048),
-    *((512, b, h) for h in (512, 128, 1024, 2048, 256, 64) for b in (1, 8, 32, 128)),
+    (1024, 16, 768, 1),
+    (512, 32, 256, 1),
+    (512, 64, 512, 1),
+    (512, 16, 1024, 1),
+    (512, 1, 256, 1),
+    (512, 128, 1024, 1),
+    (1024, 64, 2048, 1),
+    *((512, b, h, 2) for b, h in ((32, 256), (32, 512), (8, 768))),
+    *((512, b, h, 1) for h in (512, 128, 1024, 2048, 256, 64) for b in (1, 8, 32, 128)),
 )
 GPU = tuple(
-    Shape(cell, t, b, h, h) for t, b, h in dict.fromkeys(_GPU_SIZES) for cell in ("lstm", "gru")
+    Shape(cell, t, b, h, h, dirs=dirs)
+    for t, b, h, dirs in dict.fromkeys(_GPU_SIZES)
+    for cell in ("lstm", "gru")
 )
 BY_NAME = {shape.name: shape for shape in ALL}
 assert len(BY_NAME) == len(ALL), "two workloads share a name"

@@ -160,7 +160,7 @@ def test_table_goes_on_where_it_stopped(tmp_path: Path) -> None:
     code, lines = run(tmp_path, sys.executable, "-c", TABLE)
     assert code == 0, lines
     assert lines[:2] == ["4 of 4 rows are left: run this again", "exit code 1"]
-    assert lines[2].startswith("lstm 3 2 5 8 fp32 fwd ")
+    assert lines[2].startswith("lstm 3 2 5 8 1 fp32 fwd ")
     assert lines[6:] == ["4 rows, 0 with an error", "exit code 0"] * 2
     with (tmp_path / "rows.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -39,7 +39,7 @@ DTYPES = {
 }
 MODES = ("fwd", "train")
 SECONDS_A_ROW = 0.4
-KEYS = ("cell", "T", "B", "I", "H", "dtype", "mode")
+KEYS = ("cell", "T", "B", "I", "H", "dirs", "dtype", "mode")
 COLUMNS = {
     "times": (
         *(f"{side}_p{p}_ms" for side in ("torch", "ours") for p in (20, 50, 80)),
@@ -116,7 +116,7 @@ def fill(
         rows += [row for row in report.read_csv(path) if not row["error"]]
     done = [tuple(row[name] for name in KEYS) for row in rows]
     cases = {
-        (*(str(getattr(shape, name)) for name in KEYS[:5]), dtype, mode): (shape, dtype, mode)
+        (*(str(getattr(shape, name)) for name in KEYS[:6]), dtype, mode): (shape, dtype, mode)
         for shape, dtype, mode in itertools.product(shapes, DTYPES, MODES)
     }
     todo = [key for key in cases if key not in done]
