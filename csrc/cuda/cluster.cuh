@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The cluster algorithm: one kernel runs all steps. A cluster of blocks owns a few rows from
 // beginning to end, and its registers and shared memory all of W_hh; clusters know nothing of each
-// other.
+// other. Where they do not all run at once, rows are dealt to them by length: those that run later
+// have the short ones, so that none is waited for that long rows would have made as long as theirs.
 //
 // A block owns some units with all their gates. In forward its product with h is of all units of
 // the cluster, and what its units become goes to every block. In backward its product with the
@@ -36,8 +37,8 @@ struct ClusterSizes {
 template <int kBlocks, int kGroups, int kTiles>
 struct Seat {
   int lane, warp, rank, units;  // of the block, a warp and rank being numbers in block and cluster
-  int side;                     // of the cluster
-  int64_t row;                  // the first of the cluster
+  int side, first;              // of the cluster, and of all rows in turn its first one's number
+  int own_rows[kTiles][2];
 
   __device__ __forceinline__ explicit Seat(const ClusterShape& shape)
       : lane(threadIdx.x % kWarpSize),
@@ -45,7 +46,35 @@ struct Seat {
         rank(blockIdx.x % kBlocks),
         units(shape.units),
         side(static_cast<int>(blockIdx.x) >= shape.clusters * kBlocks),
-        row((int64_t{blockIdx.x / kBlocks} - side * shape.clusters) * kTiles * kTileColumns) {}
+        first((static_cast<int>(blockIdx.x) / kBlocks - side * shape.clusters) * kTiles *
+              kTileColumns) {}
+
+  // Deals the rows of a batch to the clusters, in order or by length; `rows` [kTiles * 8] is where
+  // they are known to all of a block.
+  template <class S>
+  __device__ __forceinline__ void deal(const Timeline<S>& timeline, const SequenceArgs<S>& args,
+                                       bool by_length, int* rows) {
+    constexpr int kRows = kTiles * kTileColumns;
+    const int all = static_cast<int>(args.b), thread = static_cast<int>(threadIdx.x);
+    if (by_length) {
+      for (int r = thread; r < all; r += static_cast<int>(blockDim.x)) {
+        const int64_t length = timeline.length(r);
+        int place = -first;
+        for (int other = 0; other < all; ++other) {
+          const int64_t n = timeline.length(other);
+          place += n > length || (n == length && other < r);
+        }
+        if (place >= 0 && place < kRows) rows[place] = r;
+      }
+    }
+    if (thread < kRows && (!by_length || first + thread >= all)) rows[thread] = first + thread;
+    __syncthreads();
+    FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
+      FRNN_UNROLL for (int i = 0; i < 2; ++i) {
+        own_rows[tile][i] = rows[tile * kTileColumns + lane % 4 * 2 + i];
+      }
+    }
+  }
 
   // The unit of a group, within the block and within the cluster.
   __device__ __forceinline__ int own_unit(int group) const {
@@ -54,10 +83,8 @@ struct Seat {
   __device__ __forceinline__ int64_t unit(int group) const {
     return int64_t{rank} * units + own_unit(group);
   }
-  // The row of a result i of a tile, which is less than 2 * kGroups.
-  __device__ __forceinline__ int64_t row_at(int tile, int i) const {
-    return row + tile * kTileColumns + lane % 4 * 2 + i % 2;
-  }
+  // The row of a result i of a tile, which is less than 2 * kGroups; none from the last one on.
+  __device__ __forceinline__ int64_t row_at(int tile, int i) const { return own_rows[tile][i % 2]; }
   // The place of a result; false: outside.
   __device__ __forceinline__ bool find(int tile, int i, int64_t rows, int64_t all, Place& p) const {
     p.row = row_at(tile, i);
@@ -68,8 +95,8 @@ struct Seat {
   }
   // How many rows a tile has.
   __device__ __forceinline__ int rows_of(int tile, int64_t rows) const {
-    const int64_t rest = rows - row - tile * kTileColumns;
-    return rest < kTileColumns ? (rest > 0 ? static_cast<int>(rest) : 0) : kTileColumns;
+    const int rest = static_cast<int>(rows) - first - tile * kTileColumns;
+    return rest < kTileColumns ? (rest > 0 ? rest : 0) : kTileColumns;
   }
 };
 
@@ -88,7 +115,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   constexpr int kGroups = Sizes::kGroups, kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
   constexpr int kResults = Sizes::kResults, kValues = Piece<S>::kValues;
   FRNN_DYN_SMEM(shared);
-  const Seat<kBlocks, kGroups, kTiles> seat(shape);
+  Seat<kBlocks, kGroups, kTiles> seat(shape);
   const auto& f = sides.of[seat.side];
   const int chunks = shape.chunks;
   const auto h_of = [&](int tile, int64_t n) {
@@ -97,7 +124,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   uint64_t* const barriers = reinterpret_cast<uint64_t*>(shared + shape.barriers);
   const Steps steps(f, nullptr, nullptr, nullptr);
   const Timeline<S>& timeline = steps.timeline();
-  const Span span = span_of(timeline, f, seat.row, kTiles * kTileColumns);
+  int* const rows_here = reinterpret_cast<int*>(shared + shape.rows);
+  seat.deal(timeline, f, shape.deals && f.lengths != nullptr, rows_here);
+  const Span span =
+      span_of(timeline, f, kTiles * kTileColumns, [&](int i) { return int64_t{rows_here[i]}; });
 
   ResidentWeights<S, kSlots, kHeld> weights;
   {
@@ -116,9 +146,9 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   __syncthreads();
   const int64_t initial = int64_t{kTiles} * kTileColumns * f.h;
   for (int64_t i = threadIdx.x; i < initial; i += blockDim.x) {
-    const Place p = place<1>(seat.row + i / f.h, i % f.h, f.h);
-    if (p.row >= f.b) break;
     const int column = static_cast<int>(i / f.h);
+    const Place p = place<1>(rows_here[column], i % f.h, f.h);
+    if (p.row >= f.b) break;
     const V h = steps.entering(timeline.entry(span.begin, p.row), p, 0, V(0));
     operand_at(h_of(column / kTileColumns, 0), static_cast<int>(p.unit), column % kTileColumns) =
         M::operand(static_cast<S>(h));
@@ -277,7 +307,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   constexpr int kGroups = Sizes::kGroups, kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
   constexpr int kResults = Sizes::kResults, kValues = Piece<S>::kValues;
   FRNN_DYN_SMEM(shared);
-  const Seat<kBlocks, kGroups, kTiles> seat(shape);
+  Seat<kBlocks, kGroups, kTiles> seat(shape);
   const auto& f = sides.of[seat.side];
   const int chunks = shape.chunks, units = shape.units;
   const auto dgates_of = [&](int tile, int64_t n) {
@@ -295,7 +325,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1)
   };
   const Steps steps(f);
   const Timeline<S>& timeline = steps.timeline();
-  const Span span = span_of(timeline, f, seat.row, kTiles * kTileColumns);
+  int* const rows_here = reinterpret_cast<int*>(shared + shape.rows);
+  seat.deal(timeline, f, shape.deals && f.lengths != nullptr, rows_here);
+  const Span span =
+      span_of(timeline, f, kTiles * kTileColumns, [&](int i) { return int64_t{rows_here[i]}; });
 
   ResidentWeights<S, kSlots, kHeld> weights;
   {

@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const int each = shape.each, chunks = shape.chunks;  // of k: of a warp, of all
   const Steps steps(f, nullptr, nullptr, nullptr);
   const Timeline<S>& timeline = steps.timeline();
-  const Span span = span_of(timeline, f, first_row, kTiles * kTileColumns);
+  const Span span =
+      span_of(timeline, f, kTiles * kTileColumns, [&](int i) { return first_row + i; });
 
   // h of the team: [4, kTiles, chunks, 32].
   const auto h_of = [&](int64_t n, int tile) {
@@ -310,7 +311,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const int64_t first_row = int64_t{team - side * shape.teams} * kTiles * kTileColumns;
   const Steps steps(f);
   const Timeline<S>& timeline = steps.timeline();
-  const Span span = span_of(timeline, f, first_row, kTiles * kTileColumns);
+  const Span span =
+      span_of(timeline, f, kTiles * kTileColumns, [&](int i) { return first_row + i; });
 
   // The gates' gradients that blocks of this rank exchange: [4, kTiles, 8, chunks, 32] of the team.
   const auto exchanged = [&](int64_t n, int tile) {

@@ -118,12 +118,15 @@ struct ClusterShape {
   // gradients in backward, and what begins at these offsets.
   int chunks;    // of an operand
   int operands;  // of a tile: two that take turns, or one in backward, at the price of a barrier
-  int weights, exchange, barriers, bytes;
+  int weights, exchange, barriers, rows, bytes;
+
+  bool deals;  // rows by length, the longest ones first, since clusters do not all run at once
 };
 
 constexpr int kClusterBlocks = 8;    // more are not portable, and send at half the rate
 constexpr int kMostWarps = 8;        // so that a thread has 255 registers
 constexpr int kMostTiles = 2;        // of which one is sent while the other is multiplied
+constexpr int kMostDealt = 512;      // rows, since each is compared with all others
 constexpr int kChunkBytes = 8 * 64;  // eight rows, k in 64 bytes: a piece of 16 bytes for each lane
 
 constexpr bool has_tensor_cores(Arithmetic arithmetic) {
@@ -185,7 +188,8 @@ constexpr ClusterShape cluster_shape_of(int blocks, int tiles, int operands, int
   const int values = shape.units * kTileColumns;
   const int exchange = backward ? tiles * 2 * blocks * values * 4 : values * size;
   shape.barriers = shape.exchange + (blocks == 1 ? 0 : exchange);
-  shape.bytes = shape.barriers + tiles * 2 * (backward ? warps : 1) * 8;
+  shape.rows = shape.barriers + tiles * 2 * (backward ? warps : 1) * 8;
+  shape.bytes = shape.rows + tiles * kTileColumns * 4;
   return shape;
 }
 
@@ -211,10 +215,12 @@ constexpr ClusterShape cluster_shape(const Call& call, const Device& device) {
   const int64_t tiles = call.sides * divide_up(call.rows, kTileColumns);
   for (int of_each = tiles > at_once && blocks > 1 ? kMostTiles : 1; of_each > 0; --of_each) {
     for (int operands = 2; operands >= (call.backward ? 1 : 2); --operands) {
-      const ClusterShape shape =
+      ClusterShape shape =
           cluster_shape_of(blocks, of_each, operands, static_cast<int>(warps), call);
       if (shape.bytes > device.shared_memory) continue;
-      return call.sides * shape.clusters <= 2 * at_once ? shape : kNone;
+      const int64_t clusters = call.sides * shape.clusters;
+      shape.deals = clusters > at_once && call.rows <= kMostDealt;
+      return clusters <= 2 * at_once ? shape : kNone;
     }
   }
   return kNone;

@@ -12,13 +12,13 @@ namespace frnn::cuda {
 struct Span {
   int64_t begin, end;
 };
-template <class S>
+template <class S, class RowAt>
 __device__ __forceinline__ Span span_of(const Timeline<S>& timeline, const SequenceArgs<S>& args,
-                                        int64_t row, int rows) {
+                                        int rows, const RowAt& row_at) {
   if (timeline.full()) return {0, args.t};
   int64_t longest = 0;
-  for (int64_t r = row; r < row + rows && r < args.b; ++r) {
-    const int64_t length = timeline.length(r);
+  for (int i = 0; i < rows && row_at(i) < args.b; ++i) {
+    const int64_t length = timeline.length(row_at(i));
     longest = length > longest ? length : longest;
   }
   return args.reverse ? Span{args.t - longest, args.t} : Span{0, longest};

@@ -99,6 +99,8 @@ void expect_cluster(const ClusterCase& c, bool backward) {
   expect(shape.units == (backward ? c.units_backward : c.units_forward), "units", shown);
   expect(shape.blocks * shape.units >= (c.blocks > 0 ? c.units : 0), "all units", shown);
   expect(shape.bytes <= c.device.shared_memory, "shared memory", shown);
+  const int64_t at_once = clusters_at_once(c.blocks > 0 ? c.blocks : 1, c.device.multiprocessors);
+  expect(shape.deals == (shape.clusters > at_once && c.rows <= kMostDealt), "deals", shown);
   expect(shape.clusters * shape.tiles * kTileColumns >= (c.blocks > 0 ? c.rows : 0), "rows", shown);
   call.projection = true;
   expect(choose(call, c.device).algorithm == Algorithm::kStandard, "projection", shown);

@@ -127,6 +127,7 @@ PYBIND11_MODULE(cuda_kernels_sim, m) {
         "late"_a = -1);
   m.def("lose_a_block", [](bool lose) { loses_a_block = lose; });
   m.def("launched", &frnn::sim::launched);
+  m.def("products", &frnn::sim::products);
   m.def("set_device", [](int multiprocessors, int capability, bool waits, bool grid) {
     simulated_device = {multiprocessors, capability, 227 * 1024, waits};
     prefers_grid = grid;

@@ -29,6 +29,9 @@ void set_script(const std::string& pause, int block, int warp, int64_t late);
 // The names of the kernels launched since this was last asked.
 std::vector<std::string> launched();
 
+// How many products their tensor cores have made since this was last asked.
+uint64_t products();
+
 // Runs all threads of a grid; throws std::runtime_error with a sentence that names kernel, block
 // and thread.
 void run(const char* kernel, const cuda::Launch& how, const std::function<void()>& body);

@@ -2,11 +2,14 @@
 // The data movement and arithmetic of warp collectives, on the arguments of all 32 lanes. Lane
 // layouts as in the PTX ISA document: g = lane / 4, q = lane % 4.
 #include <cmath>
+#include <utility>
 
 #include "machine.h"
 
 namespace frnn::sim {
 namespace {
+
+uint64_t count = 0;  // of products of tensor cores since this was last asked
 
 float of_bits(uint32_t bits) {
   float x;
@@ -25,6 +28,7 @@ float of_f16(uint32_t bits) {
 // d[16,8] += a[16,K] b[K,8], summed in fp32 in the order of k.
 template <int K>
 void multiply(void* const* lanes, const float (&a)[16][K], const float (&b)[K][8]) {
+  ++count;
   float d[16][8];
   auto each = [&](auto f) {
     for (int lane = 0; lane < 32; ++lane) {
@@ -69,6 +73,8 @@ uint32_t fragment(const uint16_t (&m)[8][8], int lane, bool transpose) {
 }
 
 }  // namespace
+
+uint64_t products() { return std::exchange(count, 0); }
 
 void finish_mma_bf16(void* const* lanes, uint32_t) { multiply16(lanes, of_bf16); }
 void finish_mma_f16(void* const* lanes, uint32_t) { multiply16(lanes, of_f16); }

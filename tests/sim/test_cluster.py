@@ -5,11 +5,14 @@ Up to 128 units of 16 bits, or 64 in tf32, are a single block's; more are a clus
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 from test_standard import FEATURES, WAYS
 
 from fusedrnn.cells import PLAIN
-from fusedrnn.testing import Case, check_case
+from fusedrnn.testing import Case, check_case, make_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 
@@ -73,6 +76,26 @@ def test_many_schedules(machine, simulated, cell, shape):
     for seed in range(100):
         machine.module.set_seed(seed)
         check_case(case, simulated, tf32=False)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_rows_are_dealt_by_length(machine, simulated, reverse):
+    """Of two clusters that do not run at once, one has all the long rows, the other ends early."""
+    case = Case(
+        PLAIN["lstm"], 12, 32, 1, 136, dtype=simulated.choose("bfloat16"), lengths=True,
+        reverse=reverse,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+
+    def products(*lengths):
+        seq = inputs.seq._replace(lengths=torch.tensor(lengths * (32 // len(lengths))))
+        call = replace(inputs, seq=seq).call(case)
+        machine.module.products()
+        simulated.forward(call, False)
+        return machine.module.products()
+
+    long = products(12)
+    assert products(12, 1) == products(*[12] * 16, *[1] * 16) == long * 13 // 24
 
 
 @pytest.mark.parametrize("beyond", [{"P": 7}, {"H": 520}, {"dtype": "float64"}], ids=str)
