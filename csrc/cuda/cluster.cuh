@@ -38,7 +38,7 @@ template <int kBlocks, int kGroups, int kTiles>
 struct Seat {
   int lane, warp, rank, units;  // of the block, a warp and rank being numbers in block and cluster
   int side, first;              // of the cluster, and of all rows in turn its first one's number
-  int own_rows[kTiles][2];
+  const int* own_rows;          // in shared memory, of its first tile
 
   __device__ __forceinline__ explicit Seat(const ClusterShape& shape)
       : lane(threadIdx.x % kWarpSize),
@@ -69,11 +69,7 @@ struct Seat {
     }
     if (thread < kRows && (!by_length || first + thread >= all)) rows[thread] = first + thread;
     __syncthreads();
-    FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
-      FRNN_UNROLL for (int i = 0; i < 2; ++i) {
-        own_rows[tile][i] = rows[tile * kTileColumns + lane % 4 * 2 + i];
-      }
-    }
+    own_rows = rows + lane % 4 * 2;
   }
 
   // The unit of a group, within the block and within the cluster.
@@ -84,7 +80,9 @@ struct Seat {
     return int64_t{rank} * units + own_unit(group);
   }
   // The row of a result i of a tile, which is less than 2 * kGroups; none from the last one on.
-  __device__ __forceinline__ int64_t row_at(int tile, int i) const { return own_rows[tile][i % 2]; }
+  __device__ __forceinline__ int64_t row_at(int tile, int i) const {
+    return own_rows[tile * kTileColumns + i % 2];
+  }
   // The place of a result; false: outside.
   __device__ __forceinline__ bool find(int tile, int i, int64_t rows, int64_t all, Place& p) const {
     p.row = row_at(tile, i);
