@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from both_directions import assert_as_alone
 from test_standard import FEATURES, WAYS
 
 from fusedrnn.cells import PLAIN
@@ -96,6 +99,15 @@ def test_scripted_schedules(machine, simulated, script, hidden, seeds):
             assert torch.equal(t, expected[name]), name
 
 
+def test_both_directions_one_after_the_other(machine):
+    """Of the choice itself, on a device with room for one team."""
+    machine.module.set_device(64, 90, True, False)
+    case = Case(PLAIN["lstm"], 3, 3, 4, 520, dtype=torch.bfloat16)
+    assert_as_alone(machine.backend, case, between=machine.ran)
+    assert Counter(machine.module.launched()) == {"forward_grid": 2, "backward_grid": 2}
+
+
+# The last one, since the simulated device has no grids afterwards.
 def test_a_wait_in_vain_is_an_error_and_gives_nan(machine, simulated):
     """The last block never comes: the others give up."""
     machine.module.set_device(16, 80, True, False)

@@ -164,19 +164,8 @@ def test_both_directions_at_once(machine, name, batch, hidden, launches, cell, m
     )
     assert_as_alone(machine.backend, case, between=machine.ran)
     if launches:
-        assert_launched(machine, {f"forward_{name}": launches, f"backward_{name}": launches})
-
-
-def test_both_directions_of_a_grid_one_after_the_other(machine):
-    """Of the choice: there is room for one team."""
-    machine.module.set_device(64, 90, True, False)
-    case = Case(PLAIN["lstm"], 3, 3, 4, 520, dtype=torch.bfloat16)
-    assert_as_alone(machine.backend, case, between=machine.ran)
-    assert_launched(machine, {"forward_grid": 2, "backward_grid": 2})
-
-
-def assert_launched(machine, expected):
-    assert Counter(machine.module.launched()) == expected
+        expected = {f"forward_{name}": launches, f"backward_{name}": launches}
+        assert Counter(machine.module.launched()) == expected
 
 
 def test_one_of_both_directions_may_be_left_out(simulated):
