@@ -14,13 +14,19 @@ from fusedrnn.testing import Case, make_inputs
 
 
 def assert_as_alone(
-    backend: Backend, case: Case, device: str = "cpu", between: Callable[[], object] = lambda: None
+    backend: Backend,
+    case: Case,
+    device: str = "cpu",
+    between: Callable[[], object] = lambda: None,
+    factors: tuple[float, float] = (1, 1),
 ) -> None:
-    """To the bit, all outputs and gradients. ``between`` is called once each has run alone."""
+    """To the bit, all outputs and gradients. ``between`` is called once each has run alone;
+    ``factors`` are of the gradients of each one's outputs."""
     inputs = [make_inputs(case, seed).on(device) for seed in (0, 1)]
     one, other = (i.call(replace(case, reverse=k == 1)) for k, i in enumerate(inputs))
     calls = [one, other._replace(x=one.x, seq=one.seq)]
-    grads = [g for i in inputs for g in i.grads.values()]
+    each = zip(inputs, factors, strict=True)
+    grads = [g * factor for i, factor in each for g in i.grads.values()]
 
     def run(function: Callable[[list[Call]], list[tuple[Tensor, ...]]]) -> list[Tensor]:
         leaves = [

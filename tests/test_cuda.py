@@ -67,6 +67,8 @@ def test_explain_tells_the_plan(present):
     assert plan(layer, 512, 32, 512, dtype=torch.bfloat16) == (
         f"cuda: bfloat16, forward cluster {clusters}, backward cluster {clusters}"
     )
+    layer.recompute = "chunks"  # whose directions run one after the other
+    assert "both" not in plan(layer, 512, 32, 512, dtype=torch.bfloat16)
     layer = fusedrnn.LSTM(1024, 1024, bidirectional=True, backend="cuda")
     assert plan(layer, 512, 8, 1024, dtype=torch.bfloat16) == (
         "cuda: bfloat16, "

@@ -137,9 +137,10 @@ def cuda_plan(
     assert _library is not None
     plan = (ctypes.c_int64 * 5)()
     hidden, proj = request.hidden_size, request.proj_size
+    directions = 2 if request.bidirectional and request.recompute != "chunks" else 1
     algorithm = _library.frnn_cuda_plan(
         *map(ctypes.c_int64, (rows, hidden, proj or hidden)), len(request.cell.gates),
-        ARITHMETICS.index(arithmetic), proj > 0, backward, 1 + request.bidirectional, *device, plan,
+        ARITHMETICS.index(arithmetic), proj > 0, backward, directions, *device, plan,
     )  # fmt: skip
     return CudaPlan(("standard", "cluster", "grid")[algorithm], *plan)
 

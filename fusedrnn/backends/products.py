@@ -155,11 +155,8 @@ def gradients(
     if wanted.b_ih:
         db_ih = rows_ih.sum(0, dtype=sums)
     if wanted.b_hh:
-        db_hh = (
-            db_ih.clone()
-            if run.dgx is run.dgh and db_ih is not None
-            else (rows_hh.sum(0, dtype=sums))
-        )
+        same = db_ih if run.dgx is run.dgh else None
+        db_hh = rows_hh.sum(0, dtype=sums) if same is None else same.clone()
     if wanted.w_hr and run.dh is not None:
         dw_hr = product(run.dh.flatten(0, 1).t(), run.m.flatten(0, 1))
     found: tuple[Tensor | None, ...] = (

@@ -168,6 +168,13 @@ def test_both_directions_at_once(machine, name, batch, hidden, launches, cell, m
         assert Counter(machine.module.launched()) == expected
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_both_directions_in_any_arithmetic(simulated, arithmetic):
+    """In float16 the gradients of each have a scale of their own."""
+    case = Case(PLAIN["lstm"], 3, 9, 4, 24, dtype=simulated.choose(arithmetic), cell_states=True)
+    assert_as_alone(simulated, case, factors=(1, 2**-12))
+
+
 def test_one_of_both_directions_may_be_left_out(simulated):
     """Only its outputs have gradients, or only its inputs ask for them."""
     case = Case(PLAIN["lstm"], 3, 3, 4, 24, dtype=torch.bfloat16)
