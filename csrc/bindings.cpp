@@ -26,18 +26,37 @@ auto dispatch(const char* what, const Tensor& tensor, F f) {
                                    : f.template operator()<double>();
 }
 
-template <class T, class... Tensors>
+// .. which may also be bfloat16 where the engine stores a cell's values so.
+template <class F>
+auto dispatch_stored(const char* what, const Tensor& tensor, int64_t cell, F f) {
+  if (tensor.scalar_type() != ScalarType::BFloat16) return dispatch(what, tensor, f);
+  const char* name = facts_of(cell).name;
+  STD_TORCH_CHECK(frnn::cpu::stores_bfloat16(static_cast<int>(cell)), what, " is bfloat16, but ",
+                  "there are no kernels for that of ", name, " on ", frnn::cpu::isa());
+  return f.template operator()<frnn::BFloat16>();
+}
+
+// The type of what must not be rounded to S.
+template <class S>
+constexpr ScalarType kWide =
+    std::is_same_v<frnn::Wide<S>, double> ? ScalarType::Double : ScalarType::Float;
+
+template <class... Tensors>
 void prefer_huge_pages(const std::tuple<Tensors...>& results) {
   const auto prefer = [](const Tensor& tensor) {
-    frnn::cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * sizeof(T));
+    const ScalarType type = tensor.scalar_type();
+    const int64_t size = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+    frnn::cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * size);
   };
   std::apply([&](const auto&... tensor) { (prefer(tensor), ...); }, results);
 }
 
 // In forward, the states that enter at resets.
-template <class T>
-void set_reset(frnn::cpu::ForwardArgs<T>& args, const frnn::CellFacts& cell, const Check& check,
+template <class S>
+void set_reset(frnn::cpu::ForwardArgs<S>& args, const frnn::CellFacts& cell, const Check& check,
                const OptionalTensor& h_reset, const OptionalTensor& c_reset) {
+  STD_TORCH_CHECK(!h_reset || check.type() != ScalarType::BFloat16,
+                  "resets are into zeros in bfloat16");
   check("h_reset", h_reset, {args.p});
   check("c_reset", c_reset, {cell.states - 1, args.h});
   STD_TORCH_CHECK(c_reset.has_value() == (h_reset && cell.states > 1), "c_reset is ",
@@ -52,6 +71,9 @@ void set_noise(Args& args, const frnn::CellFacts& cell, const Check& check,
                const OptionalTensor& dropout, const OptionalTensor& renew_h,
                const OptionalTensor& renew_c, double rate_h, double rate_c) {
   using T = std::remove_const_t<std::remove_pointer_t<decltype(args.noise.dropout)>>;
+  STD_TORCH_CHECK(check.type() != ScalarType::BFloat16 ||
+                      (!dropout && !renew_h && !renew_c && rate_h == 1 && rate_c == 1),
+                  "there is neither dropout nor zoneout in bfloat16");
   check("dropout", dropout, {args.b, args.p});
   check("renew_h", renew_h, {args.t, args.b, args.p}, ScalarType::Byte);
   check("renew_c", renew_c, {args.t, args.b, args.h}, ScalarType::Byte);
@@ -78,6 +100,7 @@ template <class T, class E>
 void set_norm(frnn::Norm<T, E>& norm, const NormTensors& norms, const frnn::CellFacts& cell,
               const Check& check, int64_t t, int64_t b, int64_t h, E* memory) {
   const int64_t gates = cell.gates * h;
+  STD_TORCH_CHECK(!norms.ih || check.type() != ScalarType::BFloat16, "there are no norms in bfloat16");
   check("norm_ih", norms.ih, {gates});
   check("norm_hh", norms.hh, {gates});
   check("norm_c", norms.c, {h});
@@ -108,15 +131,14 @@ ForwardResultWithNorms recurrence_forward(
     OptionalTensor lengths, OptionalTensor resets, OptionalTensor h_reset, OptionalTensor c_reset,
     OptionalTensor dropout, OptionalTensor renew_h, OptionalTensor renew_c, OptionalTensor norm_ih,
     OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias, int64_t cell_index,
-    bool reverse, bool training, bool cell_states, bool bfloat16, double rate_h, double rate_c) {
-  return dispatch("x", x, [&]<class T>() {
+    bool reverse, bool training, bool cell_states, double rate_h, double rate_c) {
+  return dispatch_stored("x", x, cell_index, [&]<class S>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
-    frnn::cpu::ForwardArgs<T> args{};
+    frnn::cpu::ForwardArgs<S> args{};
     ForwardResult result =
-        prepare_forward(args, cell, x.scalar_type(), "x", x, w_hh, b_hh, w_hr, params, h0, c0,
-                        lengths, resets, reverse, training, cell_states);
-    prefer_huge_pages<T>(result);
-    args.bfloat16 = bfloat16;
+        prepare_forward(args, cell, kWide<S>, "x", x, w_hh, b_hh, w_hr, params, h0, c0, lengths,
+                        resets, reverse, training, cell_states);
+    prefer_huge_pages(result);
     args.i = x.size(2);
     STD_TORCH_CHECK(args.i >= 1, "input size is 0, expected at least 1");
     const Check check(x);
@@ -133,8 +155,8 @@ ForwardResultWithNorms recurrence_forward(
     const int64_t size = size_of_norms(norms, args.t, args.b, cell.gates * args.h, args.h);
     const Tensor kept = make({training ? size : 0});
     set_norm(args.norm, norms, cell, check, args.t, args.b, args.h,
-             training ? static_cast<T*>(kept.mutable_data_ptr()) : nullptr);
-    prefer_huge_pages<T>(std::tuple{kept});
+             training ? static_cast<frnn::Wide<S>*>(kept.mutable_data_ptr()) : nullptr);
+    prefer_huge_pages(std::tuple{kept});
     frnn::cpu::forward(static_cast<int>(cell_index), args, torch_pool());
     return std::tuple_cat(result, std::tuple{kept});
   });
@@ -169,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward(Tensor x, std::vector<Tensor> w
                             make(cell.states > 1, {layers, b, h})};
     std::vector<Tensor> inner;  // that take turns
     for (int64_t k = 1; k < layers && k < 3; ++k) inner.push_back(make({t, b, p}));
-    prefer_huge_pages<T>(result);
+    prefer_huge_pages(result);
     frnn::cpu::ForwardArgs<T> args{};
     for (int64_t k = 0; k < layers; ++k) {
       const Tensor& input = k == 0 ? x : inner[(k - 1) % 2];
@@ -206,9 +228,11 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward(Tensor x, std::vector<Tensor> w
 }
 
 // dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, of each row dparams, those of norm_ih and norm_hh and
-// those of norm_c and norm_c_bias, dh0, dc0, of each row those of the states at resets
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                  Tensor, Tensor, Tensor, Tensor, Tensor>;
+// those of norm_c and norm_c_bias, dh0, dc0, of each row those of the states at resets; dgx, dgh
+// and dh of all steps if the gates' gradients are wanted
+using BackwardResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+               Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BackwardResult recurrence_backward(
     OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,
@@ -216,16 +240,15 @@ BackwardResult recurrence_backward(
     Tensor c_prev, Tensor saved, Tensor m, OptionalTensor lengths, OptionalTensor resets,
     OptionalTensor dropout, OptionalTensor renew_h, OptionalTensor renew_c, OptionalTensor norm_ih,
     OptionalTensor norm_hh, OptionalTensor norm_c, OptionalTensor norm_c_bias, Tensor kept,
-    int64_t cell_index, bool reverse, bool bfloat16, bool reset_states, double rate_h,
-    double rate_c, bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh,
-    bool want_w_hr) {
-  return dispatch("h_prev", h_prev, [&]<class T>() {
+    int64_t cell_index, bool reverse, bool reset_states, double rate_h, double rate_c, bool want_x,
+    bool want_w_ih, bool want_w_hh, bool want_b_ih, bool want_b_hh, bool want_w_hr,
+    bool want_gates) {
+  return dispatch_stored("h_prev", h_prev, cell_index, [&]<class S>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
-    frnn::cpu::BackwardArgs<T> args{};
+    frnn::cpu::BackwardArgs<S> args{};
     auto [dparams, dh0, dc0] =
-        prepare_backward(args, cell, h_prev.scalar_type(), dy, dc, dh_n, dc_n, w_hh, w_hr, params,
-                         h_prev, c_prev, saved, lengths, resets, reverse);
-    args.bfloat16 = bfloat16;
+        prepare_backward(args, cell, kWide<S>, dy, dc, dh_n, dc_n, w_hh, w_hr, params, h_prev,
+                         c_prev, saved, lengths, resets, reverse);
     const Check check(h_prev);
     STD_TORCH_CHECK(x.dim() == 3, "x has ", x.dim(), " dimensions, expected 3");
     args.i = x.size(2);
@@ -237,7 +260,7 @@ BackwardResult recurrence_backward(
     const NormTensors norms{norm_ih, norm_hh, norm_c, norm_c_bias};
     check("kept", kept, {size_of_norms(norms, args.t, args.b, gates, args.h)});
     set_norm(args.norm, norms, cell, check, args.t, args.b, args.h,
-             static_cast<const T*>(kept.const_data_ptr()));
+             static_cast<const frnn::Wide<S>*>(kept.const_data_ptr()));
     want_w_hr = want_w_hr && w_hr;
 
     const bool others = reset_states && cell.states > 1;
@@ -254,8 +277,11 @@ BackwardResult recurrence_backward(
                                 dh0,
                                 dc0,
                                 make(reset_states, {args.b, args.p}),
-                                make(others, {cell.states - 1, args.b, args.h})};
-    prefer_huge_pages<T>(result);
+                                make(others, {cell.states - 1, args.b, args.h}),
+                                make(want_gates, {args.t, args.b, gates}),
+                                make(want_gates, {args.t, args.b, gates}),
+                                make(want_gates && w_hr, {args.t, args.b, args.p})};
+    prefer_huge_pages(result);
     read(args.x, x);
     read(args.w_ih, w_ih);
     if (w_hr) read(args.m, m);
@@ -269,6 +295,9 @@ BackwardResult recurrence_backward(
     write(args.dnorm_c, norm_c.has_value(), std::get<8>(result));
     write(args.dreset.h, reset_states, std::get<11>(result));
     write(args.dreset.c, others, std::get<12>(result));
+    write(args.kept.dgx, want_gates, std::get<13>(result));
+    write(args.kept.dgh, want_gates, std::get<14>(result));
+    write(args.kept.dh, want_gates && w_hr, std::get<15>(result));
     frnn::cpu::backward(static_cast<int>(cell_index), args, torch_pool());
     return result;
   });
@@ -366,7 +395,7 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "Tensor? w_hr, Tensor? params, Tensor h0, Tensor? c0, Tensor? lengths, Tensor? resets, "
       "Tensor? h_reset, Tensor? c_reset, Tensor? dropout, Tensor? renew_h, Tensor? renew_c, "
       "Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, Tensor? norm_c_bias, int cell, "
-      "bool reverse, bool training, bool cell_states, bool bfloat16, float rate_h, float rate_c) "
+      "bool reverse, bool training, bool cell_states, float rate_h, float rate_c) "
       "-> (Tensor y, Tensor h_n, "
       "Tensor c_n, Tensor c, Tensor h_prev, Tensor c_prev, Tensor saved, Tensor m, "
       "Tensor kept)");
@@ -375,12 +404,12 @@ STABLE_TORCH_LIBRARY(fusedrnn, library) {
       "Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? params, Tensor h_prev, Tensor c_prev, "
       "Tensor saved, Tensor m, Tensor? lengths, Tensor? resets, Tensor? dropout, "
       "Tensor? renew_h, Tensor? renew_c, Tensor? norm_ih, Tensor? norm_hh, Tensor? norm_c, "
-      "Tensor? norm_c_bias, Tensor kept, int cell, bool reverse, bool bfloat16, bool reset_states, "
+      "Tensor? norm_c_bias, Tensor kept, int cell, bool reverse, bool reset_states, "
       "float rate_h, float rate_c, bool want_x, bool want_w_ih, bool want_w_hh, bool want_b_ih, "
-      "bool want_b_hh, bool want_w_hr) -> "
+      "bool want_b_hh, bool want_w_hr, bool want_gates) -> "
       "(Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr, "
       "Tensor dparams, Tensor dgains, Tensor dnorm_c, Tensor dh0, Tensor dc0, "
-      "Tensor dh_reset, Tensor dc_reset)");
+      "Tensor dh_reset, Tensor dc_reset, Tensor dgx, Tensor dgh, Tensor dh)");
   library.def(
       "stack_forward(Tensor x, Tensor[] weights, Tensor h0, Tensor? c0, Tensor? lengths, "
       "Tensor? resets, int cell, bool biases, bool projection) -> (Tensor y, Tensor h_n, "
@@ -489,4 +518,5 @@ FRNN_EXPORT int frnn_cuda_plan(int64_t rows, int64_t hidden, int64_t out, int ga
 
 FRNN_EXPORT const char* frnn_isa() { return frnn::cpu::isa(); }
 FRNN_EXPORT const char* frnn_isas() { return frnn::cpu::isas(); }
+FRNN_EXPORT int frnn_stores_bfloat16(int cell) { return frnn::cpu::stores_bfloat16(cell); }
 FRNN_EXPORT int frnn_set_isa(const char* name) { return frnn::cpu::set_isa(name); }

@@ -65,6 +65,8 @@ class Check {
  public:
   explicit Check(const Tensor& first) : type_(first.scalar_type()), device_(first.device()) {}
 
+  ScalarType type() const { return type_; }
+
   void operator()(const char* what, const Tensor& tensor, Sizes sizes) const {
     (*this)(what, tensor, sizes, type_);
   }

@@ -89,16 +89,61 @@ FRNN_FN void store(Scalar<V>* p, V v, int n) {
 
 // Storage in another type than V's scalars, one value at a time.
 template <class V, class S>
-  requires(!std::is_same_v<S, Scalar<V>>)
+  requires(Value<V>::kLanes == 1 && !std::is_same_v<S, Scalar<V>>)
 FRNN_FN V load(const S* p, int) {
   return static_cast<V>(*p);
 }
 
 template <class V, class S>
-  requires(!std::is_same_v<S, Scalar<V>>)
+  requires(Value<V>::kLanes == 1 && !std::is_same_v<S, Scalar<V>>)
 FRNN_FN void store(S* p, V v, int) {
   *p = static_cast<S>(v);
 }
+
+// Storage in bfloat16, the upper half of a float, for vectors of it.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class V>
+FRNN_FN V load(const BFloat16* p, int n) {
+  Vector<uint16_t, Value<V>::kLanes> halves{};
+  if (n == Value<V>::kLanes) {
+    __builtin_memcpy(&halves, p, sizeof(halves));
+  } else {
+    __builtin_memcpy(&halves, p, n * sizeof(BFloat16));
+  }
+  using Bits = typename Value<V>::Bits;
+  return __builtin_bit_cast(V, Bits(__builtin_convertvector(halves, Bits) << 16));
+}
+
+// Rounded to the nearest, ties to even; NaN stays NaN.
+template <class V>
+FRNN_FN void store(BFloat16* p, V v, int n) {
+  using Bits = typename Value<V>::Bits;
+  const Bits bits = __builtin_bit_cast(Bits, v);
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Bits quiet = bits >> 16 | 0x40;
+  const auto halves =
+      __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, Value<V>::kLanes>);
+  if (n == Value<V>::kLanes) {
+    __builtin_memcpy(p, &halves, sizeof(halves));
+  } else {
+    __builtin_memcpy(p, &halves, n * sizeof(BFloat16));
+  }
+}
+
+// What values stored as S are computed in, and what must not be rounded to S is stored as.
+template <class S>
+struct WideOf {
+  using type = S;
+};
+template <>
+struct WideOf<BFloat16> {
+  using type = float;
+};
+template <class S>
+using Wide = typename WideOf<S>::type;
 
 // n bytes as numbers, the other lanes 0.
 template <class V>

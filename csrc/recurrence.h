@@ -10,11 +10,13 @@
 
 #include <cstdint>
 
+#include "numeric.h"
+
 namespace frnn {
 
 struct CellFacts {
   const char* name;
-  int gates, states, saved, params;
+  int gates, states, saved, params, late;
   bool additive;          // gx and gh only meet as their sum, so that dgx == dgh
   bool reads_h;           // h_prev reaches h around W_hh too; excludes a projection
   bool normalises_state;  // the second state may be normalised on its way into h
@@ -30,7 +32,6 @@ template <class S>
 struct SequenceArgs {
   int64_t t, b, h, p;      // T, B, H, P; T and B may be 0
   bool reverse;            // run from each row's end to its beginning
-  bool bfloat16;           // x and weights hold bfloat16 values: h may be rounded for its product
   const S* w_hh;           // [G*H, P] in
   const S* w_hr;           // [P, H] in, or null (then P == H)
   const S* params;         // [K, H] in, or null if K == 0
@@ -117,6 +118,9 @@ struct StepGradients {
   S* dgx;  // [B, G*H] out, at rows not computed 0, or on the CPU unset
   S* dgh;  // [B, G*H] out; the same pointer as dgx for additive cells
   S* dh;   // [B, P] out, or null if the cells are not apart: the whole gradient of h
+
+  // From row to row of dgx and dgh.
+  static constexpr int64_t stride(int64_t gates) { return gates; }
 };
 
 namespace cpu {
@@ -128,23 +132,24 @@ struct Pool {
   void (*run)(int64_t n, void (*body)(int64_t begin, int64_t end, void* context), void* context);
 };
 
+// Storage in bfloat16 is without all three.
 template <class S>
-struct ForwardArgs : frnn::ForwardArgs<S> {
+struct ForwardArgs : frnn::ForwardArgs<S, Wide<S>> {
   ResetStates<const S> reset;
-  Noise<S> noise;
-  Norm<S, S> norm;
+  Noise<Wide<S>> noise;
+  Norm<Wide<S>, Wide<S>> norm;
 };
 
 // Backward with the products that follow it; results that are not wanted are null.
 template <class S>
-struct BackwardArgs : frnn::BackwardArgs<S> {
+struct BackwardArgs : frnn::BackwardArgs<S, Wide<S>> {
   int64_t i;      // I
   const S* x;     // [T, B, I] in; what it holds at steps not computed reaches no result
   const S* w_ih;  // [G*H, I] in
   const S* m;     // [T, B, H] in, as forward left it, or null without projection
   ResetStates<S> dreset;
-  Noise<S> noise;
-  Norm<S, const S> norm;
+  Noise<Wide<S>> noise;
+  Norm<Wide<S>, const Wide<S>> norm;
 
   S* dx;     // [T, B, I] out, or null
   S* dw_ih;  // [G*H, I] out, or null
@@ -153,8 +158,10 @@ struct BackwardArgs : frnn::BackwardArgs<S> {
   S* db_hh;  // [G*H] out, or null
   S* dw_hr;  // [P, H] out, or null
 
-  S* dgains;   // [2, B, G*H] out, or null without norm: of gain_ih and gain_hh, of each row
-  S* dnorm_c;  // [2, B, H] out, or null: of gain_c and bias_c, of each row
+  // [2, B, G*H] out, or null without norm: of gain_ih and gain_hh, of each row
+  Wide<S>* dgains;
+  Wide<S>* dnorm_c;  // [2, B, H] out, or null: of gain_c and bias_c, of each row
+  StepGradients<S> kept;  // of all steps, [T, B, ..] out, or null
 };
 
 // One step of a cell alone that has the states h and c, is additive and does not read h.
@@ -188,8 +195,12 @@ struct MaskArgs {
 
 void forward(int cell, const ForwardArgs<float>& args, const Pool& pool);
 void forward(int cell, const ForwardArgs<double>& args, const Pool& pool);
+void forward(int cell, const ForwardArgs<BFloat16>& args, const Pool& pool);
 void backward(int cell, const BackwardArgs<float>& args, const Pool& pool);
 void backward(int cell, const BackwardArgs<double>& args, const Pool& pool);
+void backward(int cell, const BackwardArgs<BFloat16>& args, const Pool& pool);
+// Whether there are kernels of the cell for values that are stored in bfloat16, on tiles.
+bool stores_bfloat16(int cell);
 // False, and nothing done, if the cell has no such step.
 bool update(int cell, bool backward, const UpdateArgs<float>& args, const Pool& pool);
 bool update(int cell, bool backward, const UpdateArgs<double>& args, const Pool& pool);
@@ -197,7 +208,7 @@ void mask(const MaskArgs<float>& args, const Pool& pool);
 void mask(const MaskArgs<double>& args, const Pool& pool);
 void mask(const MaskArgs<uint8_t>& args, const Pool& pool);
 
-// The instruction set in use ("base", "avx2", "avx512"), those this machine can use (separated by
+// The instruction set in use ("base", "avx2", "avx512", "amx"), those this machine can use (separated by
 // spaces), and a way for tests to choose; set_isa is false and changes nothing if it cannot be.
 const char* isa();
 const char* isas();

@@ -53,13 +53,13 @@ FRNN_FN Params<Cell, V> read_params(const S* params, int64_t hidden, const Place
 }
 
 // What zoneout does to the states h and c.
-template <class V, class S, bool kThere>
+template <class V, class A, bool kThere>
 class Zoneout {
  public:
-  FRNN_FN explicit Zoneout(const Noise<S>* noise)
+  FRNN_FN explicit Zoneout(const Noise<A>* noise)
       : n_(noise),
-        h_(kThere && (noise->renew_h || noise->rate_h != S(1))),
-        c_(kThere && (noise->renew_c || noise->rate_c != S(1))) {}
+        h_(kThere && (noise->renew_h || noise->rate_h != A(1))),
+        c_(kThere && (noise->renew_c || noise->rate_c != A(1))) {}
 
   FRNN_FN bool of_h() const { return kThere && h_; }
   FRNN_FN bool of_c() const { return kThere && c_; }
@@ -73,7 +73,7 @@ class Zoneout {
   }
 
  private:
-  const Noise<S>* n_;
+  const Noise<A>* n_;
   bool h_, c_;
 };
 
@@ -86,7 +86,7 @@ class ForwardSteps {
   // between steps, both null if it carries them; m [B, H]. With noise, `dropped` [2, B, P] is for
   // what the product takes in place of h, or null without dropout.
   FRNN_FN ForwardSteps(const ForwardArgs<S, A>& args, S* h, A* states, S* m,
-                       const Noise<S>* noise = nullptr, S* dropped = nullptr,
+                       const Noise<A>* noise = nullptr, S* dropped = nullptr,
                        ResetStates<const S> reset = {})
       : a_(args),
         timeline_(args),
@@ -317,8 +317,8 @@ class ForwardSteps {
   S* const h_;
   A* const states_;
   S* const m_;
-  const Zoneout<V, S, kVariants> zoneout_;
-  const S* const dropout_;
+  const Zoneout<V, A, kVariants> zoneout_;
+  const A* const dropout_;
   S* const dropped_;
   const ResetStates<const S> reset_;
 };
@@ -327,13 +327,16 @@ class ForwardSteps {
 // of the final state, and what flows back from the step after, dgh @ W_hh + ds. Step -1 only
 // gathers what belongs to h0. dh0 and dc0 double as the running ds: what a step leaves there is
 // either taken up by the step before or is the row's result.
-template <class Cell, class V, class S, class A, bool kVariants = false>
+//
+// To is where a step leaves the gradients that products take up.
+template <class Cell, class V, class S, class A, bool kVariants = false,
+          class To = StepGradients<S>>
 class BackwardSteps {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
 
  public:
   // `apart`: something comes between the gradient of h and the cell, be there a projection or not.
-  FRNN_FN explicit BackwardSteps(const BackwardArgs<S, A>& args, const Noise<S>* noise = nullptr,
+  FRNN_FN explicit BackwardSteps(const BackwardArgs<S, A>& args, const Noise<A>* noise = nullptr,
                                  bool apart = false, ResetStates<S> dreset = {})
       : a_(args),
         timeline_(args),
@@ -486,7 +489,7 @@ class BackwardSteps {
   // Step s from its share of dgh @ W_hh; `cell` is read only if it gathers_cells.
   template <bool kPlain>
   FRNN_FN void finish_gather(int64_t s, const Place& p, V product, const OfH& h, const OfCell& cell,
-                             const StepGradients<S>& to) const {
+                             const To& to) const {
     if constexpr (kVariants) {
       if (dropout_) product *= load<V>(dropout_ + p.offset, p.n);
     }
@@ -510,7 +513,7 @@ class BackwardSteps {
 
   // Of a cell with late gates, once step s is finished but for their share of dgh @ W_hh, d; what
   // entered their product goes to `entered`, [B, P], with nothing dropped.
-  FRNN_FN void finish_factor(int64_t s, const Place& p, V d, const StepGradients<S>& to,
+  FRNN_FN void finish_factor(int64_t s, const Place& p, V d, const To& to,
                              S* entered) const {
     const int64_t plane = a_.b * a_.h, offset = timeline_.time(s) * plane + p.offset;
     if constexpr (kVariants) {
@@ -522,7 +525,7 @@ class BackwardSteps {
     }
     const V h = load<V>(a_.h_prev + offset, p.n);
     const V of_gate = Cell::backward_of_factor(h, saved, d, &dh);
-    store(to.dgx + p.row * kGates * a_.h + p.unit, of_gate, p.n);
+    store(to.dgx + p.row * To::stride(kGates * a_.h) + p.unit, of_gate, p.n);
     if (timeline_.entry(s, p.row) == Entry::kReset) {
       add_to_reset(p, 0, dh);
     } else {
@@ -549,7 +552,7 @@ class BackwardSteps {
   // The cell at step s from the gradient of its output.
   template <bool kPlain>
   FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const OfCell& in,
-                           const StepGradients<S>& to) const {
+                           const To& to) const {
     Outcome result{};
     if (kPlain || timeline_.computed(s, p.row)) result = compute(dh, in);
     keep<kPlain>(s, p, result, to);
@@ -558,7 +561,7 @@ class BackwardSteps {
   // Where c is normalised on its way into h: from the gradients of what h takes of o and of c.
   template <bool kPlain>
   FRNN_FN void finish_gates(int64_t s, const Place& p, V d_o, V dc, const OfCell& in,
-                            const StepGradients<S>& to) const {
+                            const To& to) const {
     Outcome result{};
     V of_c[2] = {V{}, in.dout[1] + in.carried[1]};
     const V kept = zone_c(in, of_c);
@@ -576,7 +579,7 @@ class BackwardSteps {
     Params<Cell, V> dparams;
   };
   template <bool kPlain>
-  FRNN_FN void keep(int64_t s, const Place& p, Outcome result, const StepGradients<S>& to) const {
+  FRNN_FN void keep(int64_t s, const Place& p, Outcome result, const To& to) const {
     if constexpr (kVariants && !kPlain) {
       const bool anew = timeline_.entry(s, p.row) == Entry::kReset;
       for (int j = Cell::kReadsH ? 0 : 1; j < kStates && anew; ++j) {
@@ -612,8 +615,8 @@ class BackwardSteps {
       for (int j = 0; j < kStates; ++j) result.carried[j] = V{};
     }
   }
-  FRNN_FN void keep_gates(const Place& p, const Outcome& result, const StepGradients<S>& to) const {
-    const int64_t gates = p.row * kGates * a_.h + p.unit;
+  FRNN_FN void keep_gates(const Place& p, const Outcome& result, const To& to) const {
+    const int64_t gates = p.row * To::stride(kGates * a_.h) + p.unit;
     for (int g = 0; g < kGates; ++g) {
       store(to.dgx + gates + g * a_.h, result.dgx[g], p.n);
       if (!Cell::kAdditive) store(to.dgh + gates + g * a_.h, result.dgh[g], p.n);
@@ -678,8 +681,8 @@ class BackwardSteps {
   const BackwardArgs<S, A>& a_;
   const Timeline<S> timeline_;
   const bool apart_;
-  const Zoneout<V, S, kVariants> zoneout_;
-  const S* const dropout_;
+  const Zoneout<V, A, kVariants> zoneout_;
+  const A* const dropout_;
   const ResetStates<S> dreset_;
 };
 

@@ -5,17 +5,28 @@
 // The gradients of the gates are only kept for a chunk of steps, in the cache, until the products
 // have taken them up: what is then added to the gradients of the weights, dx is complete.
 
-template <class Cell, class T>
+// On tiles the gradients of gates are left factors.
+template <class S>
+struct LaidGradients : StepGradients<S> {
+  static constexpr int64_t stride(int64_t gates) { return row_size(gates); }
+};
+
+template <class Cell, class T, class S>
 class Backward {
   using V = Vec<T>;
-  using Steps = frnn::BackwardSteps<Cell, V, T, T, true>;
+  using Args = frnn::cpu::BackwardArgs<S>;
+  static constexpr bool kTiles = !std::is_same_v<S, T>;
+  using Gradients = std::conditional_t<kTiles, LaidGradients<S>, StepGradients<S>>;
+  using Steps = frnn::BackwardSteps<Cell, V, S, T, !kTiles, Gradients>;
+  using OuterOf = std::conditional_t<kTiles, OuterOfTiles, Outer<T>>;
   static constexpr int kGates = Cell::kGates, kLate = frnn::kLateGates<Cell>,
                        kEarly = kGates - kLate;
-  // Rows whose dx is made at a time on tiles: the sums of a piece stay in the cache.
-  static constexpr int64_t kRowsOfDx = 32;
+  // Rows of a chunk, about, and those whose dx is made at a time on tiles, where the sums of all
+  // columns stay in the cache.
+  static constexpr int64_t kDepth = kTiles ? kTileChunk : Outer<T>::kDepth, kRowsOfDx = 128;
 
  public:
-  static void run(const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+  static void run(const Args& args, const frnn::cpu::Pool& pool) {
     const auto plan = plan_of<Cell, T>(args, pool.threads);
     Carver measure(nullptr);
     Backward(args, plan, measure);
@@ -27,18 +38,13 @@ class Backward {
   // One thread's part: `each` visits its slices, `meet` waits for all the others.
   template <class Each, class Meet>
   void work(const Each& each, const Meet& meet) {
-    [[maybe_unused]] const TileScope scope(tiles_);
+    [[maybe_unused]] const std::conditional_t<kTiles, TileScope, int> scope{};
     each([&](int i) { pack(slice(i)); });
     each([&](int i) { start(slice(i)); });
     meet();
     for (int64_t s = a_.t - 1; a_.t > 0 && s >= -1; --s) {
       each([&](int i) { gather(slice(i), s); });
       if (s < 0) break;
-      if (tiles_ && a_.w_hr) {
-        each([&](int i) { split_h(slice(i), s); });
-      } else if (tiles_ && !normalises()) {
-        each([&](int i) { split_gates(slice(i), s); });
-      }
       // What of a step's norms comes next reads what the same slice wrote.
       if (plan_.by_units && (a_.w_hr || !normalises())) meet();
       if constexpr (kLate > 0) {
@@ -47,7 +53,6 @@ class Backward {
       }
       if (a_.w_hr) {
         each([&](int i) { run_cells(slice(i), s); });
-        if (tiles_ && !normalises()) each([&](int i) { split_gates(slice(i), s); });
         if (plan_.by_units && !normalises()) meet();
       }
       if (normalises()) {
@@ -60,17 +65,20 @@ class Backward {
         }
         if (plan_.by_units) meet();
         each([&](int i) { unnormalise_products(slice(i), s); });
-        if (tiles_) each([&](int i) { split_gates(slice(i), s); });
         if (plan_.by_units) meet();
       }
       if (s % chunk_ != 0) continue;
       if (!plan_.by_units) meet();
       each([&](int i) { multiply(slice(i), s); });
     }
+    if constexpr (kTiles) {
+      meet();
+      each([&](int i) { round_sums(slice(i)); });
+    }
   }
 
  private:
-  Backward(const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Plan& plan, Carver& carver)
+  Backward(const Args& args, const frnn::cpu::Plan& plan, Carver& carver)
       : a_(args),
         plan_(plan),
         timeline_(args),
@@ -80,41 +88,47 @@ class Backward {
                      {normalises() ? a_.b : 0, a_.h, plan.slices, carver}},
         of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
         outputs_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
-        tiles_(on_tiles<Cell, T>(a_)),
-        depth_(tiles_ ? kTileChunk : Outer<T>::kDepth),
-        chunk_(a_.b < depth_ ? depth_ / (a_.b > 0 ? a_.b : 1) : 1) {
-    const int64_t gates = kGates * a_.h;
-    const int64_t rows = min(a_.t, 2 * chunk_) * a_.b;
-    w_hh_ = carver.take<T>(blocks_of<T>(a_.p) * block_size(kGates, a_.h));
-    if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.h) * block_size(1, a_.p));
-    if (a_.dx) w_ih_ = carver.take<T>(blocks_of<T>(a_.i) * block_size(kGates, a_.h));
-    gradients_.dgx = carver.take<T>(rows * gates);
-    gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<T>(rows * gates);
-    gradients_.dh = a_.w_hr || a_.norm.gain_c ? carver.take<T>(rows * a_.p) : nullptr;
-    products_[0] = normalises() ? carver.take<T>(rows * gates) : gradients_.dgx;
-    products_[1] = normalises() ? carver.take<T>(rows * gates) : gradients_.dgh;
-    if (kLate > 0) late_ = carver.take<T>(rows * a_.p);
-    if (a_.w_hr && a_.norm.gain_c) dm_ = carver.take<T>(a_.b * a_.h);
-    if constexpr (kHasTiles && sizeof(T) == 4) {
-      if (tiles_) {
-        outer_size_ = OuterOfTiles<T>::kScratch;
-        static_assert(OuterOfTiles<T>::kScratch >= Outer<T>::kScratch);  // dW_hr needs that
-        const int64_t of_h = sums_of_tiles<2>(a_.b, depth(), a_.h),
-                      of_x = sums_of_tiles<2>(kRowsOfDx, depth(), a_.i);
-        sums_size_ = of_h > of_x ? of_h : of_x;
-        sums_ = carver.take<T>(plan.slices * sums_size_);
-        split_[0] = carver.take<T>((rows + kRowsBeyond) * row_size<2>(depth()));
-        split_[1] = Cell::kAdditive && !normalises()
-                        ? split_[0]
-                        : carver.take<T>((rows + kRowsBeyond) * row_size<2>(depth()));
-        if (a_.w_hr) split_h_ = carver.take<T>((a_.b + kRowsBeyond) * row_size<2>(a_.p));
-      }
+        chunk_(a_.b < kDepth ? kDepth / (a_.b > 0 ? a_.b : 1) : 1),
+        stride_(Gradients::stride(kGates * a_.h)) {
+    const int64_t gates = kGates * a_.h, rows = min(a_.t, 2 * chunk_) * a_.b;
+    const int64_t size = (rows + (kTiles ? kRowsBeyond : 0)) * stride_;
+    w_hh_ = carver.take<S>(blocks_of<T>(a_.p) * block_size(gates));
+    if (a_.w_hr) w_hr_ = carver.take<S>(blocks_of<T>(a_.h) * block_size(a_.p));
+    if (a_.dx) w_ih_ = carver.take<S>(blocks_of<T>(a_.i) * block_size(gates));
+    gradients_.dgx = carver.take<S>(size);
+    gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<S>(size);
+    gradients_.dh = a_.w_hr || a_.norm.gain_c ? carver.take<S>(rows * a_.p) : nullptr;
+    products_[0] = normalises() ? carver.take<S>(size) : gradients_.dgx;
+    products_[1] = normalises() ? carver.take<S>(size) : gradients_.dgh;
+    if (kLate > 0) late_ = carver.take<S>(rows * a_.p);
+    if (a_.w_hr && a_.norm.gain_c) dm_ = carver.take<S>(a_.b * a_.h);
+    if constexpr (kTiles) {
+      factors_ = carver.take<S>(plan.slices * OuterOf::kFactors);
+      outer_ = carver.take<T>(plan.slices * OuterOf::kSums);
+      const int64_t of_h = sums_of_tiles(a_.b, gates, a_.h),
+                    of_x = sums_of_tiles(kRowsOfDx, gates, a_.i);
+      sums_size_ = of_h > of_x ? of_h : of_x;
+      sums_ = carver.take<T>(plan.slices * sums_size_);
+      if (a_.w_hr) laid_h_ = carver.take<S>(plan.slices * (a_.b + kRowsBeyond) * row_size(a_.p));
+    } else {
+      outer_ = carver.take<T>(plan.slices * OuterOf::kScratch);
     }
-    outer_ = carver.take<T>(plan.slices * outer_size_);
     names_ = carver.take<int>(plan.slices * chunk_ * a_.b);
+    const auto sum_of = [&](S* result, int64_t count) {
+      if constexpr (kTiles) {
+        return result ? carver.take<T>(count) : nullptr;
+      } else {
+        return result;
+      }
+    };
+    dw_ih_ = sum_of(a_.dw_ih, gates * a_.i);
+    dw_hh_ = sum_of(a_.dw_hh, gates * a_.p);
+    db_ih_ = sum_of(a_.db_ih, gates);
+    db_hh_ = sum_of(a_.db_hh, gates);
+    dw_hr_ = sum_of(a_.w_hr ? a_.dw_hr : nullptr, a_.p * a_.h);
   }
 
-  Slice slice(int i) const { return make_slice(a_, plan_, i); }
+  Slice slice(int i) const { return make_slice<T>(a_, plan_, i); }
 
   // A slice's share of `units` units in the products, in which all slices meet.
   Range share(const Slice& slice, int64_t units) const {
@@ -131,71 +145,37 @@ class Backward {
   }
 
   // Of weights w [gates * k, units], some blocks of units.
-  void pack(const T* w, int64_t units, int gates, int64_t k, Range blocks, T* packed) const {
-    if constexpr (kHasTiles && sizeof(T) == 4) {
-      if (tiles_) return pack_tiles_of_gates(w, gates, k, units, blocks, packed);
+  void pack(const S* w, int64_t units, int gates, int64_t k, Range blocks, S* packed) const {
+    const Rows rows{nullptr, gates * k};
+    if constexpr (kTiles) {
+      pack_columns_of_tiles(w, units, rows, {0, units}, blocks, packed);
+    } else {
+      pack_columns(w, units, units, rows, blocks, packed);
     }
-    pack_columns(w, units, units, {nullptr, gates * k}, blocks, packed);
   }
 
-  // Numbers of a block of weights with a depth of gates * k, packed.
-  int64_t block_size(int gates, int64_t k) const {
-    return tiles_ ? tiles_along(gates * blocks_of<T>(k) * kLanes<T>) * kTileNumbers
-                  : gates * k * kLanes<T>;
+  // Numbers of a block of weights with a depth of k, packed.
+  static int64_t block_size(int64_t k) {
+    return kTiles ? tiles_along(k) * kTileNumbers : k * kLanes<T>;
   }
-
-  // The depth of products of gates on tiles: each gate has whole blocks.
-  int64_t depth() const { return kGates * blocks_of<T>(a_.h) * kLanes<T>; }
 
   // Packed, those of the late gates.
-  T* late_weights() const { return w_hh_ + blocks_of<T>(a_.p) * kLanes<T> * kEarly * a_.h; }
+  S* late_weights() const { return w_hh_ + blocks_of<T>(a_.p) * kLanes<T> * kEarly * a_.h; }
 
   // Weights as they are packed without tiles, of some gates.
   Packed<T> packed(const T* w, int gates) const { return {w, gates * a_.h * kLanes<T>}; }
 
-  // The product of gradients a [.., gates * k], or the same rows split, and packed weights.
+  // The product of rows a [.., k], `stride` apart, left factors if on tiles, and packed weights.
   template <class Wanted, class Fetch, class Finish>
-  void product_of(const Slice& slice, const T* a, const T* split, int gates, int64_t k, Range rows,
-                  const T* w, int64_t units, Range blocks, bool backwards, const Wanted& wanted,
+  void product_of(const Slice& slice, const S* a, int64_t stride, Range rows, int64_t k, const S* w,
+                  int64_t units, Range blocks, bool backwards, const Wanted& wanted,
                   const Fetch& fetch, const Finish& finish) const {
-    if constexpr (kHasTiles && sizeof(T) == 4) {
-      if (tiles_) {
-        const int64_t depth = gates * blocks_of<T>(k) * kLanes<T>;
-        return product_of_tiles<1, 2>(split + rows.begin * row_size<2>(depth), rows, depth, w,
-                                      blocks_of<T>(units), blocks, backwards,
-                                      sums_ + slice.index * sums_size_, wanted, fetch, finish);
-      }
-    }
-    product<1, T>(a, gates * k, rows, gates * k, Packed<T>{w, block_size(gates, k)}, blocks,
-                  backwards, wanted, fetch, finish);
-  }
-
-  // Splits the slice's share of a step's gradients for the products of tiles that take them up.
-  void split_h(const Slice& slice, int64_t s) const {
-    split(slice, s, slice.output, gradients(s).dh, 1, a_.p, split_h_);
-  }
-  void split_gates(const Slice& slice, int64_t s) const {
-    const StepGradients<T> g = gradients(s);
-    for (int which = 0; which < (split_[0] == split_[1] ? 1 : 2); ++which) {
-      split(slice, s, slice.hidden, dproduct(which, g), kGates, a_.h, halves(which, g));
-    }
-  }
-  void split(const Slice& slice, int64_t s, Range blocks, const T* from, int gates, int64_t units,
-             T* to) const {
-    if constexpr (kHasTiles && sizeof(T) == 4) {
-      const int64_t all = blocks_of<T>(units), size = row_size<2>(gates * all * kLanes<T>);
-      for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
-        if (!timeline_.computed(s, row)) continue;
-        for (int g = 0; g < gates; ++g) {
-          each_block<T>(blocks, units, [&]<bool kWhole>(int64_t block) {
-            const Place p = place<kLanes<T>, kWhole>(row, block, units);
-            const V value = frnn::load<V>(from + (row * gates + g) * units + p.unit, p.n);
-            split_block(value, g * all + block, to + row * size);
-          });
-        }
-        // A tile holds two blocks.
-        if (gates * all % 2 && blocks.end == all) split_block(V{}, gates * all, to + row * size);
-      }
+    if constexpr (kTiles) {
+      product_of_tiles<1>(a + rows.begin * stride, rows, k, w, blocks_of<T>(units), blocks,
+                          backwards, sums_ + slice.index * sums_size_, wanted, fetch, finish);
+    } else {
+      product<1, T>(a, stride, rows, k, Packed<T>{w, block_size(k)}, blocks, backwards, wanted,
+                    fetch, finish);
     }
   }
 
@@ -209,13 +189,25 @@ class Backward {
         steps_.start_others(place<kLanes<T>>(row, block, a_.h));
       }
     }
-    clear(slice, kGates * a_.h, a_.i, a_.dw_ih);
-    clear(slice, kGates * a_.h, a_.p, a_.dw_hh);
-    clear(slice, kGates * a_.h, 1, a_.db_ih);
-    clear(slice, kGates * a_.h, 1, a_.db_hh);
-    if (a_.w_hr) clear(slice, a_.p, a_.h, a_.dw_hr);
+    clear(slice, kGates * a_.h, a_.i, dw_ih_);
+    clear(slice, kGates * a_.h, a_.p, dw_hh_);
+    clear(slice, kGates * a_.h, 1, db_ih_);
+    clear(slice, kGates * a_.h, 1, db_hh_);
+    if (a_.w_hr) clear(slice, a_.p, a_.h, dw_hr_);
     clear(slice, 2 * a_.b, kGates * a_.h, a_.dgains);
     clear(slice, 2 * a_.b, a_.h, a_.dnorm_c);
+    if (kTiles) clear_tails(slice);
+  }
+
+  // What is left of whole tiles beside the gates of a row.
+  void clear_tails(const Slice& slice) const {
+    const int64_t gates = kGates * a_.h, rows = min(a_.t, 2 * chunk_) * a_.b;
+    const int64_t tail = tiles_along(gates) * 32 - gates;
+    const Range mine = share(slice, rows);
+    for (int64_t row = mine.begin; row < mine.end && tail > 0; ++row) {
+      __builtin_memset(gradients_.dgx + row * stride_ + gates, 0, tail * sizeof(S));
+      __builtin_memset(gradients_.dgh + row * stride_ + gates, 0, tail * sizeof(S));
+    }
   }
 
   // A slice's share of w [units, columns].
@@ -227,7 +219,7 @@ class Backward {
   // The chunk of steps that begins at step s: [steps, B, ...] in order of time.
   struct Chunk {
     int64_t time, steps;  // the first time
-    StepGradients<T> gradients;
+    Gradients gradients;
   };
 
   Chunk chunk(int64_t s) const {
@@ -236,37 +228,28 @@ class Backward {
     return {time, steps, row(gradients_, s / chunk_ % 2 * chunk_ * a_.b)};
   }
 
-  StepGradients<T> row(const StepGradients<T>& g, int64_t row) const {
-    const int64_t gates = row * kGates * a_.h;
+  Gradients row(const Gradients& g, int64_t row) const {
+    const int64_t gates = row * stride_;
     return {g.dgx + gates, g.dgh + gates, g.dh ? g.dh + row * a_.p : nullptr};
   }
 
-  StepGradients<T> gradients(int64_t s) const {
+  Gradients gradients(int64_t s) const {
     const Chunk c = chunk(s - s % chunk_);
     return row(c.gradients, (timeline_.time(s) - c.time) * a_.b);
   }
 
   // The gradients of the products themselves, W_ih x (0) and W_hh h (1), [B, G*H] of a step or of a
   // chunk's.
-  T* dproduct(int which, const StepGradients<T>& g) const {
+  S* dproduct(int which, const Gradients& g) const {
     return products_[which] + (g.dgx - gradients_.dgx);
   }
 
-  // The same, split.
-  T* halves(int which, const StepGradients<T>& g) const {
-    if constexpr (kHasTiles && sizeof(T) == 4) {
-      const int64_t row = (g.dgx - gradients_.dgx) / (kGates * a_.h);
-      return split_[which] + row * row_size<2>(depth());
-    }
-    return nullptr;
-  }
-
   // What entered the late gates' product, [B, P] of a step or of a chunk's.
-  T* entered(const StepGradients<T>& g) const {
-    return late_ + (g.dgx - gradients_.dgx) / (kGates * a_.h) * a_.p;
+  S* entered(const Gradients& g) const {
+    return late_ + (g.dgx - gradients_.dgx) / stride_ * a_.p;
   }
 
-  bool normalises() const { return a_.norm.gain_hh != nullptr; }
+  bool normalises() const { return !kTiles && a_.norm.gain_hh; }
   T scale(int which, int64_t r) const { return a_.norm.scale[which * a_.t * a_.b + r]; }
 
   // Calls f(row, row of [T*B]) for the rows that are computed at step s, and what it returns for
@@ -284,8 +267,8 @@ class Backward {
   void gather_outputs(const Slice& slice, int64_t s) const {
     if constexpr (frnn::NormalisesState<Cell>) {
       const int64_t plane = a_.b * a_.h, t = timeline_.time(s);
-      const T* dm = a_.w_hr ? dm_ : gradients(s).dh;
-      const T* o = a_.saved + (Cell::kOutput * a_.t + t) * plane;
+      const S* dm = a_.w_hr ? dm_ : gradients(s).dh;
+      const S* o = a_.saved + (Cell::kOutput * a_.t + t) * plane;
       each_place(slice, s, [&](int64_t row, int64_t) {
         return [&, row]<bool kWhole>(int64_t block) {
           const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
@@ -309,7 +292,7 @@ class Backward {
 
   void run_gates(const Slice& slice, int64_t s) const {
     if constexpr (frnn::NormalisesState<Cell>) {
-      const StepGradients<T> to = gradients(s);
+      const Gradients to = gradients(s);
       of_c_.means(slice, slice.rows, 1);
       each_place(slice, s, [&](int64_t row, int64_t r) {
         const auto means = of_c_.of(slice, row);
@@ -337,7 +320,7 @@ class Backward {
   }
 
   void describe_products(const Slice& slice, int64_t s) const {
-    const StepGradients<T> of = gradients(s);
+    const Gradients of = gradients(s);
     each_place(slice, s, [&](int64_t row, int64_t r) {
       return
           [&, row, r]<bool kWhole>(int64_t block) { describe_products<kWhole>(row, r, block, of); };
@@ -350,10 +333,10 @@ class Backward {
     V hat, d, of_hat;
   };
   OfProduct of_product(int which, int g, const Place& p, int64_t r,
-                       const StepGradients<T>& of) const {
+                       const Gradients& of) const {
     const int64_t offset = g * a_.h + p.unit;
-    const T *gains = which == 0 ? a_.norm.gain_ih : a_.norm.gain_hh,
-            *d = (which == 0 ? of.dgx : of.dgh) + p.row * kGates * a_.h;
+    const T* gains = which == 0 ? a_.norm.gain_ih : a_.norm.gain_hh;
+    const S* d = (which == 0 ? of.dgx : of.dgh) + p.row * stride_;
     const V value = frnn::load<V>(d + offset, p.n);
     return {frnn::load<V>(hats(which, r) + offset, p.n), value,
             value * frnn::load<V>(gains + offset, p.n)};
@@ -364,7 +347,7 @@ class Backward {
 
   // Meanwhile the next row's hats are fetched: that many lines are too many for the product.
   template <bool kWhole>
-  void describe_products(int64_t row, int64_t r, int64_t block, const StepGradients<T>& of) const {
+  void describe_products(int64_t row, int64_t r, int64_t block, const Gradients& of) const {
     const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
     for (int which = 0; which < 2; ++which) {
       V sums[2] = {};
@@ -381,7 +364,7 @@ class Backward {
 
   // Gate by gate: memory is read in order.
   void unnormalise_products(const Slice& slice, int64_t s) const {
-    const StepGradients<T> of = gradients(s);
+    const Gradients of = gradients(s);
     for (int which = 0; which < 2; ++which) {
       of_products_[which].means(slice, slice.rows, kGates);
       for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
@@ -392,11 +375,11 @@ class Backward {
 
   __attribute__((noinline)) void unnormalise_product(int which, const Slice& slice, int64_t s,
                                                      int64_t row,
-                                                     const StepGradients<T>& of) const {
+                                                     const Gradients& of) const {
     const int64_t r = timeline_.time(s) * a_.b + row;
     const auto means = of_products_[which].of(slice, row);
     const T scale = this->scale(which, r);
-    T* to = dproduct(which, of) + row * kGates * a_.h;
+    S* to = dproduct(which, of) + row * stride_;
     for (int g = 0; g < kGates; ++g) {
       each_block<T>(slice.hidden, a_.h, [&]<bool kWhole>(int64_t block) {
         const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
@@ -410,9 +393,9 @@ class Backward {
   void gather(const Slice& slice, int64_t s) const {
     if (all_of(slice.rows, [&](int64_t row) { return idle(s, row); })) return;
     const auto flows_back = [&](int64_t row) { return steps_.flows_back(s, row); };
-    const StepGradients<T> to = gradients(s < 0 ? 0 : s);
+    const Gradients to = gradients(s < 0 ? 0 : s);
     const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum, to); };
-    const StepGradients<T> from = gradients(min(s + 1, a_.t - 1));
+    const Gradients from = gradients(min(s + 1, a_.t - 1));
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
     };
@@ -420,15 +403,15 @@ class Backward {
       product<1, T>(dproduct(1, from), kGates * a_.h, slice.rows, kEarly * a_.h,
                     packed(w_hh_, kEarly), slice.output, s % 2, flows_back, fetch, finish);
     } else {
-      product_of(slice, dproduct(1, from), halves(1, from), kGates, a_.h, slice.rows, w_hh_, a_.p,
+      product_of(slice, dproduct(1, from), stride_, slice.rows, kGates * a_.h, w_hh_, a_.p,
                  slice.output, s % 2, flows_back, fetch, finish);
     }
   }
 
   void run_late(const Slice& slice, int64_t s) const {
     if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) return;
-    const StepGradients<T> to = gradients(s);
-    T* to_late = entered(to);
+    const Gradients to = gradients(s);
+    S* to_late = entered(to);
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [](int64_t, int64_t) {};
     const auto finish = [&](const Tile& tile, const V* sum) {
@@ -440,19 +423,27 @@ class Backward {
 
   void run_cells(const Slice& slice, int64_t s) const {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
-    const StepGradients<T> to = gradients(s);
+    const Gradients to = gradients(s);
     const auto finish = [&](const Tile& tile, const V* sum) {
       if (dm_) return keep_dm(tile, sum);
       finish_cells(s, tile, sum, to);
     };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
-    product_of(slice, to.dh, split_h_, 1, a_.p, slice.rows, w_hr_, a_.h, slice.hidden, s % 2,
-               computed, fetch, finish);
+    if constexpr (kTiles) {
+      const int64_t stride = row_size(a_.p);
+      S* laid = laid_h_ + slice.index * (a_.b + kRowsBeyond) * stride;
+      lay_rows(to.dh, a_.p, slice.rows, a_.p, laid);
+      product_of(slice, laid - slice.rows.begin * stride, stride, slice.rows, a_.p, w_hr_, a_.h,
+                 slice.hidden, s % 2, computed, fetch, finish);
+    } else {
+      product_of(slice, to.dh, a_.p, slice.rows, a_.p, w_hr_, a_.h, slice.hidden, s % 2, computed,
+                 fetch, finish);
+    }
   }
 
   // Not inlined, like Forward::finish_tile.
   __attribute__((noinline)) void finish_factors(int64_t s, const Tile& tile, const V* sum,
-                                                const StepGradients<T>& to, T* entered) const {
+                                                const Gradients& to, S* entered) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j, ++sum) {
         const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.p);
@@ -487,7 +478,7 @@ class Backward {
   }
 
   // After the product; plain ones as in Forward::finish_cells.
-  void finish_gather(int64_t s, const Tile& tile, const V* sum, const StepGradients<T>& to) const {
+  void finish_gather(int64_t s, const Tile& tile, const V* sum, const Gradients& to) const {
     const int64_t whole = a_.w_hr ? 0 : a_.p / kLanes<T>;  // blocks
     if (timeline_.full() && s >= 0 && s + 1 < a_.t && tile.block + tile.blocks <= whole) {
       return finish_gather_tile<true>(s, tile, sum, to);
@@ -508,7 +499,7 @@ class Backward {
   // Not inlined, like Forward::finish_tile.
   template <bool kPlain>
   __attribute__((noinline)) void finish_gather_tile(int64_t s, const Tile& tile, const V* sum,
-                                                    const StepGradients<T>& to) const {
+                                                    const Gradients& to) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
         const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.p);
@@ -522,7 +513,7 @@ class Backward {
   }
 
   __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* dm,
-                                              const StepGradients<T>& to) const {
+                                              const Gradients& to) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
         const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.h);
@@ -540,56 +531,94 @@ class Backward {
     const Range all{first, first + c.steps * a_.b};
     const Rows rows = computed_.of(all, names_ + slice.index * chunk_ * a_.b);
     const Range units = share(slice, gates);
-    const StepGradients<T>& g = c.gradients;
-    const T* x = a_.x + first * a_.i;
-    const T* h_prev = a_.h_prev + first * a_.p;
-    add_rows(g.dgx, gates, units, rows, a_.db_ih);
-    add_rows(g.dgh, gates, units, rows, a_.db_hh);
-    const T *of_x = dproduct(0, g), *of_h = dproduct(1, g);
-    if (a_.dx) multiply_dx(slice, of_x, halves(0, g), all);
-    const Outer<T> outer(outer_ + slice.index * outer_size_);
-    const OuterProduct<T> none{}, dw_ih{x, a_.i, a_.dw_ih},
-        dw_hh{h_prev, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
-    if (kLate > 0) {
+    const Gradients& g = c.gradients;
+    const S* x = a_.x + first * a_.i;
+    const S* h_prev = a_.h_prev + first * a_.p;
+    add_rows(g.dgx, stride_, units, rows, db_ih_);
+    add_rows(g.dgh, stride_, units, rows, db_hh_);
+    const S *of_x = dproduct(0, g), *of_h = dproduct(1, g);
+    if (a_.dx) multiply_dx(slice, of_x, all);
+    const OuterProduct<S, T> none{}, dw_ih{x, a_.i, dw_ih_};
+    OuterProduct<S, T> dw_hh{h_prev, a_.p, dw_hh_};
+    if constexpr (!kTiles) {
+      dw_hh.scale = a_.noise.dropout;
+      dw_hh.period = a_.b;
+    }
+    if constexpr (kLate > 0) {
       const int64_t late = kEarly * a_.h;
       const OuterProduct<T> dw_late{entered(g), a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
+      const OuterOf outer(outer_ + slice.index * OuterOf::kScratch);
       outer.add(of_x, gates, {units.begin, min(units.end, late)}, rows, {dw_ih, dw_hh});
       outer.add(of_x, gates, {units.begin > late ? units.begin : late, units.end}, rows,
                 {dw_ih, dw_late});
     } else if (of_x == of_h) {
-      add_outer(slice, of_x, halves(0, g), rows, {dw_ih, dw_hh});
+      add_outer(slice, of_x, stride_, gates, rows, {dw_ih, dw_hh});
     } else {
-      add_outer(slice, of_x, halves(0, g), rows, {dw_ih, none});
-      add_outer(slice, of_h, halves(1, g), rows, {dw_hh, none});
+      add_outer(slice, of_x, stride_, gates, rows, {dw_ih, none});
+      add_outer(slice, of_h, stride_, gates, rows, {dw_hh, none});
     }
     if (a_.w_hr) {
-      const OuterProduct<T> dw_hr{a_.m + first * a_.h, a_.h, a_.dw_hr};
-      outer.add(g.dh, a_.p, share(slice, a_.p), rows, {dw_hr, none});
+      add_outer(slice, g.dh, a_.p, a_.p, rows, {{a_.m + first * a_.h, a_.h, dw_hr_}, none});
+    }
+    keep_gradients(slice, c);
+  }
+
+  // For who asks for them, the gradients that the products of a chunk took up.
+  void keep_gradients(const Slice& slice, const Chunk& c) const {
+    const int64_t gates = kGates * a_.h, first = c.time * a_.b;
+    const Range mine = share(slice, a_.kept.dgx ? c.steps * a_.b : 0);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+      const auto keep = [&](const S* from, int64_t n, S* to) {
+        if (to == nullptr) return;
+        to += (first + row) * n;
+        if (computed_[first + row]) {
+          __builtin_memcpy(to, from, n * sizeof(S));
+        } else {
+          __builtin_memset(to, 0, n * sizeof(S));
+        }
+      };
+      keep(c.gradients.dgx + row * stride_, gates, a_.kept.dgx);
+      keep(c.gradients.dgh + row * stride_, gates, a_.kept.dgh);
+      keep(c.gradients.dh + row * a_.p, a_.p, a_.kept.dh);
     }
   }
 
-  // Of the slice's share of the gates' gradients, or of the same rows split.
-  void add_outer(const Slice& slice, const T* a, const T* split, const Rows& rows,
-                 const OuterProduct<T> (&products)[2]) const {
-    T* scratch = outer_ + slice.index * outer_size_;
-    const int64_t gates = kGates * a_.h;
-    if constexpr (kHasTiles && sizeof(T) == 4) {
-      if (tiles_) {
-        const Range tiles = share(slice, tiles_along(depth()));
-        const OuterOfTiles<T> outer(scratch);
-        for (int64_t i = 0; i < rows.count; i += kTileChunk) {
-          const Rows some = rows.from(i, min(rows.count - i, kTileChunk));
-          outer.add(split, kGates, a_.h, tiles, some, products);
-        }
-        return;
+  // Rounds a slice's share of the gradients of weights, once they are complete.
+  void round_sums(const Slice& slice) const {
+    const auto round = [&](const T* sum, int64_t units, int64_t columns, S* to) {
+      if (to == nullptr) return;
+      const Range mine = share(slice, units);
+      for (int64_t i = mine.begin * columns; i < mine.end * columns; i += kLanes<T>) {
+        const int n = static_cast<int>(min(kLanes<T>, mine.end * columns - i));
+        frnn::store(to + i, frnn::load<V>(sum + i, n), n);
       }
+    };
+    round(dw_ih_, kGates * a_.h, a_.i, a_.dw_ih);
+    round(dw_hh_, kGates * a_.h, a_.p, a_.dw_hh);
+    round(db_ih_, kGates * a_.h, 1, a_.db_ih);
+    round(db_hh_, kGates * a_.h, 1, a_.db_hh);
+    if (a_.w_hr) round(dw_hr_, a_.p, a_.h, a_.dw_hr);
+  }
+
+  // Of the slice's share of m units of rows a [.., stride].
+  void add_outer(const Slice& slice, const S* a, int64_t stride, int64_t m, const Rows& rows,
+                 const OuterProduct<S, T> (&products)[2]) const {
+    if constexpr (kTiles) {
+      const OuterOf outer(factors_ + slice.index * OuterOf::kFactors,
+                          outer_ + slice.index * OuterOf::kSums);
+      for (int64_t i = 0; i < rows.count; i += kTileChunk) {
+        const Rows some = rows.from(i, min(rows.count - i, kTileChunk));
+        outer.add(a, stride, m, share(slice, tiles_along(m)), some, products);
+      }
+    } else {
+      const OuterOf outer(outer_ + slice.index * OuterOf::kScratch);
+      outer.add(a, stride, share(slice, m), rows, products);
     }
-    Outer<T>(scratch).add(a, gates, share(slice, gates), rows, products);
   }
 
   // For some rows of [T*B]; 0 where nothing was computed.
-  void multiply_dx(const Slice& slice, const T* dgx, const T* split, Range rows) const {
-    T* dx = a_.dx + rows.begin * a_.i;
+  void multiply_dx(const Slice& slice, const S* dgx, Range rows) const {
+    S* dx = a_.dx + rows.begin * a_.i;
     const auto wanted = [&](int64_t r) { return computed_[rows.begin + r]; };
     const auto fetch = [](int64_t, int64_t) {};
     const auto finish = [&](const Tile& tile, const V* sum) {
@@ -601,16 +630,16 @@ class Backward {
         }
       }
     };
-    const int64_t most = tiles_ ? kRowsOfDx : rows.size();
+    const int64_t most = kTiles ? kRowsOfDx : rows.size();
     for (int64_t row = 0; row < rows.size(); row += most) {
-      product_of(slice, dgx, split, kGates, a_.h, {row, min(rows.size(), row + most)}, w_ih_, a_.i,
-                 share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
+      product_of(slice, dgx, stride_, {row, min(rows.size(), row + most)}, kGates * a_.h, w_ih_,
+                 a_.i, share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
     }
   }
 
-  // sum [columns] += the sum over rows of a [.., columns], for some of the columns; a few rows at a
+  // sum [columns] += the sum over rows of a [.., stride], for some of the columns; a few rows at a
   // time, in order of memory.
-  static void add_rows(const T* a, int64_t columns, Range some, const Rows& rows, T* sum) {
+  static void add_rows(const S* a, int64_t stride, Range some, const Rows& rows, T* sum) {
     if (sum == nullptr) return;
     constexpr int64_t kFew = 8;
     for (int64_t i = 0; i < rows.count; i += kFew) {
@@ -618,34 +647,34 @@ class Backward {
       for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
         const int n = static_cast<int>(min(kLanes<T>, some.end - j));
         V total = frnn::load<V>(sum + j, n);
-        for (int64_t k = i; k < end; ++k) total += frnn::load<V>(a + rows[k] * columns + j, n);
+        for (int64_t k = i; k < end; ++k) total += frnn::load<V>(a + rows[k] * stride + j, n);
         frnn::store(sum + j, total, n);
       }
     }
   }
 
-  const frnn::cpu::BackwardArgs<T>& a_;
+  const Args& a_;
   const frnn::cpu::Plan plan_;
-  const frnn::Timeline<T> timeline_;
+  const frnn::Timeline<S> timeline_;
   const Computed computed_;
   const Steps steps_;
   const Statistics<T> of_products_[2], of_c_;  // of a step
-  const Pairs<T> outputs_;           // .. the gradients of the gate that h takes, and of c's hat
-  const bool tiles_;                 // whether products are of tiles
-  const int64_t depth_;              // rows of a chunk, about
-  const int64_t chunk_;              // .. steps
-  T* w_hh_ = nullptr;                // packed
-  T* w_hr_ = nullptr;                // packed
-  T* w_ih_ = nullptr;                // packed
-  StepGradients<T> gradients_ = {};  // of two chunks, which take turns
-  T* products_[2] = {};   // likewise of the products: dgx and dgh, if these are not normalised
-  T* late_ = nullptr;     // likewise what entered the late gates' product
-  T* dm_ = nullptr;       // of a step, the cell's h, where c is normalised before a projection
-  T* split_[2] = {};      // likewise products_, split for tiles
-  T* split_h_ = nullptr;  // of a step, the gradient of h before a projection
-  T* sums_ = nullptr;     // of products of tiles, of each slice
+  const Pairs<T> outputs_;      // .. the gradients of the gate that h takes, and of c's hat
+  const int64_t chunk_;         // steps of a chunk
+  const int64_t stride_;        // from row to row of the gates' gradients
+  S* w_hh_ = nullptr;           // packed
+  S* w_hr_ = nullptr;           // packed
+  S* w_ih_ = nullptr;           // packed
+  Gradients gradients_ = {};    // of two chunks, which take turns
+  S* products_[2] = {};         // likewise of the products: dgx and dgh, if they have no norms
+  S* late_ = nullptr;           // likewise what entered the late gates' product
+  S* dm_ = nullptr;             // of a step, the cell's h, where c is normalised before a projection
+  S* laid_h_ = nullptr;         // of a step, the gradient of h before a projection, of each slice
+  T* sums_ = nullptr;           // of products of tiles, of each slice
   int64_t sums_size_ = 0;
-  T* outer_ = nullptr;  // scratch of each slice
-  int64_t outer_size_ = Outer<T>::kScratch;
-  int* names_ = nullptr;  // of a chunk's computed rows, by each slice
+  S* factors_ = nullptr;        // scratch of each slice for outer products
+  T* outer_ = nullptr;          // likewise
+  int* names_ = nullptr;        // of a chunk's computed rows, by each slice
+  // The sums of the weights' gradients: the results themselves, if they are not rounded.
+  T *dw_ih_, *dw_hh_, *db_ih_, *db_hh_, *dw_hr_;
 };

@@ -28,44 +28,55 @@ bool tiles_granted() {
 }
 #endif
 
+// What runs: an engine, and tiles for values stored in bfloat16 if there are any.
+struct Choice {
+  const char* name;
+  const Engine* engine;
+  const TileEngine* tiles;
+};
+
 // Slowest first. __builtin_cpu_supports also asks the operating system for the registers.
-std::vector<const Engine*> usable_engines() {
-  std::vector<const Engine*> engines{&kBaseEngine};
+std::vector<Choice> usable() {
+  std::vector<Choice> choices{{kBaseEngine.name, &kBaseEngine, nullptr}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    engines.push_back(&kAvx2Engine);
+    choices.push_back({kAvx2Engine.name, &kAvx2Engine, nullptr});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      engines.push_back(&kAvx512Engine);
+      choices.push_back({kAvx512Engine.name, &kAvx512Engine, nullptr});
 #if defined(FRNN_AMX)
-      if (__builtin_cpu_supports("avx512bf16") && tiles_granted()) engines.push_back(&kAmxEngine);
+      if (__builtin_cpu_supports("avx512bf16") && tiles_granted()) {
+        choices.push_back({"amx", &kAvx512Engine, &kAmxTiles});
+      }
 #endif
     }
   }
 #endif
-  return engines;
+  return choices;
 }
 
-const std::vector<const Engine*>& engines() {
-  static const std::vector<const Engine*> usable = usable_engines();
-  return usable;
+const std::vector<Choice>& choices() {
+  static const std::vector<Choice> all = usable();
+  return all;
 }
 
-std::atomic<const Engine*>& engine() {
-  static std::atomic<const Engine*> chosen{engines().back()};
-  return chosen;
+std::atomic<const Choice*>& chosen() {
+  static std::atomic<const Choice*> choice{&choices().back()};
+  return choice;
 }
+
+const Engine* engine() { return chosen().load()->engine; }
 
 }  // namespace
 
-const char* isa() { return engine().load()->name; }
+const char* isa() { return chosen().load()->name; }
 
 const char* isas() {
   static const std::string names = [] {
     std::string list;
-    for (const Engine* e : engines()) {
+    for (const Choice& choice : choices()) {
       if (!list.empty()) list += ' ';
-      list += e->name;
+      list += choice.name;
     }
     return list;
   }();
@@ -73,9 +84,9 @@ const char* isas() {
 }
 
 bool set_isa(const char* name) {
-  for (const Engine* e : engines()) {
-    if (std::strcmp(e->name, name) == 0) {
-      engine().store(e);
+  for (const Choice& choice : choices()) {
+    if (std::strcmp(choice.name, name) == 0) {
+      chosen().store(&choice);
       return true;
     }
   }
@@ -83,25 +94,34 @@ bool set_isa(const char* name) {
 }
 
 void forward(int cell, const ForwardArgs<float>& args, const Pool& pool) {
-  engine().load()->forward_f32(cell, args, pool);
+  engine()->forward_f32(cell, args, pool);
 }
 void forward(int cell, const ForwardArgs<double>& args, const Pool& pool) {
-  engine().load()->forward_f64(cell, args, pool);
+  engine()->forward_f64(cell, args, pool);
+}
+void forward(int cell, const ForwardArgs<BFloat16>& args, const Pool& pool) {
+  chosen().load()->tiles->forward(cell, args, pool);
 }
 void backward(int cell, const BackwardArgs<float>& args, const Pool& pool) {
-  engine().load()->backward_f32(cell, args, pool);
+  engine()->backward_f32(cell, args, pool);
 }
 void backward(int cell, const BackwardArgs<double>& args, const Pool& pool) {
-  engine().load()->backward_f64(cell, args, pool);
+  engine()->backward_f64(cell, args, pool);
+}
+void backward(int cell, const BackwardArgs<BFloat16>& args, const Pool& pool) {
+  chosen().load()->tiles->backward(cell, args, pool);
+}
+bool stores_bfloat16(int cell) {
+  return chosen().load()->tiles != nullptr && cell_facts(cell).late == 0;
 }
 bool update(int cell, bool backward, const UpdateArgs<float>& args, const Pool& pool) {
-  return engine().load()->update_f32(cell, backward, args, pool);
+  return engine()->update_f32(cell, backward, args, pool);
 }
 bool update(int cell, bool backward, const UpdateArgs<double>& args, const Pool& pool) {
-  return engine().load()->update_f64(cell, backward, args, pool);
+  return engine()->update_f64(cell, backward, args, pool);
 }
-void mask(const MaskArgs<float>& args, const Pool& pool) { engine().load()->mask_f32(args, pool); }
-void mask(const MaskArgs<double>& args, const Pool& pool) { engine().load()->mask_f64(args, pool); }
-void mask(const MaskArgs<uint8_t>& args, const Pool& pool) { engine().load()->mask_u8(args, pool); }
+void mask(const MaskArgs<float>& args, const Pool& pool) { engine()->mask_f32(args, pool); }
+void mask(const MaskArgs<double>& args, const Pool& pool) { engine()->mask_f64(args, pool); }
+void mask(const MaskArgs<uint8_t>& args, const Pool& pool) { engine()->mask_u8(args, pool); }
 
 }  // namespace frnn::cpu

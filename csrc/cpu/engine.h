@@ -6,6 +6,12 @@
 
 namespace frnn::cpu {
 
+// Of values stored in bfloat16.
+struct TileEngine {
+  void (*forward)(int cell, const ForwardArgs<BFloat16>&, const Pool&);
+  void (*backward)(int cell, const BackwardArgs<BFloat16>&, const Pool&);
+};
+
 struct Engine {
   const char* name;
   void (*forward_f32)(int cell, const ForwardArgs<float>&, const Pool&);
@@ -22,6 +28,6 @@ struct Engine {
 extern const Engine kBaseEngine;
 extern const Engine kAvx2Engine;    // x86-64 only
 extern const Engine kAvx512Engine;  // x86-64 only
-extern const Engine kAmxEngine;     // if FRNN_AMX
+extern const TileEngine kAmxTiles;  // if FRNN_AMX
 
 }  // namespace frnn::cpu

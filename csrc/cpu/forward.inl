@@ -4,17 +4,19 @@
 // The input projection W_ih x is made in chunks of steps, each slice for its own rows and units,
 // into a buffer that stays in the cache until the steps of the chunk have used it.
 
-template <class Cell, class T>
+template <class Cell, class T, class S>
 class Forward {
   using V = Vec<T>;
-  using Steps = frnn::ForwardSteps<Cell, V, T, T, true>;
+  using Args = frnn::cpu::ForwardArgs<S>;
+  static constexpr bool kTiles = !std::is_same_v<S, T>;
+  using Steps = frnn::ForwardSteps<Cell, V, S, T, !kTiles>;
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
   static constexpr int kLate = frnn::kLateGates<Cell>, kEarly = kGates - kLate;
   // Rows of a chunk of the input projection: enough for W_ih to be read seldom.
   static constexpr int64_t kInputRows = 192;
 
  public:
-  static void run(const frnn::cpu::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
+  static void run(const Args& args, const frnn::cpu::Pool& pool) {
     const auto plan = plan_of<Cell, T>(args, pool.threads);
     Carver measure(nullptr);
     Forward(args, plan, measure);
@@ -26,7 +28,7 @@ class Forward {
   // One thread's part: `each` visits its slices, `meet` waits for all the others.
   template <class Each, class Meet>
   void work(const Each& each, const Meet& meet) {
-    [[maybe_unused]] const TileScope scope(tiles_);
+    [[maybe_unused]] const std::conditional_t<kTiles, TileScope, int> scope{};
     each([&](int i) { pack(slice(i)); });
     each([&](int i) { start(slice(i)); });
     meet();
@@ -59,20 +61,19 @@ class Forward {
   }
 
  private:
-  Forward(const frnn::cpu::ForwardArgs<T>& args, const frnn::cpu::Plan& plan, Carver& carver)
+  Forward(const Args& args, const frnn::cpu::Plan& plan, Carver& carver)
       : a_(args),
         plan_(plan),
         timeline_(args),
         computed_(args, carver),
-        steps_(args, carver.take<T>(a_.h_prev ? 0 : 2 * a_.b * a_.p),
+        steps_(args, carver.take<S>(a_.h_prev ? 0 : 2 * a_.b * a_.p),
                carver.take<T>(a_.h_prev ? 0 : (kStates - 1) * a_.b * a_.h),
-               carver.take<T>(a_.w_hr && !a_.m ? a_.b * a_.h : 0), &args.noise,
-               carver.take<T>(args.noise.dropout ? 2 * a_.b * a_.p : 0), args.reset),
+               carver.take<S>(a_.w_hr && !a_.m ? a_.b * a_.h : 0), &args.noise,
+               carver.take<S>(args.noise.dropout ? 2 * a_.b * a_.p : 0), args.reset),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
-        packed_(a_.t * a_.b >= kPackedRows),
-        tiles_(on_tiles<Cell, T>(a_)),
-        once_ih_(!tiles_ && plan.by_units && a_.t <= chunk_),
-        once_hh_(!tiles_ && plan.by_units && a_.t == 1 && kLate == 0),
+        packed_(kTiles || a_.t * a_.b >= kPackedRows),
+        once_ih_(!kTiles && plan.by_units && a_.t <= chunk_),
+        once_hh_(!kTiles && plan.by_units && a_.t == 1 && kLate == 0),
         of_ih_(normalises() ? min(chunk_, a_.t) * a_.b : 0, a_.h, plan.slices, carver),
         of_hh_(normalises() ? a_.b : 0, a_.h, plan.slices, carver),
         of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
@@ -83,41 +84,42 @@ class Forward {
     if (normalises() || kLate > 0) products_ = carver.take<T>(a_.b * units * kGates);
     if (kLate > 0) late_ = carver.take<T>(a_.b * a_.p);
     if (!packed_) return;
-    if (tiles_) {
-      const int64_t of_i = tiles_along(a_.i), of_p = tiles_along(a_.p),
-                    gates = kGates * units / lanes;
-      w_ih_ = carver.take<T>(gates * of_i * kTileNumbers);
-      w_hh_ = carver.take<T>(gates * of_p * kTileNumbers);
-      const int64_t rows = min(chunk_, a_.t) * a_.b, most = a_.i > a_.p ? a_.i : a_.p;
-      if constexpr (kHasTiles) rows_size_ = (rows + kRowsBeyond) * row_size<1>(most);
-      rows_ = carver.take<T>(plan.slices * rows_size_);
-      sums_size_ = sums_of_tiles<1>(rows, most, gates * lanes);
+    if constexpr (kTiles) {
+      const int64_t gates = kGates * blocks_of<T>(a_.h), rows = min(chunk_, a_.t) * a_.b;
+      w_ih_ = carver.take<S>(gates * tiles_along(a_.i) * kTileNumbers);
+      w_hh_ = carver.take<S>(gates * tiles_along(a_.p) * kTileNumbers);
+      if (a_.w_hr) {
+        w_hr_ = carver.take<S>(blocks_of<T>(a_.p) * tiles_along(a_.h) * kTileNumbers);
+      }
+      int64_t most = a_.i > a_.p ? a_.i : a_.p;
+      if (a_.w_hr && a_.h > most) most = a_.h;
+      rows_size_ = (rows + kRowsBeyond) * row_size(most);
+      rows_ = carver.take<S>(plan.slices * rows_size_);
+      sums_size_ = sums_of_tiles(rows, most, gates * lanes);
       sums_ = carver.take<T>(plan.slices * sums_size_);
     } else {
-      w_ih_ = carver.take<T>((once_ih_ ? some : units) * kGates * a_.i);
-      w_hh_ = carver.take<T>((once_hh_ ? some : units) * kGates * a_.p);
+      w_ih_ = carver.take<S>((once_ih_ ? some : units) * kGates * a_.i);
+      w_hh_ = carver.take<S>((once_hh_ ? some : units) * kGates * a_.p);
+      if (a_.w_hr) w_hr_ = carver.take<S>(blocks_of<T>(a_.p) * lanes * a_.h);
     }
-    if (a_.w_hr) w_hr_ = carver.take<T>(blocks_of<T>(a_.p) * lanes * a_.h);
   }
 
-  Slice slice(int i) const { return make_slice(a_, plan_, i); }
+  Slice slice(int i) const { return make_slice<T>(a_, plan_, i); }
 
   void pack(const Slice& slice) const {
-    if (!packed_) return;
-    if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
-    if constexpr (kHasTiles && sizeof(T) == 4) {
-      if (tiles_) {
-        pack_tiles(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
-        pack_tiles(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
-        return;
+    if constexpr (kTiles) {
+      pack_tiles(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
+      pack_tiles(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
+      if (a_.w_hr) pack_tiles(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
+    } else if (packed_) {
+      if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
+      if (!once_ih_) pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
+      if (once_hh_) return;
+      pack_rows(a_.w_hh, kEarly, a_.h, a_.p, slice.pack_hidden, w_hh_);
+      if (kLate > 0) {
+        pack_rows(late_weights(a_.w_hh, a_.h), kLate, a_.h, a_.p, slice.pack_hidden,
+                  late_weights(w_hh_, blocks_of<T>(a_.h) * kLanes<T>));
       }
-    }
-    if (!once_ih_) pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
-    if (once_hh_) return;
-    pack_rows(a_.w_hh, kEarly, a_.h, a_.p, slice.pack_hidden, w_hh_);
-    if (kLate > 0) {
-      pack_rows(late_weights(a_.w_hh, a_.h), kLate, a_.h, a_.p, slice.pack_hidden,
-                late_weights(w_hh_, blocks_of<T>(a_.h) * kLanes<T>));
     }
   }
 
@@ -167,32 +169,34 @@ class Forward {
 
   void project_input(const Slice& slice, int64_t s0) const {
     const Input to = input(slice, s0);
-    const int64_t steps = min(chunk_, a_.t - s0);
-    const auto project = [&](int64_t begin, Range rows) {  // rows of [T*B] counted from begin
-      const auto wanted = [&](int64_t r) { return computed_[begin * a_.b + r]; };
-      const auto fetch = [](int64_t, int64_t) {};
-      const auto finish = [&](const Tile& tile, const V* sum) {
-        for (int j = 0; j < tile.blocks; ++j) {
-          V bias[kGates] = {};
-          for (int g = 0; g < kGates && !normalises(); ++g) bias[g] = input_bias(g, tile.block + j);
-          for (int i = 0; i < tile.rows; ++i) {
-            const int64_t r = tile.row + i;
-            if (!wanted(r)) continue;
-            const V* product = sum + (i * tile.blocks + j) * kGates;
-            V* gx = to.at(begin + r / a_.b, r % a_.b, tile.block + j);
-            for (int g = 0; g < kGates; ++g) gx[g] = product[g] + bias[g];
-            if (normalises()) {
-              of_ih_.template describe<kGates>((begin - to.first) * a_.b + r, tile.block + j, gx);
-            }
-          }
-        }
-      };
-      const T* x = a_.x + begin * a_.b * a_.i;
-      if constexpr (kHasTiles && sizeof(T) == 4) {
-        if (tiles_) {
-          return multiply_tiles(slice, x, a_.i, rows, w_ih_, false, wanted, fetch, finish);
-        }
+    const int64_t steps = min(chunk_, a_.t - s0), some = slice.rows.size();
+    if constexpr (kTiles) {
+      S* laid = rows_ + slice.index * rows_size_;
+      for (int64_t i = 0; i < steps; ++i) {
+        lay_rows(a_.x + (to.first + i) * a_.b * a_.i, a_.i, slice.rows, a_.i,
+                 laid + i * some * row_size(a_.i));
       }
+      const auto place_of = [&](int64_t r) {
+        return TimeAndRow{to.first + r / some, slice.rows.begin + r % some};
+      };
+      project_rows(to, place_of, [&](const auto& wanted, const auto& fetch, const auto& finish) {
+        product_of_tiles<kGates>(laid, {0, steps * some}, a_.i, w_ih_, blocks_of<T>(a_.h),
+                                 slice.hidden, false, sums_ + slice.index * sums_size_, wanted,
+                                 fetch, finish);
+      });
+    } else if (some == a_.b) {
+      project_rows(to, to.first, {0, steps * a_.b});
+    } else {
+      for (int64_t t = to.first; t < to.first + steps; ++t) project_rows(to, t, slice.rows);
+    }
+  }
+
+  // Rows of [T*B], counted from those of a time on.
+  void project_rows(const Input& to, int64_t time, Range rows) const {
+    const Slice& slice = to.slice;
+    const S* x = a_.x + time * a_.b * a_.i;
+    const auto place_of = [&](int64_t r) { return TimeAndRow{time + r / a_.b, r % a_.b}; };
+    project_rows(to, place_of, [&](const auto& wanted, const auto& fetch, const auto& finish) {
       const auto multiply = [&](const auto& weights) {
         product<kGates, T>(x, a_.i, rows, a_.i, weights, slice.hidden, false, wanted, fetch,
                            finish);
@@ -204,15 +208,42 @@ class Forward {
       } else {
         product_unpacked<kGates>(x, a_.i, rows, a_.i, a_.w_ih, a_.h, slice.hidden, wanted, finish);
       }
-    };
-    if (slice.rows.size() == a_.b) {
-      project(to.first, {0, steps * a_.b});
-    } else {
-      for (int64_t t = to.first; t < to.first + steps; ++t) project(t, slice.rows);
-    }
+    });
   }
 
-  bool normalises() const { return a_.norm.gain_hh != nullptr; }
+  struct TimeAndRow {
+    int64_t time, row;
+  };
+
+  // By multiply(wanted, fetch, finish), whose row r is at place_of(r).
+  template <class PlaceOf, class Multiply>
+  void project_rows(const Input& to, const PlaceOf& place_of, const Multiply& multiply) const {
+    const auto wanted = [&](int64_t r) {
+      const TimeAndRow at = place_of(r);
+      return computed_[at.time * a_.b + at.row];
+    };
+    const auto fetch = [](int64_t, int64_t) {};
+    const auto finish = [&](const Tile& tile, const V* sum) {
+      for (int j = 0; j < tile.blocks; ++j) {
+        V bias[kGates] = {};
+        for (int g = 0; g < kGates && !normalises(); ++g) bias[g] = input_bias(g, tile.block + j);
+        for (int i = 0; i < tile.rows; ++i) {
+          const TimeAndRow at = place_of(tile.row + i);
+          if (!computed_[at.time * a_.b + at.row]) continue;
+          const V* product = sum + (i * tile.blocks + j) * kGates;
+          V* gx = to.at(at.time, at.row, tile.block + j);
+          for (int g = 0; g < kGates; ++g) gx[g] = product[g] + bias[g];
+          if (normalises()) {
+            const int64_t r = (at.time - to.first) * a_.b + at.row;
+            of_ih_.template describe<kGates>(r, tile.block + j, gx);
+          }
+        }
+      }
+    };
+    multiply(wanted, fetch, finish);
+  }
+
+  bool normalises() const { return !kTiles && a_.norm.gain_hh; }
 
   // Keeps one over the standard deviation of row r of [T*B] for backward; which: 0, 1, 2 for W_ih
   // x, W_hh h and c. Of all slices with that row the first one does it.
@@ -252,7 +283,7 @@ class Forward {
   V input_bias(int g, int64_t block) const {
     const Place p = place<kLanes<T>>(0, block, a_.h);
     const V bias = a_.b_ih ? frnn::load<V>(a_.b_ih + g * a_.h + p.unit, p.n) : V{};
-    const T* more = Cell::kAdditive ? a_.b_hh : nullptr;
+    const S* more = Cell::kAdditive ? a_.b_hh : nullptr;
     return more ? bias + frnn::load<V>(more + g * a_.h + p.unit, p.n) : bias;
   }
 
@@ -375,28 +406,27 @@ class Forward {
         finish_cells(s, tile, gx, gh);
       }
     };
-    const T* h = steps_.product_in(s);
-    if constexpr (kHasTiles && sizeof(T) == 4) {
-      if (tiles_) {
-        return multiply_tiles(slice, h, a_.p, slice.rows, w_hh_, s % 2, computed, fetch, finish);
-      }
+    const S* h = steps_.product_in(s);
+    if constexpr (kTiles) {
+      on_tiles<kGates>(slice, h, a_.p, slice.rows, w_hh_, a_.h, slice.hidden, s % 2, computed,
+                       fetch, finish);
+    } else if (packed_ && once_hh_) {
+      product<kGates, T>(h, a_.p, slice.rows, a_.p, once(slice, a_.w_hh, a_.p, w_hh_),
+                         slice.hidden, s % 2, computed, fetch, finish);
+    } else {
+      multiply_states<kEarly>(slice, s, h, a_.w_hh, w_hh_, fetch, finish);
     }
-    if (packed_ && once_hh_) {
-      return product<kGates, T>(h, a_.p, slice.rows, a_.p, once(slice, a_.w_hh, a_.p, w_hh_),
-                                slice.hidden, s % 2, computed, fetch, finish);
-    }
-    multiply_states<kEarly>(slice, s, h, a_.w_hh, w_hh_, fetch, finish);
   }
 
-  // The product of rows [.., k], rounded, and packed weights.
-  template <class Wanted, class Fetch, class Finish>
-  void multiply_tiles(const Slice& slice, const T* a, int64_t k, Range rows, const T* packed,
-                      bool backwards, const Wanted& wanted, const Fetch& fetch,
-                      const Finish& finish) const {
-    T* rounded = rows_ + slice.index * rows_size_;
-    round_rows(a, k, rows, k, rounded);
-    product_of_tiles<kGates, 1>(rounded, rows, k, packed, blocks_of<T>(a_.h), slice.hidden,
-                                backwards, sums_ + slice.index * sums_size_, wanted, fetch, finish);
+  // The product of rows a [.., k] and some blocks of packed weights of some units.
+  template <int kSome, class Wanted, class Fetch, class Finish>
+  void on_tiles(const Slice& slice, const S* a, int64_t k, Range rows, const S* packed,
+                int64_t units, Range blocks, bool backwards, const Wanted& wanted,
+                const Fetch& fetch, const Finish& finish) const {
+    S* laid = rows_ + slice.index * rows_size_;
+    lay_rows(a, k, rows, k, laid);
+    product_of_tiles<kSome>(laid, rows, k, packed, blocks_of<T>(units), blocks, backwards,
+                            sums_ + slice.index * sums_size_, wanted, fetch, finish);
   }
 
   // The product of some gates' weights, which are also packed, or would be.
@@ -480,8 +510,11 @@ class Forward {
         }
       }
     };
-    const T* m = steps_.m_at(s);
-    if (packed_) {
+    const S* m = steps_.m_at(s);
+    if constexpr (kTiles) {
+      on_tiles<1>(slice, m, a_.h, slice.rows, w_hr_, a_.p, slice.output, s % 2, computed, fetch,
+                  finish);
+    } else if (packed_) {
       const Packed<T> weights{w_hr_, a_.h * kLanes<T>};
       product<1, T>(m, a_.h, slice.rows, a_.h, weights, slice.output, s % 2, computed, fetch,
                     finish);
@@ -542,25 +575,24 @@ class Forward {
     }
   }
 
-  const frnn::cpu::ForwardArgs<T>& a_;
+  const Args& a_;
   const frnn::cpu::Plan plan_;
-  const frnn::Timeline<T> timeline_;
+  const frnn::Timeline<S> timeline_;
   const Computed computed_;
   const Steps steps_;
   const int64_t chunk_;  // steps of a chunk of the input projection
   const bool packed_;    // whether the weights are packed
-  const bool tiles_;     // .. for bfloat16 products
   const bool once_ih_;   // .. not beforehand, since all of them are needed only once
   const bool once_hh_;
   const Statistics<T> of_ih_, of_hh_, of_c_;  // of a chunk's rows, and of a step's
   const Pairs<T> outputs_;                    // of a step, what h takes of the gates, and c
-  T* w_ih_ = nullptr;                         // packed
+  S* w_ih_ = nullptr;                         // packed
   T* gx_ = nullptr;                           // one chunk
   T* products_ = nullptr;                     // of a step, if more comes before the cells
   T* late_ = nullptr;                         // of a step, what enters the late gates' product
-  T* w_hh_ = nullptr;                         // packed
-  T* w_hr_ = nullptr;                         // packed
-  T* rows_ = nullptr;                         // rounded rows for tiles, of each slice
+  S* w_hh_ = nullptr;                         // packed
+  S* w_hr_ = nullptr;                         // packed
+  S* rows_ = nullptr;                         // left factors of tiles, of each slice
   T* sums_ = nullptr;                         // of their products, likewise
   int64_t rows_size_ = 0, sums_size_ = 0;
 };

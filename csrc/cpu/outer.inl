@@ -7,13 +7,13 @@
 // sum is formed in the same order however the units are divided.
 
 // c [M, N] += a' b for rows of a [.., M] and of b [.., N].
-template <class T>
+template <class S, class T = S>
 struct OuterProduct {
-  const T* b;
+  const S* b;
   int64_t n;
   T* c;  // null: not wanted
   const T* scale =
-      nullptr;  // [period, N], or null: what row r of b is multiplied by, at r % period
+      nullptr;  // [period, N], or null: what row r of b is multiplied by, at r % period; not on tiles
   int64_t period = 1;
 };
 

@@ -3,6 +3,7 @@
 // once, after defining kVectorBytes and kSumRegisters. Everything lies in an anonymous namespace:
 // the linker must never replace one instruction set's copy by another's.
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "cells/cell.h"
@@ -15,6 +16,7 @@
 
 namespace {
 
+using frnn::BFloat16;
 using frnn::Place;
 using frnn::place;
 using frnn::StepGradients;
@@ -22,61 +24,36 @@ using frnn::StepGradients;
 #include "cpu/gemm.inl"
 #include "cpu/outer.inl"
 
-// Products of bfloat16 values, where the instruction set has tiles for them; T is float. A tile
-// takes as much memory as kTileNumbers of T.
-constexpr int64_t kTileNumbers = 256;
-// Fewer units than a tile has rows are left to the vectors.
-constexpr int64_t kTileUnits = 16;
-// Rows of all steps from which on packed weights pay.
-constexpr int64_t kPackedRows = 4;
+// Values stored in bfloat16 are multiplied on tiles, which hold this many of them.
+constexpr int64_t kTileNumbers = 512;
 constexpr int64_t tiles_along(int64_t k) { return (k + 31) / 32; }
 constexpr int64_t row_tiles(int64_t rows) { return (rows + 15) / 16; }
-// Tiles along k of a piece: those of 32 rows in all parts take 32 KB of the L1 cache.
-template <int kParts>
-constexpr int kTilesOfPiece = 16 / kParts;
+// Tiles along k of a piece: those of 32 rows take 32 KB of the L1 cache.
+constexpr int64_t kTilesOfPiece = 16;
+// Columns of tiles that many rows pass by at a time: a piece of them takes 256 KB of the L2 cache.
+constexpr int64_t kPanelColumns = 16;
+// Numbers from row to row of a left factor: an odd number of KB and a line, so that what is used
+// together of many rows has room in the L1 cache.
+constexpr int64_t row_size(int64_t k) { return ((tiles_along(k) + 15) / 16 | 1) * 512 + 32; }
 // Rows whose place is read, though not used, beyond the last one of a left factor.
 constexpr int64_t kRowsBeyond = 31;
 // Numbers that product_of_tiles() needs for its sums.
-template <int kParts>
 constexpr int64_t sums_of_tiles(int64_t rows, int64_t k, int64_t columns) {
-  const int64_t kept = tiles_along(k) > kTilesOfPiece<kParts> ? (rows + 31) / 32 * 32 : 32;
+  const int64_t kept = tiles_along(k) > kTilesOfPiece ? (rows + 31) / 32 * 32 : 32;
   return kept * ((columns + 31) / 32 * 32);
 }
 // Rows whose outer products are summed up at a time.
 constexpr int64_t kTileChunk = 512;
-template <int kParts>
-constexpr int64_t row_size(int64_t k);
-template <class T>
-void round_rows(const T* a, int64_t lda, Range rows, int64_t k, T* to);
-template <class T>
-void split_block(Vec<T> value, int64_t block, T* row);
-template <class T>
-void pack_tiles(const T* w, int gates, int64_t units, int64_t k, Range blocks, T* packed);
-template <class T>
-void pack_tiles_of_gates(const T* w, int64_t gates, int64_t h, int64_t n, Range blocks, T* packed);
-template <int kGates, int kParts, class T, class Wanted, class Fetch, class Finish>
-void product_of_tiles(const T* a, Range rows, int64_t k, const T* packed, int64_t all_blocks,
-                      Range blocks, bool backwards, T* scratch, const Wanted& wanted,
-                      const Fetch& fetch, const Finish& finish);
-template <class T>
-class OuterOfTiles;
 
 #if defined(__AMX_BF16__)
-constexpr bool kHasTiles = true;
 #include "cpu/amx.inl"
 #else
-constexpr bool kHasTiles = false;
-struct TileScope {
-  explicit TileScope(bool) {}
-};
+struct TileScope {};
+class OuterOfTiles;
 #endif
 
-// Whether a call's products are of tiles: forward rounds h for them.
-template <class Cell, class T, class Args>
-bool on_tiles(const Args& a) {
-  return kHasTiles && sizeof(T) == 4 && a.bfloat16 && a.h >= kTileUnits && a.p >= kTileUnits &&
-         a.t * a.b >= kPackedRows && frnn::kLateGates<Cell> == 0;
-}
+// Rows of all steps from which on packed weights pay.
+constexpr int64_t kPackedRows = 4;
 
 // The part of the work one slice owns: rows x blocks of units; when the units are divided, all
 // rows and its share of the blocks, else the other way round.
@@ -89,8 +66,8 @@ struct Slice {
   Range pack_output;
 };
 
-template <class T>
-Slice make_slice(const frnn::SequenceArgs<T>& a, const frnn::cpu::Plan& plan, int i) {
+template <class T, class Args>
+Slice make_slice(const Args& a, const frnn::cpu::Plan& plan, int i) {
   const int64_t hidden = blocks_of<T>(a.h), output = blocks_of<T>(a.p);
   Slice s;
   s.index = i;
@@ -109,7 +86,7 @@ frnn::cpu::Plan plan_of(const Args& a, int threads) {
                                .rows = a.b,
                                .unit_blocks = blocks_of<T>(a.h),
                                .step_flops = 2 * macs * a.b,
-                               .weight_bytes = static_cast<int64_t>(macs * sizeof(T)),
+                               .weight_bytes = static_cast<int64_t>(macs * sizeof(*a.w_hh)),
                                .often = a.norm.gain_hh || frnn::kLateGates<Cell> > 0});
 }
 
@@ -135,12 +112,12 @@ class Carver {
 // Which steps of which rows are computed, [T, B], written out by all slices together.
 class Computed {
  public:
-  template <class T>
-  Computed(const frnn::SequenceArgs<T>& args, Carver& carver)
+  template <class S>
+  Computed(const frnn::SequenceArgs<S>& args, Carver& carver)
       : b_(args.b), flags_(args.lengths ? carver.take<bool>(args.t * args.b) : nullptr) {}
 
-  template <class T>
-  void fill(const frnn::Timeline<T>& timeline, Range times) const {
+  template <class S>
+  void fill(const frnn::Timeline<S>& timeline, Range times) const {
     if (flags_ == nullptr) return;
     for (int64_t row = 0; row < b_; ++row) {
       const int64_t length = timeline.length(row);
@@ -199,14 +176,21 @@ void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Po
 #include "cpu/mask.inl"
 #include "cpu/update.inl"
 
-template <class T>
-void run_forward(int cell, const frnn::cpu::ForwardArgs<T>& args, const frnn::cpu::Pool& pool) {
-  frnn::Cells::dispatch(cell, [&]<class Cell>() { Forward<Cell, T>::run(args, pool); });
+template <class Cell, class S>
+constexpr bool kExists = std::is_same_v<S, frnn::Wide<S>> || frnn::kLateGates<Cell> == 0;
+
+template <class S>
+void run_forward(int cell, const frnn::cpu::ForwardArgs<S>& args, const frnn::cpu::Pool& pool) {
+  frnn::Cells::dispatch(cell, [&]<class Cell>() {
+    if constexpr (kExists<Cell, S>) Forward<Cell, frnn::Wide<S>, S>::run(args, pool);
+  });
 }
 
-template <class T>
-void run_backward(int cell, const frnn::cpu::BackwardArgs<T>& args, const frnn::cpu::Pool& pool) {
-  frnn::Cells::dispatch(cell, [&]<class Cell>() { Backward<Cell, T>::run(args, pool); });
+template <class S>
+void run_backward(int cell, const frnn::cpu::BackwardArgs<S>& args, const frnn::cpu::Pool& pool) {
+  frnn::Cells::dispatch(cell, [&]<class Cell>() {
+    if constexpr (kExists<Cell, S>) Backward<Cell, frnn::Wide<S>, S>::run(args, pool);
+  });
 }
 
 template <class T>
@@ -220,19 +204,6 @@ bool run_update(int cell, bool backward, const frnn::cpu::UpdateArgs<T>& args,
     }
   });
   return exists;
-}
-
-constexpr frnn::cpu::Engine make_engine(const char* name) {
-  return {name,
-          run_forward<float>,
-          run_forward<double>,
-          run_backward<float>,
-          run_backward<double>,
-          run_update<float>,
-          run_update<double>,
-          run_mask<float>,
-          run_mask<double>,
-          run_mask<uint8_t>};
 }
 
 }  // namespace

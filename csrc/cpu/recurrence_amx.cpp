@@ -4,11 +4,12 @@
 #include "cpu/engine.h"
 
 namespace {
-// As AVX-512, with tiles for products of bfloat16.
+// As AVX-512.
 constexpr int kVectorBytes = 64;
 constexpr int kSumRegisters = 24;
 }  // namespace
 
 #include "cpu/recurrence.inl"
 
-constinit const frnn::cpu::Engine frnn::cpu::kAmxEngine = make_engine("amx");
+constinit const frnn::cpu::TileEngine frnn::cpu::kAmxTiles = {run_forward<frnn::BFloat16>,
+                                                              run_backward<frnn::BFloat16>};

@@ -8,5 +8,7 @@ constexpr int kSumRegisters = 12;
 }  // namespace
 
 #include "cpu/recurrence.inl"
+//
+#include "cpu/engine.inl"
 
 constinit const frnn::cpu::Engine frnn::cpu::kAvx2Engine = make_engine("avx2");

@@ -12,5 +12,7 @@ constexpr int kSumRegisters = 12;
 }  // namespace
 
 #include "cpu/recurrence.inl"
+//
+#include "cpu/engine.inl"
 
 constinit const frnn::cpu::Engine frnn::cpu::kBaseEngine = make_engine("base");

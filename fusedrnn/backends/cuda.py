@@ -201,7 +201,6 @@ def _forward(
     reverse: bool,
     training: bool,
     cell_states: bool,
-    bfloat16: bool,
     rate_h: float,
     rate_c: float,
 ) -> tuple[Tensor, ...]:
@@ -241,7 +240,6 @@ def _backward(
     kept: Tensor,
     cell: int,
     reverse: bool,
-    bfloat16: bool,
     reset_states: bool,
     rate_h: float,
     rate_c: float,
@@ -251,6 +249,7 @@ def _backward(
     want_b_ih: bool,
     want_b_hh: bool,
     want_w_hr: bool,
+    want_gates: bool,
 ) -> tuple[Tensor, ...]:
     additive = facts_of(cell).additive
     w_hh_t = w_hh.t().contiguous()
@@ -262,7 +261,8 @@ def _backward(
     )  # fmt: skip
     wanted = want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr
     run = dgx, dgx if additive else dgh, dh, dh0, dc0
-    return _gradients(x, Weights(w_ih, w_hh, None, None, w_hr), h_prev, m, run, wanted, scale)
+    found = _gradients(x, Weights(w_ih, w_hh, None, None, w_hr), h_prev, m, run, wanted, scale)
+    return *found, *((dgx, dgh, dh) if want_gates else (x.new_empty(0) for _ in range(3)))
 
 
 def _gradients(

@@ -84,7 +84,7 @@ def facts_of(cell: int) -> Facts:
 
 
 def isa() -> str | None:
-    """The instruction set the engine runs on: base, avx2 or avx512."""
+    """The instruction set the engine runs on: base, avx2, avx512 or amx."""
     return None if _library is None else _text("frnn_isa")
 
 
@@ -173,10 +173,6 @@ class Ops:
         return None
 
     def forward(self, call: Call, training: bool) -> Run:
-        return self._forward(call, training, False)
-
-    def _forward(self, call: Call, training: bool, bfloat16: bool) -> Run:
-        """``bfloat16``: float32 tensors hold bfloat16 values, and h may be rounded to them."""
         cell, x, weights, h0, c0, seq, reverse, cell_states, noise = call
         tensors = (x, *weights[:6], h0, c0, *seq, *noise.masks, *weights.norms)
         y, h_n, c_n, c, *reserve = torch.ops.fusedrnn.recurrence_forward(
@@ -185,7 +181,6 @@ class Ops:
             reverse,
             training,
             cell_states,
-            bfloat16,
             *noise.rates,
         )
         return Run(y, h_n, c_n, c, tuple(reserve))
@@ -193,17 +188,6 @@ class Ops:
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
-        return self._backward(call, upstream, reserve, wanted, False)
-
-    def _backward(
-        self,
-        call: Call,
-        upstream: Upstream,
-        reserve: tuple[Tensor, ...],
-        wanted: Wanted,
-        bfloat16: bool,
-    ) -> Gradients:
-        """``bfloat16``: as it was in forward."""
         cell, x, weights, _, c0, seq, reverse, _, noise = call
         dy, dh_n, dc_n, dc = upstream
         w_ih, w_hh, _, _, w_hr, params, *norms = weights
@@ -216,12 +200,12 @@ class Ops:
             *(None if t is None else t.contiguous() for t in tensors),
             self._index[cell.key],
             reverse,
-            bfloat16,
             seq.h_reset is not None,
             *noise.rates,
             *wanted[:6],
+            False,
         )
-        *of_weights, dparams, dgains, dnorm_c, dh0, dc0, dh_reset, dc_reset = found
+        *of_weights, dparams, dgains, dnorm_c, dh0, dc0, dh_reset, dc_reset = found[:13]
         norms = [None] * 4
         if weights.norm_ih is not None:
             norms[:2] = dgains.sum(1)
@@ -239,9 +223,9 @@ class Ops:
 
 
 class Native(Ops):
-    """The CPU engine. It stores and computes in float32 what has 16 bits outside; products are of
-    bfloat16 values, with sums in float32, where there are AMX tiles for them and no late gates:
-    forward's of h rounded, backward's of gradients in two parts."""
+    """The CPU engine. What has 16 bits outside it stores and computes in float32, but for bfloat16
+    where there are AMX tiles: then all is stored in bfloat16 except cell states and running
+    gradients, and computed in float32."""
 
     name = "cpu"
     reads_padding = False
@@ -263,8 +247,18 @@ class Native(Ops):
         return reason
 
     def algorithm(self, request: Request, rows: int) -> str:
-        stored = str(compute_dtype(request.dtype)).removeprefix("torch.")
-        return f"standard on {isa()}, states in {stored}, one parallel region a sequence"
+        regularised = request.recurrent_dropout or request.zoneout or request.layer_norm
+        narrow = self._stores(request.cell, request.dtype, regularised or request.reset_states)
+        stored = str(request.dtype if narrow else compute_dtype(request.dtype))
+        return f"standard on {isa()}, values in {stored.removeprefix('torch.')}, one parallel region a sequence"
+
+    def _stores(self, cell: Cell, dtype: torch.dtype, more: bool) -> bool:
+        """Whether the engine stores values as they are outside; ``more``: there are regularisers,
+        norms or resets into states."""
+        if dtype != torch.bfloat16:
+            return compute_dtype(dtype) == dtype
+        assert _library is not None
+        return bool(_library.frnn_stores_bfloat16(self._index[cell.key])) and not more
 
     def runs_stack(self, request: Request) -> bool:
         regularised = request.recurrent_dropout or request.zoneout or request.layer_norm
@@ -290,21 +284,22 @@ class Native(Ops):
 
     def forward(self, call: Call, training: bool) -> Run:
         dtype = call.x.dtype
-        if compute_dtype(dtype) == dtype:
+        noisy = call.noise.rates != (1, 1) or any(m is not None for m in call.noise.masks)
+        more = noisy or call.weights.norm_ih is not None or call.seq.h_reset is not None
+        if self._stores(call.cell, dtype, more):
             return super().forward(call, training)
-        wide = call.to(compute_dtype(dtype))
-        *outputs, reserve = self._forward(wide, training, dtype == torch.bfloat16)
+        *outputs, reserve = super().forward(call.to(compute_dtype(dtype)), training)
         y, h_n, c_n, c = (t.to(dtype) for t in outputs)
         return Run(y, h_n, c_n, c, reserve)
 
     def backward(
         self, call: Call, upstream: Upstream, reserve: tuple[Tensor, ...], wanted: Wanted
     ) -> Gradients:
-        dtype, wide = call.x.dtype, compute_dtype(call.x.dtype)
-        if wide == dtype:
-            return super().backward(call, upstream, reserve, wanted)
-        upstream = Upstream(*(None if d is None else d.to(wide) for d in upstream))
-        found = self._backward(call.to(wide), upstream, reserve, wanted, dtype == torch.bfloat16)
+        dtype, stored = call.x.dtype, reserve[0].dtype
+        if stored != dtype:
+            call = call.to(stored)
+            upstream = Upstream(*(None if d is None else d.to(stored) for d in upstream))
+        found = super().backward(call, upstream, reserve, wanted)
         return Gradients(*(None if d is None else d.to(dtype) for d in found))
 
     def cell_update(
@@ -378,13 +373,14 @@ def empty_gradients(
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
     """The results of a backward op but for those of params, unset, in the order of Gradients;
-    ``[0]`` if not wanted."""
+    ``[0]`` if not wanted. On the CPU those of states are as wide as they are computed."""
     batch, hidden = saved.shape[2:]
     want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr = wanted
 
-    def empty(wanted: bool, *shape: Any) -> Tensor:
-        return x.new_empty(shape if wanted else (0,))
+    def empty(wanted: bool, *shape: Any, dtype: torch.dtype = x.dtype) -> Tensor:
+        return x.new_empty(shape if wanted else (0,), dtype=dtype)
 
+    of_states = _of_states(x)
     return (
         empty(want_x, *x.shape),
         empty(want_w_ih, *w_ih.shape),
@@ -392,9 +388,13 @@ def empty_gradients(
         empty(want_b_ih, w_hh.shape[0]),
         empty(want_b_hh, w_hh.shape[0]),
         empty(want_w_hr and w_hr is not None, *(() if w_hr is None else w_hr.shape)),
-        empty(True, batch, w_hh.shape[1]),
-        empty(states > 1, states - 1, batch, hidden),
+        empty(True, batch, w_hh.shape[1], dtype=of_states),
+        empty(states > 1, states - 1, batch, hidden, dtype=of_states),
     )
+
+
+def _of_states(x: Tensor) -> torch.dtype:
+    return compute_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
 
 
 def _fake_forward(
@@ -422,7 +422,6 @@ def _fake_forward(
     reverse: bool,
     training: bool,
     cell_states: bool,
-    bfloat16: bool,
     rate_h: float,
     rate_c: float,
 ) -> tuple[Tensor, ...]:
@@ -460,7 +459,6 @@ def _fake_backward(
     kept: Tensor,
     cell: int,
     reverse: bool,
-    bfloat16: bool,
     reset_states: bool,
     rate_h: float,
     rate_c: float,
@@ -470,6 +468,7 @@ def _fake_backward(
     want_b_ih: bool,
     want_b_hh: bool,
     want_w_hr: bool,
+    want_gates: bool,
 ) -> tuple[Tensor, ...]:
     facts = facts_of(cell)
     wanted = want_x, want_w_ih, want_w_hh, want_b_ih, want_b_hh, want_w_hr
@@ -477,12 +476,14 @@ def _fake_backward(
     rows, others = saved.shape[2:], facts.states - 1
     return (
         *found[:6],
-        x.new_empty((facts.params, *rows) if facts.params else (0,)),
+        x.new_empty((facts.params, *rows) if facts.params else (0,), dtype=_of_states(x)),
         x.new_empty((0,) if norm_ih is None else (2, rows[0], w_hh.shape[0])),
         x.new_empty((0,) if norm_c is None else (2, *rows)),
         *found[6:],
         x.new_empty((rows[0], w_hh.shape[1]) if reset_states else (0,)),
         x.new_empty((others, *rows) if reset_states and others else (0,)),
+        *(x.new_empty((*x.shape[:2], w_hh.shape[0]) if want_gates else (0,)) for _ in range(2)),
+        x.new_empty(h_prev.shape if want_gates and w_hr is not None else (0,)),
     )
 
 
