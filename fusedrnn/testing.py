@@ -25,6 +25,7 @@ from fusedrnn.backends import (
     reference,
 )
 from fusedrnn.backends.cuda import Cuda
+from fusedrnn.backends.native import Native
 from fusedrnn.backends.triton import Triton
 from fusedrnn.cells import Cell
 from fusedrnn.recurrence import recurrence
@@ -273,8 +274,8 @@ def check_case(
 ) -> None:
     """Runs ``case`` on ``backend`` and asserts that it is as accurate as the reference on the CPU.
 
-    Where the kernels of a GPU round on the way, to store 16 bits or for products in ``tf32``, each
-    value they store is checked instead, see :func:`assert_stored`.
+    Where kernels round on the way, to store 16 bits or for products in ``tf32``, each value they
+    store is checked instead, see :func:`assert_stored`.
     """
 
     def here(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -286,6 +287,11 @@ def check_case(
             out = run_case(case, inputs.on(device), backend)
         operand = to_tf32 if tf32 else unrounded
         return assert_stored(case, inputs, here(out), here(stored), operand)
+    if isinstance(backend, Native) and case.dtype == torch.bfloat16:
+        with _recording_on_cpu(inputs, backend) as stored:
+            out = run_case(case, inputs, backend)
+        if stored:
+            return assert_stored(case, inputs, out, stored)
     ref64 = run_case(case, inputs.to(torch.float64), Reference())
     ref = _reference(case, inputs, ref64)
     if case.layer_norm:
@@ -440,9 +446,7 @@ def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
 
     def forward(*args: Any) -> Run:
         run = forward_itself(*args)
-        stored["h_prev"], c_prev, saved, _, *others = run.reserve
-        stored.update({f"c_prev {j}": t for j, t in enumerate(c_prev)})
-        stored.update({f"saved {r}": t for r, t in enumerate(saved)})
+        _, others = _record_reserve(run.reserve, stored)
         if case.layer_norm:
             stored["hats hh"] = others[0][0]
             stored.update({"hats c": others[1]} if len(c_prev) else {})
@@ -476,6 +480,48 @@ def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
         patch.object(products, "gradients", gradients),
     ):
         yield stored
+
+
+def _record_reserve(
+    reserve: tuple[Tensor, ...], stored: dict[str, Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """What any backend leaves for backward, by name; returns the m of it and what else there is."""
+    stored["h_prev"], c_prev, saved, m, *others = reserve
+    stored.update({f"c_prev {j}": t for j, t in enumerate(c_prev)})
+    stored.update({f"saved {r}": t for r, t in enumerate(saved)})
+    return m, others
+
+
+@contextmanager
+def _recording_on_cpu(inputs: Inputs, backend: Native) -> Iterator[dict[str, Tensor]]:
+    """What the engine stores in the call inside, with zeros where a step is not computed; nothing
+    if it does not store values as they are outside."""
+    stored: dict[str, Tensor] = {}
+
+    def forward(*args: Any) -> Run:
+        run = forward_itself(*args)
+        if run.reserve[0].dtype == run.y.dtype:
+            m, _ = _record_reserve(run.reserve, stored)
+            stored.update({"m": m} if m.numel() else {})
+        return run
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        *found, dgx, dgh, dh = backward_itself(*args[:-1], bool(stored))
+        if stored:
+            stored.update({"dgx": dgx, "dgh": dgh}, **({"dh": dh} if dh.numel() else {}))
+        return *found, dgx, dgh, dh
+
+    ops = torch.ops.fusedrnn
+    forward_itself, backward_itself = backend.forward, ops.recurrence_backward
+    with (
+        patch.object(backend, "forward", forward),
+        patch.object(ops, "recurrence_backward", backward),
+    ):
+        yield stored
+    if inputs.seq.lengths is not None:
+        computed = torch.arange(inputs.x.shape[0])[:, None] < inputs.seq.lengths
+        for name, t in stored.items():
+            stored[name] = torch.where(computed[..., None], t, 0)
 
 
 class _Product(torch.autograd.Function):
@@ -581,13 +627,16 @@ class OnStored:
             hats, unrounded = self.exchange("hats hh", t, exact), self.made["dgh"][t]
             gh = normalised(gh, norm_hh, hats, scale, exact, unrounded)
         if bias is not None and b_hh is not None:
-            if self.case.cell.additive:  # their sum is stored
+            if not self.case.cell.additive:
+                gh = gh + b_hh[early]
+            elif "gx" in self.stored:  # which has their sum, as it is stored
                 both = bias + b_hh
                 bias = _with_value(both, both.to(self.case.dtype).to(both.dtype))
             else:
-                gh = gh + b_hh[early]
+                bias = bias + b_hh
             gx = gx + bias
-        gx = _with_value(gx, self.take("gx", t, gx.detach()))
+        if "gx" in self.stored:
+            gx = _with_value(gx, self.take("gx", t, gx.detach()))
         gx = self.gradient("dgx", t, gx)
         gh = self.gradient("dgh", t, gh, early)
         gx, gh = gx.unflatten(-1, planes), gh.unflatten(-1, (-1, planes[1]))

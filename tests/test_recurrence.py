@@ -73,7 +73,7 @@ FEATURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 def test_features(cell, feature, dtype, runner):
