@@ -100,38 +100,10 @@ FRNN_FN void store(S* p, V v, int) {
   *p = static_cast<S>(v);
 }
 
-// Storage in bfloat16, the upper half of a float, for vectors of it.
+// Storage in bfloat16, the upper half of a float.
 struct BFloat16 {
   uint16_t bits;
 };
-
-template <class V>
-FRNN_FN V load(const BFloat16* p, int n) {
-  Vector<uint16_t, Value<V>::kLanes> halves{};
-  if (n == Value<V>::kLanes) {
-    __builtin_memcpy(&halves, p, sizeof(halves));
-  } else {
-    __builtin_memcpy(&halves, p, n * sizeof(BFloat16));
-  }
-  using Bits = typename Value<V>::Bits;
-  return __builtin_bit_cast(V, Bits(__builtin_convertvector(halves, Bits) << 16));
-}
-
-// Rounded to the nearest, ties to even; NaN stays NaN.
-template <class V>
-FRNN_FN void store(BFloat16* p, V v, int n) {
-  using Bits = typename Value<V>::Bits;
-  const Bits bits = __builtin_bit_cast(Bits, v);
-  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Bits quiet = bits >> 16 | 0x40;
-  const auto halves =
-      __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, Value<V>::kLanes>);
-  if (n == Value<V>::kLanes) {
-    __builtin_memcpy(p, &halves, sizeof(halves));
-  } else {
-    __builtin_memcpy(p, &halves, n * sizeof(BFloat16));
-  }
-}
 
 // What values stored as S are computed in, and what must not be rounded to S is stored as.
 template <class S>
@@ -188,6 +160,14 @@ template <class V, class... C>
 FRNN_FN V polynomial(V x, Scalar<V> c, C... rest) {
   return polynomial(x, rest...) * x + c;
 }
+
+}  // namespace frnn
+
+#if defined(__AMX_BF16__)
+#include "cpu/bfloat16.h"
+#else
+
+namespace frnn {
 
 // Polynomials by Lawson iteration in 50 digits. exp_tail is (e^r - 1 - r) / r^2 on |r| <= ln2/2;
 // relative to e^r - 1 its error is 1.3e-8 in float, 1.8e-17 in double. tanh_tail is
@@ -280,3 +260,5 @@ FRNN_FN V tanh(V x) {
 }
 
 }  // namespace frnn
+
+#endif

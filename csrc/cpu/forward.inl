@@ -147,15 +147,18 @@ class Forward {
     }
   }
 
-  // The rows of a chunk's input projection that belong to one slice: [steps][rows][blocks][G][V].
+  // The rows of a chunk's input projection that belong to one slice, [blocks][steps][rows][G][V],
+  // in the order in which they are written and read; norms take them row by row, with the blocks
+  // last but two.
   struct Input {
     V* data;
     Slice slice;
-    int64_t first;  // the time of the chunk's first row
+    int64_t first;              // the time of the chunk's first row
+    int64_t of_row, of_block;  // how far apart these are
 
     V* at(int64_t t, int64_t row, int64_t block) const {
       const int64_t r = (t - first) * slice.rows.size() + row - slice.rows.begin;
-      return data + (r * slice.hidden.size() + block - slice.hidden.begin) * kGates;
+      return data + r * of_row + (block - slice.hidden.begin) * of_block;
     }
   };
 
@@ -164,7 +167,10 @@ class Forward {
     const int64_t before = slice.hidden.begin * a_.b + slice.rows.begin * slice.hidden.size();
     T* data = gx_ + before * min(chunk_, a_.t) * kGates * kLanes<T>;
     const int64_t s1 = min(s0 + chunk_, a_.t);
-    return {reinterpret_cast<V*>(data), slice, min(timeline_.time(s0), timeline_.time(s1 - 1))};
+    const int64_t first = min(timeline_.time(s0), timeline_.time(s1 - 1));
+    const int64_t rows = min(chunk_, a_.t) * slice.rows.size(), blocks = slice.hidden.size();
+    if (normalises()) return {reinterpret_cast<V*>(data), slice, first, blocks * kGates, kGates};
+    return {reinterpret_cast<V*>(data), slice, first, kGates, rows * kGates};
   }
 
   void project_input(const Slice& slice, int64_t s0) const {
