@@ -6,35 +6,55 @@
 // factor holds 16 pairs of k by 16 columns. The instructions take subnormal values for zeros.
 
 constexpr int kTileRows = 16, kTileDepth = 32;
-// Columns of the right factor that are multiplied at a time, in tiles, and rows of the left one.
-constexpr int kTileColumns = 2, kTilesOfRows = 2;
+// What is multiplied at a time has four tiles of sums: two of rows by two of columns, or one by
+// four.
+constexpr int kTilesOfRows = 2, kTilesOfSums = 4;
 
 using Sums = Vec<float>;  // of a row and the columns of a tile
 
 // GCC's tile intrinsics name neither the memory they read nor that they write.
 inline void memory_barrier() { __asm__ __volatile__("" ::: "memory"); }
 
-// Tiles of this thread while it works.
+// Tiles of this thread while it works. Those of sums are 0 to 3, those of the left factor 4 and
+// (with the lower rows) 5 if there are two, the others of the right factor.
 class TileScope {
  public:
-  TileScope() {
-    Config config{};
-    for (int i = 0; i < 8; ++i) {
-      config.bytes[i] = 64;
-      config.rows[i] = kTileRows;
-    }
-    memory_barrier();
-    _tile_loadconfig(&config);
-  }
+  TileScope() { configure(kAllRows); }
   ~TileScope() { _tile_release(); }
 
+  // From here on tiles of the left factor and of sums have so many rows together; fewer take less
+  // time. More than all rows come in turns, whole tiles each.
+  static void set_rows(int64_t rows) {
+    const int wanted = rows < kAllRows ? static_cast<int>(rows) : kAllRows;
+    if (wanted != rows_) configure(wanted);
+  }
+
  private:
+  static constexpr int kAllRows = kTilesOfRows * kTileRows;
+
   struct alignas(64) Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   };
+
+  static void configure(int rows) {
+    const int upper = rows < kTileRows ? rows : kTileRows;
+    const auto below = static_cast<uint8_t>(rows - upper);
+    Config config{};
+    for (int i = 0; i < 8; ++i) {
+      config.bytes[i] = 64;
+      config.rows[i] = i > 4 ? kTileRows : static_cast<uint8_t>(upper);
+    }
+    if (below) config.rows[2] = config.rows[3] = config.rows[5] = below;
+    memory_barrier();
+    _tile_loadconfig(&config);
+    rows_ = rows;
+  }
+
+  static thread_local int rows_;
 };
+thread_local int TileScope::rows_ = 0;
 
 // The first n of 32 or 16 numbers, zeros for the rest.
 inline __m512i load_some(const BFloat16* p, int64_t n) {
@@ -137,19 +157,20 @@ struct Tiles {
 template <int kRows, int kColumns>
 void multiply_tiles(const BFloat16* a, int64_t stride, const Tiles& b, int64_t tiles,
                     bool accumulate, float* c, int64_t row_bytes) {
-  static_assert(kRows <= kTilesOfRows && kColumns <= kTileColumns);
-  float* below = c + kTileRows * row_bytes / 4;
+  static_assert(kRows * kColumns <= kTilesOfSums && kRows <= kTilesOfRows);
+  constexpr bool kFour = kColumns > 2;  // then 5 is of the right factor
+  float* second = kFour ? c + 2 * kTileRows : c + kTileRows * row_bytes / 4;
   memory_barrier();
   if (accumulate) {
     _tile_loadd(0, c, row_bytes);
     if (kColumns > 1) _tile_loadd(1, c + kTileRows, row_bytes);
-    if (kRows > 1) _tile_loadd(2, below, row_bytes);
-    if (kRows > 1 && kColumns > 1) _tile_loadd(3, below + kTileRows, row_bytes);
+    if (kRows > 1 || kFour) _tile_loadd(2, second, row_bytes);
+    if (kRows * kColumns > 3) _tile_loadd(3, second + kTileRows, row_bytes);
   } else {
     _tile_zero(0);
     if (kColumns > 1) _tile_zero(1);
-    if (kRows > 1) _tile_zero(2);
-    if (kRows > 1 && kColumns > 1) _tile_zero(3);
+    if (kRows > 1 || kFour) _tile_zero(2);
+    if (kRows * kColumns > 3) _tile_zero(3);
   }
   for (int64_t i = 0; i < tiles; ++i, a += kTileDepth) {
     const BFloat16* q = b.data + i * kTileNumbers;
@@ -161,20 +182,26 @@ void multiply_tiles(const BFloat16* a, int64_t stride, const Tiles& b, int64_t t
     if (kRows > 1) _tile_loadd(5, a + kTileRows * stride, stride * 2);
     if (kRows > 1) _tile_dpbf16ps(2, 5, 6);
     if (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+    if (kFour) _tile_loadd(5, q + 2 * b.stride, 64);
+    if (kFour) _tile_dpbf16ps(2, 4, 5);
+    if (kColumns > 3) _tile_loadd(6, q + 3 * b.stride, 64);
+    if (kColumns > 3) _tile_dpbf16ps(3, 4, 6);
   }
   _tile_stored(0, c, row_bytes);
   if (kColumns > 1) _tile_stored(1, c + kTileRows, row_bytes);
-  if (kRows > 1) _tile_stored(2, below, row_bytes);
-  if (kRows > 1 && kColumns > 1) _tile_stored(3, below + kTileRows, row_bytes);
+  if (kRows > 1 || kFour) _tile_stored(2, second, row_bytes);
+  if (kRows * kColumns > 3) _tile_stored(3, second + kTileRows, row_bytes);
   memory_barrier();
 }
-// .. of up to two tiles of rows and of columns.
+// .. of up to two tiles of rows, and as many of columns as there are tiles of sums for.
 inline void multiply_tiles(int64_t rows, int64_t columns, const BFloat16* a, int64_t stride,
                            const Tiles& b, int64_t tiles, bool accumulate, float* c,
                            int64_t row_bytes) {
-  const auto multiply = rows > 1      ? columns > 1 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>
-                        : columns > 1 ? multiply_tiles<1, 2>
-                                      : multiply_tiles<1, 1>;
+  const auto multiply = rows > 1       ? columns > 1 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>
+                        : columns > 3  ? multiply_tiles<1, 4>
+                        : columns == 3 ? multiply_tiles<1, 3>
+                        : columns > 1  ? multiply_tiles<1, 2>
+                                       : multiply_tiles<1, 1>;
   multiply(a, stride, b, tiles, accumulate, c, row_bytes);
 }
 
@@ -185,11 +212,12 @@ template <int kGates, class Wanted, class Fetch, class Finish>
 void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* packed,
                       int64_t all_blocks, Range blocks, bool backwards, float* scratch,
                       const Wanted& wanted, const Fetch& fetch, const Finish& finish) {
-  constexpr int kRows = kTilesOfRows * kTileRows, kBlocks = kGates == 1 ? kTileColumns : 1;
+  constexpr int kRows = kTilesOfRows * kTileRows, kBlocks = kGates == 1 ? kTilesOfSums : 1;
   constexpr int64_t kSums = kRows * kBlocks * kGates;
   const InPieces at{tiles_along(k), all_blocks * kGates};
   const int pieces = static_cast<int>((at.tiles + kTilesOfPiece - 1) / kTilesOfPiece);
   const int64_t groups = (blocks.size() + kBlocks - 1) / kBlocks, stride = row_size(k);
+  TileScope::set_rows(rows.size());
   const int64_t panel = rows.size() > kRows ? kPanelColumns / (kBlocks * kGates) : groups;
   for (int64_t first_group = 0; first_group < groups; first_group += panel) {
     const int64_t end_group = min(groups, first_group + panel);
@@ -210,7 +238,8 @@ void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* 
             for (int j = 0; j < some_blocks; ++j) fetch(r0 + row, block + j);
           }
           const BFloat16* w = packed + at(first, block * kGates);
-          for (int column = 0; some && column < columns; column += kTileColumns) {
+          const int at_once = kTilesOfSums / static_cast<int>(row_tiles(n));
+          for (int column = 0; some && column < columns; column += at_once) {
             const Tiles right{w + column * tiles * kTileNumbers, tiles * kTileNumbers};
             multiply_tiles(row_tiles(n), columns - column, left, stride, right, tiles, piece > 0,
                            reinterpret_cast<float*>(sum + column), columns * 64);
@@ -226,7 +255,8 @@ void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* 
 // As Outer.
 class OuterOfTiles {
   using Product = OuterProduct<BFloat16, float>;
-  static constexpr int64_t kHeight = kTilesOfRows * kTileRows, kColumns = kTileColumns * kTileRows;
+  static constexpr int64_t kHeight = kTilesOfRows * kTileRows;
+  static constexpr int64_t kColumns = kTilesOfSums / kTilesOfRows * kTileRows;
   static constexpr int64_t kWidth = 512;                         // of N
   static constexpr int64_t kDepth = kTilesOfPiece * kTileDepth;  // of K
   static_assert(kDepth == kTileChunk);
@@ -246,6 +276,7 @@ class OuterOfTiles {
   void add(const BFloat16* a, int64_t lda, int64_t m, Range of_units, const Rows& rows,
            const Product (&products)[2]) const {
     const int64_t tiles = tiles_along(rows.count);
+    TileScope::set_rows(kHeight);
     // Rows beyond the last one are those of b that are zeros.
     const BFloat16* places[kTileChunk];
     for (int64_t i = 0; i < tiles * kTileDepth; ++i) {

@@ -40,7 +40,7 @@ constexpr int64_t kRowsBeyond = 31;
 // Numbers that product_of_tiles() needs for its sums.
 constexpr int64_t sums_of_tiles(int64_t rows, int64_t k, int64_t columns) {
   const int64_t kept = tiles_along(k) > kTilesOfPiece ? (rows + 31) / 32 * 32 : 32;
-  return kept * ((columns + 31) / 32 * 32);
+  return kept * ((columns + 63) / 64 * 64);
 }
 // Rows whose outer products are summed up at a time.
 constexpr int64_t kTileChunk = 512;
