@@ -218,6 +218,7 @@ void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* 
   const int pieces = static_cast<int>((at.tiles + kTilesOfPiece - 1) / kTilesOfPiece);
   const int64_t groups = (blocks.size() + kBlocks - 1) / kBlocks, stride = row_size(k);
   TileScope::set_rows(rows.size());
+  const bool later = rows.size() <= kTileRows;
   const int64_t panel = rows.size() > kRows ? kPanelColumns / (kBlocks * kGates) : groups;
   for (int64_t first_group = 0; first_group < groups; first_group += panel) {
     const int64_t end_group = min(groups, first_group + panel);
@@ -244,8 +245,14 @@ void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* 
             multiply_tiles(row_tiles(n), columns - column, left, stride, right, tiles, piece > 0,
                            reinterpret_cast<float*>(sum + column), columns * 64);
           }
-          if (piece + 1 == pieces) finish(Tile{r0, block, n, some_blocks}, sum);
-          if (pieces > 1) sum += kSums;
+          if (piece + 1 == pieces && !later) finish(Tile{r0, block, n, some_blocks}, sum);
+          if (pieces > 1 || later) sum += kSums;
+        }
+        if (piece + 1 < pieces || !later) continue;
+        sum = reinterpret_cast<Sums*>(scratch);
+        for (int64_t i = first_group; i < end_group; ++i, sum += kSums) {
+          const int64_t block = blocks.begin + kBlocks * (backwards ? groups - 1 - i : i);
+          finish(Tile{r0, block, n, static_cast<int>(min(kBlocks, blocks.end - block))}, sum);
         }
       }
     }
