@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward(Tensor x, std::vector<Tensor> w
                                                  OptionalTensor c0, OptionalTensor lengths,
                                                  OptionalTensor resets, int64_t cell_index,
                                                  bool biases, bool projection) {
-  return dispatch("x", x, [&]<class T>() {
+  return dispatch_stored("x", x, cell_index, [&]<class S>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     const size_t each = 2 + (biases ? 2 : 0) + (projection ? 1 : 0) + (cell.params > 0 ? 1 : 0);
     const auto layers = static_cast<int64_t>(weights.size() / each);
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward(Tensor x, std::vector<Tensor> w
     std::vector<Tensor> inner;  // that take turns
     for (int64_t k = 1; k < layers && k < 3; ++k) inner.push_back(make({t, b, p}));
     prefer_huge_pages(result);
-    frnn::cpu::ForwardArgs<T> args{};
+    frnn::cpu::ForwardArgs<S> args{};
     for (int64_t k = 0; k < layers; ++k) {
       const Tensor& input = k == 0 ? x : inner[(k - 1) % 2];
       const Tensor& output = k + 1 == layers ? std::get<0>(result) : inner[k % 2];
@@ -214,12 +214,12 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward(Tensor x, std::vector<Tensor> w
       read(args.w_ih, w_ih);
       read(args.b_ih, b_ih);
       read(args.b_hh, b_hh);
-      args.h0 = static_cast<const T*>(h0.const_data_ptr()) + k * b * p;
+      args.h0 = static_cast<const S*>(h0.const_data_ptr()) + k * b * p;
       write(args.y, true, output);
-      args.h_n = static_cast<T*>(std::get<1>(result).mutable_data_ptr()) + k * b * p;
+      args.h_n = static_cast<S*>(std::get<1>(result).mutable_data_ptr()) + k * b * p;
       if (cell.states > 1) {
-        args.c0 = static_cast<const T*>(c0->const_data_ptr()) + k * b * h;
-        args.c_n = static_cast<T*>(std::get<2>(result).mutable_data_ptr()) + k * b * h;
+        args.c0 = static_cast<const S*>(c0->const_data_ptr()) + k * b * h;
+        args.c_n = static_cast<S*>(std::get<2>(result).mutable_data_ptr()) + k * b * h;
       }
       frnn::cpu::forward(static_cast<int>(cell_index), args, torch_pool());
     }

@@ -263,8 +263,9 @@ class Native(Ops):
     def runs_stack(self, request: Request) -> bool:
         regularised = request.recurrent_dropout or request.zoneout or request.layer_norm
         more = request.bidirectional or request.cell_states or request.reset_states
-        wide = compute_dtype(request.dtype) == request.dtype
-        return wide and not (regularised or more or len(request.cell.states) > 2)
+        if regularised or more or len(request.cell.states) > 2:
+            return False
+        return self._stores(request.cell, request.dtype, False)
 
     def forward_stack(
         self, cell: Cell, x: Tensor, weights: list[Weights], hx: tuple[Tensor, ...], seq: Sequence
