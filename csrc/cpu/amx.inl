@@ -153,19 +153,27 @@ struct Tiles {
   int64_t stride;
 };
 
-// c[16 * kRows][16 * kColumns] (+)= a . b, of rows a `stride` numbers apart.
+// Rows of sums, and the way from row to row in bytes.
+struct SumsAt {
+  float* data;
+  int64_t stride;
+};
+
+// c[16 * kRows][16 * kColumns] = a . b + more, if that is there, of rows a `stride` numbers apart.
 template <int kRows, int kColumns>
 void multiply_tiles(const BFloat16* a, int64_t stride, const Tiles& b, int64_t tiles,
-                    bool accumulate, float* c, int64_t row_bytes) {
+                    const SumsAt& more, const SumsAt& c) {
   static_assert(kRows * kColumns <= kTilesOfSums && kRows <= kTilesOfRows);
   constexpr bool kFour = kColumns > 2;  // then 5 is of the right factor
-  float* second = kFour ? c + 2 * kTileRows : c + kTileRows * row_bytes / 4;
+  const auto second = [](const SumsAt& sums) {
+    return sums.data + (kFour ? 2 * kTileRows : kTileRows * sums.stride / 4);
+  };
   memory_barrier();
-  if (accumulate) {
-    _tile_loadd(0, c, row_bytes);
-    if (kColumns > 1) _tile_loadd(1, c + kTileRows, row_bytes);
-    if (kRows > 1 || kFour) _tile_loadd(2, second, row_bytes);
-    if (kRows * kColumns > 3) _tile_loadd(3, second + kTileRows, row_bytes);
+  if (more.data) {
+    _tile_loadd(0, more.data, more.stride);
+    if (kColumns > 1) _tile_loadd(1, more.data + kTileRows, more.stride);
+    if (kRows > 1 || kFour) _tile_loadd(2, second(more), more.stride);
+    if (kRows * kColumns > 3) _tile_loadd(3, second(more) + kTileRows, more.stride);
   } else {
     _tile_zero(0);
     if (kColumns > 1) _tile_zero(1);
@@ -187,22 +195,21 @@ void multiply_tiles(const BFloat16* a, int64_t stride, const Tiles& b, int64_t t
     if (kColumns > 3) _tile_loadd(6, q + 3 * b.stride, 64);
     if (kColumns > 3) _tile_dpbf16ps(3, 4, 6);
   }
-  _tile_stored(0, c, row_bytes);
-  if (kColumns > 1) _tile_stored(1, c + kTileRows, row_bytes);
-  if (kRows > 1 || kFour) _tile_stored(2, second, row_bytes);
-  if (kRows * kColumns > 3) _tile_stored(3, second + kTileRows, row_bytes);
+  _tile_stored(0, c.data, c.stride);
+  if (kColumns > 1) _tile_stored(1, c.data + kTileRows, c.stride);
+  if (kRows > 1 || kFour) _tile_stored(2, second(c), c.stride);
+  if (kRows * kColumns > 3) _tile_stored(3, second(c) + kTileRows, c.stride);
   memory_barrier();
 }
 // .. of up to two tiles of rows, and as many of columns as there are tiles of sums for.
 inline void multiply_tiles(int64_t rows, int64_t columns, const BFloat16* a, int64_t stride,
-                           const Tiles& b, int64_t tiles, bool accumulate, float* c,
-                           int64_t row_bytes) {
+                           const Tiles& b, int64_t tiles, const SumsAt& more, const SumsAt& c) {
   const auto multiply = rows > 1       ? columns > 1 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>
                         : columns > 3  ? multiply_tiles<1, 4>
                         : columns == 3 ? multiply_tiles<1, 3>
                         : columns > 1  ? multiply_tiles<1, 2>
                                        : multiply_tiles<1, 1>;
-  multiply(a, stride, b, tiles, accumulate, c, row_bytes);
+  multiply(a, stride, b, tiles, more, c);
 }
 
 // As product(), of rows as left factors are kept, with a depth of k, and packed weights of
@@ -242,8 +249,9 @@ void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* 
           const int at_once = kTilesOfSums / static_cast<int>(row_tiles(n));
           for (int column = 0; some && column < columns; column += at_once) {
             const Tiles right{w + column * tiles * kTileNumbers, tiles * kTileNumbers};
-            multiply_tiles(row_tiles(n), columns - column, left, stride, right, tiles, piece > 0,
-                           reinterpret_cast<float*>(sum + column), columns * 64);
+            const SumsAt c{reinterpret_cast<float*>(sum + column), columns * 64};
+            multiply_tiles(row_tiles(n), columns - column, left, stride, right, tiles,
+                           piece > 0 ? c : SumsAt{}, c);
           }
           if (piece + 1 == pieces && !later) finish(Tile{r0, block, n, some_blocks}, sum);
           if (pieces > 1 || later) sum += kSums;
@@ -253,6 +261,40 @@ void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* 
         for (int64_t i = first_group; i < end_group; ++i, sum += kSums) {
           const int64_t block = blocks.begin + kBlocks * (backwards ? groups - 1 - i : i);
           finish(Tile{r0, block, n, static_cast<int>(min(kBlocks, blocks.end - block))}, sum);
+        }
+      }
+    }
+  }
+}
+
+// c [blocks][all_rows][kGates][16] = bias [all_blocks][kGates][16] + a product as above, of many
+// rows, which goes straight there.
+template <int kGates, class Wanted>
+void project_on_tiles(const BFloat16* a, int64_t rows, int64_t k, const BFloat16* packed,
+                      float* bias, int64_t all_blocks, Range blocks, const Wanted& wanted,
+                      int64_t all_rows, float* c) {
+  constexpr int64_t kRows = kTilesOfRows * kTileRows, kWidth = kGates * kTileRows;
+  constexpr int64_t kPanel = kPanelColumns / kGates;
+  const InPieces at{tiles_along(k), all_blocks * kGates};
+  const int64_t stride = row_size(k);
+  for (int64_t panel = blocks.begin; panel < blocks.end; panel += kPanel) {
+    for (int64_t first = 0; first < at.tiles; first += kTilesOfPiece) {
+      const int64_t tiles = min(kTilesOfPiece, at.tiles - first);
+      for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+        const int64_t n = min(kRows, rows - r0);
+        if (all_of({r0, r0 + n}, [&](int64_t row) { return !wanted(row); })) continue;
+        TileScope::set_rows(n);
+        const int64_t at_once = kTilesOfSums / row_tiles(n);
+        for (int64_t block = panel; block < min(blocks.end, panel + kPanel); ++block) {
+          const BFloat16* w = packed + at(first, block * kGates);
+          float* sums = c + ((block - blocks.begin) * all_rows + r0) * kWidth;
+          for (int64_t column = 0; column < kGates; column += at_once) {
+            const SumsAt to{sums + column * kTileRows, kWidth * 4};
+            const SumsAt more{bias + block * kWidth + column * kTileRows, 0};
+            multiply_tiles(row_tiles(n), kGates - column, a + r0 * stride + first * kTileDepth,
+                           stride, {w + column * tiles * kTileNumbers, tiles * kTileNumbers}, tiles,
+                           first > 0 ? to : more, to);
+          }
         }
       }
     }
@@ -338,8 +380,8 @@ class OuterOfTiles {
   void multiply(int64_t columns, int64_t tiles, const BFloat16* b, float* sums) const {
     for (int64_t j = 0; j < columns; j += kColumns, sums += kHeight * kColumns) {
       multiply_tiles(kTilesOfRows, row_tiles(columns - j), a_, kStride,
-                     {b + j / kTileRows * tiles * kTileNumbers, tiles * kTileNumbers}, tiles, false,
-                     sums, kColumns * 4);
+                     {b + j / kTileRows * tiles * kTileNumbers, tiles * kTileNumbers}, tiles, {},
+                     {sums, kColumns * 4});
     }
   }
 

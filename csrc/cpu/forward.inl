@@ -88,6 +88,7 @@ class Forward {
       const int64_t gates = kGates * blocks_of<T>(a_.h), rows = min(chunk_, a_.t) * a_.b;
       w_ih_ = carver.take<S>(gates * tiles_along(a_.i) * kTileNumbers);
       w_hh_ = carver.take<S>(gates * tiles_along(a_.p) * kTileNumbers);
+      bias_ = carver.take<T>(gates * lanes);
       if (a_.w_hr) {
         w_hr_ = carver.take<S>(blocks_of<T>(a_.p) * tiles_along(a_.h) * kTileNumbers);
       }
@@ -111,6 +112,11 @@ class Forward {
       pack_tiles(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
       pack_tiles(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
       if (a_.w_hr) pack_tiles(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
+      for (int64_t block = slice.pack_hidden.begin; block < slice.pack_hidden.end; ++block) {
+        for (int g = 0; g < kGates; ++g) {
+          frnn::store(bias_ + (block * kGates + g) * kLanes<T>, input_bias(g, block));
+        }
+      }
     } else if (packed_) {
       if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
       if (!once_ih_) pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
@@ -182,14 +188,12 @@ class Forward {
         lay_rows(a_.x + (to.first + i) * a_.b * a_.i, a_.i, slice.rows, a_.i,
                  laid + i * some * row_size(a_.i));
       }
-      const auto place_of = [&](int64_t r) {
-        return TimeAndRow{to.first + r / some, slice.rows.begin + r % some};
+      const auto wanted = [&](int64_t r) {
+        return computed_[(to.first + r / some) * a_.b + slice.rows.begin + r % some];
       };
-      project_rows(to, place_of, [&](const auto& wanted, const auto& fetch, const auto& finish) {
-        product_of_tiles<kGates>(laid, {0, steps * some}, a_.i, w_ih_, blocks_of<T>(a_.h),
-                                 slice.hidden, false, sums_ + slice.index * sums_size_, wanted,
-                                 fetch, finish);
-      });
+      project_on_tiles<kGates>(laid, steps * some, a_.i, w_ih_, bias_, blocks_of<T>(a_.h),
+                               slice.hidden, wanted, min(chunk_, a_.t) * some,
+                               reinterpret_cast<T*>(to.data));
     } else if (some == a_.b) {
       project_rows(to, to.first, {0, steps * a_.b});
     } else {
@@ -198,55 +202,37 @@ class Forward {
   }
 
   // Rows of [T*B], counted from those of a time on.
-  void project_rows(const Input& to, int64_t time, Range rows) const {
+  void project_rows(const Input& to, int64_t begin, Range rows) const {
     const Slice& slice = to.slice;
-    const S* x = a_.x + time * a_.b * a_.i;
-    const auto place_of = [&](int64_t r) { return TimeAndRow{time + r / a_.b, r % a_.b}; };
-    project_rows(to, place_of, [&](const auto& wanted, const auto& fetch, const auto& finish) {
-      const auto multiply = [&](const auto& weights) {
-        product<kGates, T>(x, a_.i, rows, a_.i, weights, slice.hidden, false, wanted, fetch,
-                           finish);
-      };
-      if (packed_ && once_ih_) {
-        multiply(once(slice, a_.w_ih, a_.i, w_ih_));
-      } else if (packed_) {
-        multiply(Packed<T>{w_ih_, a_.i * kGates * kLanes<T>});
-      } else {
-        product_unpacked<kGates>(x, a_.i, rows, a_.i, a_.w_ih, a_.h, slice.hidden, wanted, finish);
-      }
-    });
-  }
-
-  struct TimeAndRow {
-    int64_t time, row;
-  };
-
-  // By multiply(wanted, fetch, finish), whose row r is at place_of(r).
-  template <class PlaceOf, class Multiply>
-  void project_rows(const Input& to, const PlaceOf& place_of, const Multiply& multiply) const {
-    const auto wanted = [&](int64_t r) {
-      const TimeAndRow at = place_of(r);
-      return computed_[at.time * a_.b + at.row];
-    };
+    const auto wanted = [&](int64_t r) { return computed_[begin * a_.b + r]; };
     const auto fetch = [](int64_t, int64_t) {};
     const auto finish = [&](const Tile& tile, const V* sum) {
       for (int j = 0; j < tile.blocks; ++j) {
         V bias[kGates] = {};
         for (int g = 0; g < kGates && !normalises(); ++g) bias[g] = input_bias(g, tile.block + j);
         for (int i = 0; i < tile.rows; ++i) {
-          const TimeAndRow at = place_of(tile.row + i);
-          if (!computed_[at.time * a_.b + at.row]) continue;
+          const int64_t r = tile.row + i;
+          if (!wanted(r)) continue;
           const V* product = sum + (i * tile.blocks + j) * kGates;
-          V* gx = to.at(at.time, at.row, tile.block + j);
+          V* gx = to.at(begin + r / a_.b, r % a_.b, tile.block + j);
           for (int g = 0; g < kGates; ++g) gx[g] = product[g] + bias[g];
           if (normalises()) {
-            const int64_t r = (at.time - to.first) * a_.b + at.row;
-            of_ih_.template describe<kGates>(r, tile.block + j, gx);
+            of_ih_.template describe<kGates>((begin - to.first) * a_.b + r, tile.block + j, gx);
           }
         }
       }
     };
-    multiply(wanted, fetch, finish);
+    const S* x = a_.x + begin * a_.b * a_.i;
+    const auto multiply = [&](const auto& weights) {
+      product<kGates, T>(x, a_.i, rows, a_.i, weights, slice.hidden, false, wanted, fetch, finish);
+    };
+    if (packed_ && once_ih_) {
+      multiply(once(slice, a_.w_ih, a_.i, w_ih_));
+    } else if (packed_) {
+      multiply(Packed<T>{w_ih_, a_.i * kGates * kLanes<T>});
+    } else {
+      product_unpacked<kGates>(x, a_.i, rows, a_.i, a_.w_ih, a_.h, slice.hidden, wanted, finish);
+    }
   }
 
   bool normalises() const { return !kTiles && a_.norm.gain_hh; }
@@ -593,6 +579,7 @@ class Forward {
   const Statistics<T> of_ih_, of_hh_, of_c_;  // of a chunk's rows, and of a step's
   const Pairs<T> outputs_;                    // of a step, what h takes of the gates, and c
   S* w_ih_ = nullptr;                         // packed
+  T* bias_ = nullptr;                         // on tiles, those of the input projection, likewise
   T* gx_ = nullptr;                           // one chunk
   T* products_ = nullptr;                     // of a step, if more comes before the cells
   T* late_ = nullptr;                         // of a step, what enters the late gates' product
