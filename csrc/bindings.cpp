@@ -100,7 +100,8 @@ template <class T, class E>
 void set_norm(frnn::Norm<T, E>& norm, const NormTensors& norms, const frnn::CellFacts& cell,
               const Check& check, int64_t t, int64_t b, int64_t h, E* memory) {
   const int64_t gates = cell.gates * h;
-  STD_TORCH_CHECK(!norms.ih || check.type() != ScalarType::BFloat16, "there are no norms in bfloat16");
+  STD_TORCH_CHECK(!norms.ih || check.type() != ScalarType::BFloat16,
+                  "there are no norms in bfloat16");
   check("norm_ih", norms.ih, {gates});
   check("norm_hh", norms.hh, {gates});
   check("norm_c", norms.c, {h});
@@ -135,9 +136,8 @@ ForwardResultWithNorms recurrence_forward(
   return dispatch_stored("x", x, cell_index, [&]<class S>() {
     const frnn::CellFacts& cell = facts_of(cell_index);
     frnn::cpu::ForwardArgs<S> args{};
-    ForwardResult result =
-        prepare_forward(args, cell, kWide<S>, "x", x, w_hh, b_hh, w_hr, params, h0, c0, lengths,
-                        resets, reverse, training, cell_states);
+    ForwardResult result = prepare_forward(args, cell, kWide<S>, "x", x, w_hh, b_hh, w_hr, params,
+                                           h0, c0, lengths, resets, reverse, training, cell_states);
     prefer_huge_pages(result);
     args.i = x.size(2);
     STD_TORCH_CHECK(args.i >= 1, "input size is 0, expected at least 1");
@@ -230,9 +230,8 @@ std::tuple<Tensor, Tensor, Tensor> stack_forward(Tensor x, std::vector<Tensor> w
 // dx, dw_ih, dw_hh, db_ih, db_hh, dw_hr, of each row dparams, those of norm_ih and norm_hh and
 // those of norm_c and norm_c_bias, dh0, dc0, of each row those of the states at resets; dgx, dgh
 // and dh of all steps if the gates' gradients are wanted
-using BackwardResult =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-               Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                  Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BackwardResult recurrence_backward(
     OptionalTensor dy, OptionalTensor dc, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x,

@@ -160,7 +160,7 @@ struct BackwardArgs : frnn::BackwardArgs<S, Wide<S>> {
 
   // [2, B, G*H] out, or null without norm: of gain_ih and gain_hh, of each row
   Wide<S>* dgains;
-  Wide<S>* dnorm_c;  // [2, B, H] out, or null: of gain_c and bias_c, of each row
+  Wide<S>* dnorm_c;       // [2, B, H] out, or null: of gain_c and bias_c, of each row
   StepGradients<S> kept;  // of all steps, [T, B, ..] out, or null
 };
 
@@ -208,8 +208,9 @@ void mask(const MaskArgs<float>& args, const Pool& pool);
 void mask(const MaskArgs<double>& args, const Pool& pool);
 void mask(const MaskArgs<uint8_t>& args, const Pool& pool);
 
-// The instruction set in use ("base", "avx2", "avx512", "amx"), those this machine can use (separated by
-// spaces), and a way for tests to choose; set_isa is false and changes nothing if it cannot be.
+// The instruction set in use ("base", "avx2", "avx512", "amx"), those this machine can use
+// (separated by spaces), and a way for tests to choose; set_isa is false and changes nothing if it
+// cannot be.
 const char* isa();
 const char* isas();
 bool set_isa(const char* name);

@@ -513,8 +513,7 @@ class BackwardSteps {
 
   // Of a cell with late gates, once step s is finished but for their share of dgh @ W_hh, d; what
   // entered their product goes to `entered`, [B, P], with nothing dropped.
-  FRNN_FN void finish_factor(int64_t s, const Place& p, V d, const To& to,
-                             S* entered) const {
+  FRNN_FN void finish_factor(int64_t s, const Place& p, V d, const To& to, S* entered) const {
     const int64_t plane = a_.b * a_.h, offset = timeline_.time(s) * plane + p.offset;
     if constexpr (kVariants) {
       if (dropout_) d *= load<V>(dropout_ + p.offset, p.n);
@@ -551,8 +550,7 @@ class BackwardSteps {
 
   // The cell at step s from the gradient of its output.
   template <bool kPlain>
-  FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const OfCell& in,
-                           const To& to) const {
+  FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const OfCell& in, const To& to) const {
     Outcome result{};
     if (kPlain || timeline_.computed(s, p.row)) result = compute(dh, in);
     keep<kPlain>(s, p, result, to);

@@ -449,7 +449,7 @@ def _recording(case: Case, backend: Backend) -> Iterator[dict[str, Tensor]]:
         _, others = _record_reserve(run.reserve, stored)
         if case.layer_norm:
             stored["hats hh"] = others[0][0]
-            stored.update({"hats c": others[1]} if len(c_prev) else {})
+            stored.update({"hats c": others[1]} if len(case.cell.states) > 1 else {})
         if case.cell.late:
             stored["late"] = others[-1]
         return run

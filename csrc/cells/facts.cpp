@@ -10,8 +10,8 @@ namespace {
 
 template <CellPolicy... C>
 constexpr auto facts_of(CellList<C...>) {
-  return std::array{CellFacts{C::kName, C::kGates, C::kStates, C::kSaved, C::kParams,
-                              kLateGates<C>, C::kAdditive, C::kReadsH, NormalisesState<C>}...};
+  return std::array{CellFacts{C::kName, C::kGates, C::kStates, C::kSaved, C::kParams, kLateGates<C>,
+                              C::kAdditive, C::kReadsH, NormalisesState<C>}...};
 }
 constexpr auto kFacts = facts_of(Cells{});
 

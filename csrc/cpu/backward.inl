@@ -245,9 +245,7 @@ class Backward {
   }
 
   // What entered the late gates' product, [B, P] of a step or of a chunk's.
-  S* entered(const Gradients& g) const {
-    return late_ + (g.dgx - gradients_.dgx) / stride_ * a_.p;
-  }
+  S* entered(const Gradients& g) const { return late_ + (g.dgx - gradients_.dgx) / stride_ * a_.p; }
 
   bool normalises() const { return !kTiles && a_.norm.gain_hh; }
   T scale(int which, int64_t r) const { return a_.norm.scale[which * a_.t * a_.b + r]; }
@@ -332,8 +330,7 @@ class Backward {
   struct OfProduct {
     V hat, d, of_hat;
   };
-  OfProduct of_product(int which, int g, const Place& p, int64_t r,
-                       const Gradients& of) const {
+  OfProduct of_product(int which, int g, const Place& p, int64_t r, const Gradients& of) const {
     const int64_t offset = g * a_.h + p.unit;
     const T* gains = which == 0 ? a_.norm.gain_ih : a_.norm.gain_hh;
     const S* d = (which == 0 ? of.dgx : of.dgh) + p.row * stride_;
@@ -374,8 +371,7 @@ class Backward {
   }
 
   __attribute__((noinline)) void unnormalise_product(int which, const Slice& slice, int64_t s,
-                                                     int64_t row,
-                                                     const Gradients& of) const {
+                                                     int64_t row, const Gradients& of) const {
     const int64_t r = timeline_.time(s) * a_.b + row;
     const auto means = of_products_[which].of(slice, row);
     const T scale = this->scale(which, r);
@@ -659,22 +655,22 @@ class Backward {
   const Computed computed_;
   const Steps steps_;
   const Statistics<T> of_products_[2], of_c_;  // of a step
-  const Pairs<T> outputs_;      // .. the gradients of the gate that h takes, and of c's hat
-  const int64_t chunk_;         // steps of a chunk
-  const int64_t stride_;        // from row to row of the gates' gradients
-  S* w_hh_ = nullptr;           // packed
-  S* w_hr_ = nullptr;           // packed
-  S* w_ih_ = nullptr;           // packed
-  Gradients gradients_ = {};    // of two chunks, which take turns
-  S* products_[2] = {};         // likewise of the products: dgx and dgh, if they have no norms
-  S* late_ = nullptr;           // likewise what entered the late gates' product
-  S* dm_ = nullptr;             // of a step, the cell's h, where c is normalised before a projection
-  S* laid_h_ = nullptr;         // of a step, the gradient of h before a projection, of each slice
-  T* sums_ = nullptr;           // of products of tiles, of each slice
+  const Pairs<T> outputs_;    // .. the gradients of the gate that h takes, and of c's hat
+  const int64_t chunk_;       // steps of a chunk
+  const int64_t stride_;      // from row to row of the gates' gradients
+  S* w_hh_ = nullptr;         // packed
+  S* w_hr_ = nullptr;         // packed
+  S* w_ih_ = nullptr;         // packed
+  Gradients gradients_ = {};  // of two chunks, which take turns
+  S* products_[2] = {};       // likewise of the products: dgx and dgh, if they have no norms
+  S* late_ = nullptr;         // likewise what entered the late gates' product
+  S* dm_ = nullptr;           // of a step, the cell's h, where c is normalised before a projection
+  S* laid_h_ = nullptr;       // of a step, the gradient of h before a projection, of each slice
+  T* sums_ = nullptr;         // of products of tiles, of each slice
   int64_t sums_size_ = 0;
-  S* factors_ = nullptr;        // scratch of each slice for outer products
-  T* outer_ = nullptr;          // likewise
-  int* names_ = nullptr;        // of a chunk's computed rows, by each slice
+  S* factors_ = nullptr;  // scratch of each slice for outer products
+  T* outer_ = nullptr;    // likewise
+  int* names_ = nullptr;  // of a chunk's computed rows, by each slice
   // The sums of the weights' gradients: the results themselves, if they are not rounded.
   T *dw_ih_, *dw_hh_, *db_ih_, *db_hh_, *dw_hr_;
 };

@@ -159,7 +159,7 @@ class Forward {
   struct Input {
     V* data;
     Slice slice;
-    int64_t first;              // the time of the chunk's first row
+    int64_t first;             // the time of the chunk's first row
     int64_t of_row, of_block;  // how far apart these are
 
     V* at(int64_t t, int64_t row, int64_t block) const {
@@ -403,8 +403,8 @@ class Forward {
       on_tiles<kGates>(slice, h, a_.p, slice.rows, w_hh_, a_.h, slice.hidden, s % 2, computed,
                        fetch, finish);
     } else if (packed_ && once_hh_) {
-      product<kGates, T>(h, a_.p, slice.rows, a_.p, once(slice, a_.w_hh, a_.p, w_hh_),
-                         slice.hidden, s % 2, computed, fetch, finish);
+      product<kGates, T>(h, a_.p, slice.rows, a_.p, once(slice, a_.w_hh, a_.p, w_hh_), slice.hidden,
+                         s % 2, computed, fetch, finish);
     } else {
       multiply_states<kEarly>(slice, s, h, a_.w_hh, w_hh_, fetch, finish);
     }

@@ -11,9 +11,9 @@ template <class S, class T = S>
 struct OuterProduct {
   const S* b;
   int64_t n;
-  T* c;  // null: not wanted
-  const T* scale =
-      nullptr;  // [period, N], or null: what row r of b is multiplied by, at r % period; not on tiles
+  T* c;                      // null: not wanted
+  const T* scale = nullptr;  // [period, N], or null: what row r of b is multiplied by, at r %
+                             // period; not on tiles
   int64_t period = 1;
 };
 

@@ -249,8 +249,9 @@ class Native(Ops):
     def algorithm(self, request: Request, rows: int) -> str:
         regularised = request.recurrent_dropout or request.zoneout or request.layer_norm
         narrow = self._stores(request.cell, request.dtype, regularised or request.reset_states)
-        stored = str(request.dtype if narrow else compute_dtype(request.dtype))
-        return f"standard on {isa()}, values in {stored.removeprefix('torch.')}, one parallel region a sequence"
+        dtype = request.dtype if narrow else compute_dtype(request.dtype)
+        stored = str(dtype).removeprefix("torch.")
+        return f"standard on {isa()}, values in {stored}, one parallel region a sequence"
 
     def _stores(self, cell: Cell, dtype: torch.dtype, more: bool) -> bool:
         """Whether the engine stores values as they are outside; ``more``: there are regularisers,
@@ -287,10 +288,17 @@ class Native(Ops):
         dtype = call.x.dtype
         noisy = call.noise.rates != (1, 1) or any(m is not None for m in call.noise.masks)
         more = noisy or call.weights.norm_ih is not None or call.seq.h_reset is not None
-        if self._stores(call.cell, dtype, more):
-            return super().forward(call, training)
+        # The states that enter may be kept ones, as they are stored, see recompute.
+        narrow = self._stores(call.cell, dtype, more) and call.h0.dtype == dtype
+        c0 = call.c0
+        if narrow and (c0 is None or c0.dtype == dtype or not call.cell.params):
+            of_gates = c0 if c0 is None else c0.to(dtype)  # only peepholes see it
+            return super().forward(call._replace(c0=of_gates), training)
         *outputs, reserve = super().forward(call.to(compute_dtype(dtype)), training)
         y, h_n, c_n, c = (t.to(dtype) for t in outputs)
+        if narrow:
+            h_prev, c_prev, *others = reserve
+            reserve = h_prev, c_prev, *(t.to(dtype) for t in others)
         return Run(y, h_n, c_n, c, reserve)
 
     def backward(
