@@ -54,8 +54,8 @@ class LSTM(Layers):
             layer_norm ``e*(2*G*H + H + 3)`` (of a GRU ``e*(2*G*H + 3)``). "gates" keeps h and c,
             ``e*(P + H)``, and makes the rest of all steps at once; "chunks" keeps them at every
             ceil(sqrt(T))-th step after the first, and runs the steps between again, in float32 for
-            16 bits. e is the size of a number, 4 for 16 bits on a CPU, in "chunks" and of c. The
-            backend "reference" keeps what autograd does.
+            16 bits. e is the size of a number: 4 for 16 bits in "chunks", of c, and on a CPU, there
+            but for bfloat16 on AMX tiles. The backend "reference" keeps what autograd does.
         backend: the name of a backend or a list of names, tried in order.
 
     Args (forward):

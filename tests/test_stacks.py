@@ -28,7 +28,7 @@ OTHERS = {
     "both directions": (partial(fusedrnn.GRU, bidirectional=True), {}),
     "layer norm": (partial(fusedrnn.LSTM, layer_norm=True), {}),
     "zoneout": (partial(fusedrnn.LSTM, zoneout=0.5), {}),
-    "bfloat16": (partial(fusedrnn.GRU, dtype=torch.bfloat16), {}),
+    "float16": (partial(fusedrnn.GRU, dtype=torch.float16), {}),
     "cell states": (fusedrnn.LSTM, {"return_cell_states": True}),
     "states at resets": (
         partial(fusedrnn.LSTM, initial_state="random"),
