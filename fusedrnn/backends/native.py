@@ -99,6 +99,12 @@ def set_isa(name: str) -> None:
         raise ValueError(f"instruction set {name!r} cannot run here, expected one of {isas()}")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def stores_bfloat16(cell: int) -> bool:
+    """Whether the engine has kernels for values of a cell that are stored in bfloat16."""
+    return _library is not None and bool(_library.frnn_stores_bfloat16(cell))
+
+
 class Device(NamedTuple):
     """What plans need to know of a GPU."""
 
@@ -258,8 +264,7 @@ class Native(Ops):
         norms or resets into states."""
         if dtype != torch.bfloat16:
             return compute_dtype(dtype) == dtype
-        assert _library is not None
-        return bool(_library.frnn_stores_bfloat16(self._index[cell.key])) and not more
+        return not more and stores_bfloat16(self._index[cell.key])
 
     def runs_stack(self, request: Request) -> bool:
         regularised = request.recurrent_dropout or request.zoneout or request.layer_norm
