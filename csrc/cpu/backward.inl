@@ -530,8 +530,12 @@ class Backward {
     const Gradients& g = c.gradients;
     const S* x = a_.x + first * a_.i;
     const S* h_prev = a_.h_prev + first * a_.p;
+    const bool once = Cell::kAdditive && db_ih_ && db_hh_;
     add_rows(g.dgx, stride_, units, rows, db_ih_);
-    add_rows(g.dgh, stride_, units, rows, db_hh_);
+    if (!once) add_rows(g.dgh, stride_, units, rows, db_hh_);
+    if (once && s == 0) {
+      __builtin_memcpy(db_hh_ + units.begin, db_ih_ + units.begin, units.size() * sizeof(T));
+    }
     const S *of_x = dproduct(0, g), *of_h = dproduct(1, g);
     if (a_.dx) multiply_dx(slice, of_x, all);
     const OuterProduct<S, T> none{}, dw_ih{x, a_.i, dw_ih_};
