@@ -116,6 +116,15 @@ def test_one_row_does_not_reach_another(row, value):
     assert torch.equal(layer(x)[0][:, others], y[:, others])
 
 
+@pytest.mark.parametrize("proj", [0, 8])
+def test_empty_batch(proj):
+    layer = fusedrnn.LSTM(5, 20, proj_size=proj, dtype=torch.bfloat16, backend="cpu")
+    y, *_ = flat(layer, r(3, 0, 5))
+    assert y.shape == (3, 0, proj or 20) and not layer.weight_hh_l0.grad.any()
+    with torch.no_grad():
+        assert layer(r(3, 0, 5))[0].shape == y.shape
+
+
 def test_saturated_gates():
     """Gates as large as they come are 0 and 1, and NaN stays NaN."""
     layer = fusedrnn.LSTM(1, 16, bias=False, dtype=torch.bfloat16)

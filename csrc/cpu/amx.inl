@@ -23,9 +23,9 @@ class TileScope {
   ~TileScope() { _tile_release(); }
 
   // From here on tiles of the left factor and of sums have so many rows together; fewer take less
-  // time. More than all rows come in turns, whole tiles each.
+  // time. More than all rows come in turns, whole tiles each; a tile without rows is none.
   static void set_rows(int64_t rows) {
-    const int wanted = rows < kAllRows ? static_cast<int>(rows) : kAllRows;
+    const int wanted = 0 < rows && rows < kAllRows ? static_cast<int>(rows) : kAllRows;
     if (wanted != rows_) configure(wanted);
   }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What an instruction set has kernels for. Included by recurrence_<isa>.cpp, after recurrence.inl.
+// An engine of all that recurrence.inl has. Included by recurrence_<isa>.cpp in its place.
+#include "cpu/recurrence.inl"
 
 namespace {
 

@@ -7,8 +7,6 @@ constexpr int kVectorBytes = 32;
 constexpr int kSumRegisters = 12;
 }  // namespace
 
-#include "cpu/recurrence.inl"
-//
 #include "cpu/engine.inl"
 
 constinit const frnn::cpu::Engine frnn::cpu::kAvx2Engine = make_engine("avx2");

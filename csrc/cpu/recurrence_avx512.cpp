@@ -7,8 +7,6 @@ constexpr int kVectorBytes = 64;
 constexpr int kSumRegisters = 24;
 }  // namespace
 
-#include "cpu/recurrence.inl"
-//
 #include "cpu/engine.inl"
 
 constinit const frnn::cpu::Engine frnn::cpu::kAvx512Engine = make_engine("avx512");

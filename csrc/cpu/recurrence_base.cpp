@@ -11,8 +11,6 @@ constexpr int kSumRegisters = 12;
 #endif
 }  // namespace
 
-#include "cpu/recurrence.inl"
-//
 #include "cpu/engine.inl"
 
 constinit const frnn::cpu::Engine frnn::cpu::kBaseEngine = make_engine("base");
