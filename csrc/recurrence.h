@@ -120,7 +120,7 @@ struct StepGradients {
   S* dh;   // [B, P] out, or null if the cells are not apart: the whole gradient of h
 
   // From row to row of dgx and dgh.
-  static constexpr int64_t stride(int64_t gates) { return gates; }
+  FRNN_FN static int64_t stride(int64_t gates) { return gates; }
 };
 
 namespace cpu {

@@ -8,7 +8,7 @@
 // On tiles the gradients of gates are left factors.
 template <class S>
 struct LaidGradients : StepGradients<S> {
-  static constexpr int64_t stride(int64_t gates) { return row_size(gates); }
+  FRNN_FN static int64_t stride(int64_t gates) { return row_size(gates); }
 };
 
 template <class Cell, class T, class S>
