@@ -95,14 +95,19 @@ def isas() -> list[str]:
 
 def set_isa(name: str) -> None:
     """Runs the engine on another instruction set of ``isas()``, process-wide (for tests)."""
+    global _in_bfloat16
     if _library is None or not _library.frnn_set_isa(name.encode()):
         raise ValueError(f"instruction set {name!r} cannot run here, expected one of {isas()}")
+    _in_bfloat16 = _find_in_bfloat16()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def stores_bfloat16(cell: int) -> bool:
-    """Whether the engine has kernels for values of a cell that are stored in bfloat16."""
-    return _library is not None and bool(_library.frnn_stores_bfloat16(cell))
+def _find_in_bfloat16() -> frozenset[int]:
+    """The cells, by index, whose values the engine has kernels for as they are in bfloat16."""
+    cells = range(len(native_cells()))
+    return frozenset(i for i in cells if _library and _library.frnn_stores_bfloat16(i))
+
+
+_in_bfloat16 = _find_in_bfloat16()  # a trace may look there
 
 
 class Device(NamedTuple):
@@ -264,7 +269,7 @@ class Native(Ops):
         norms or resets into states."""
         if dtype != torch.bfloat16:
             return compute_dtype(dtype) == dtype
-        return not more and stores_bfloat16(self._index[cell.key])
+        return not more and self._index[cell.key] in _in_bfloat16
 
     def runs_stack(self, request: Request) -> bool:
         regularised = request.recurrent_dropout or request.zoneout or request.layer_norm
