@@ -163,7 +163,7 @@ FRNN_FN V polynomial(V x, Scalar<V> c, C... rest) {
 
 }  // namespace frnn
 
-#if defined(__AMX_BF16__)
+#if defined(FRNN_TILES)
 #include "cpu/bfloat16.h"
 #else
 

@@ -45,7 +45,7 @@ constexpr int64_t sums_of_tiles(int64_t rows, int64_t k, int64_t columns) {
 // Rows whose outer products are summed up at a time.
 constexpr int64_t kTileChunk = 512;
 
-#if defined(__AMX_BF16__)
+#if defined(FRNN_TILES)
 #include "cpu/amx.inl"
 #else
 struct TileScope {};

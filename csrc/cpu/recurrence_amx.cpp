@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#define FRNN_TILES  // not the compiler's own macro, which -march=native defines everywhere
 #include <immintrin.h>
 
 #include "cpu/engine.h"
