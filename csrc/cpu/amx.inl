@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of bfloat16 values on AMX tiles, with sums in float32. Included by recurrence.inl inside
-// an anonymous namespace, in the translation unit that is compiled for AMX.
+// Products on AMX tiles, with sums in float32. Included by recurrence.inl inside an anonymous
+// namespace, in the translation units that are compiled for AMX.
 //
 // A tile is 16 rows of 64 bytes. One of the left factor holds 16 rows by 32 of k; one of the right
 // factor holds 16 pairs of k by 16 columns. The instructions take subnormal values for zeros.
+//
+// The values of bfloat16 are factors as they are. One of float is the sum of three, see parts.h,
+// and a product is the six of theirs that are not under 2^-26 of it, the smallest first: sums are
+// rounded less often than those of single multiplications (Henry, Tang and Heinecke, Leveraging the
+// bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations, 2019).
 
 constexpr int kTileRows = 16, kTileDepth = 32;
 // What is multiplied at a time has four tiles of sums: two of rows by two of columns, or one by
@@ -56,23 +61,53 @@ class TileScope {
 };
 thread_local int TileScope::rows_ = 0;
 
-// The first n of 32 or 16 numbers, zeros for the rest.
-inline __m512i load_some(const BFloat16* p, int64_t n) {
-  const auto mask = static_cast<__mmask32>(n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0);
-  return _mm512_maskz_loadu_epi16(mask, p);
+// The first n of 16 numbers, zeros for the rest.
+inline __mmask16 first_of(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0);
 }
 inline __m256i load_half(const BFloat16* p, int64_t n) {
-  const auto mask = static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0);
-  return _mm256_maskz_loadu_epi16(mask, p);
+  return _mm256_maskz_loadu_epi16(first_of(n), p);
+}
+inline Sums load_half(const float* p, int64_t n) {
+  return (Sums)_mm512_maskz_loadu_ps(first_of(n), p);
 }
 
-// Their numbers in turn: pairs along k.
-inline __m512i pairs(__m256i even, __m256i odd) {
+// The parts of the first n of 32 numbers, zeros for the rest.
+template <bool kLimited = false>
+void load_some(const BFloat16* p, int64_t n, __m512i (&parts)[1]) {
+  const auto mask = static_cast<__mmask32>(n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0);
+  parts[0] = _mm512_maskz_loadu_epi16(mask, p);
+}
+template <bool kLimited = false>
+void load_some(const float* p, int64_t n, __m512i (&parts)[3]) {
+  const auto limit = [](Sums x) {
+    constexpr float kMost = 0x1.fep127f;
+    x = x > kMost ? frnn::broadcast<Sums>(kMost) : x;
+    return x < -kMost ? frnn::broadcast<Sums>(-kMost) : x;
+  };
+  Sums halves[2] = {load_half(p, n), load_half(p + 16, n - 16)};
+  for (Sums& half : halves) half = kLimited ? limit(half) : half;
+  const frnn::Parts first(halves[0]), second(halves[1]);
+  for (int i = 0; i < 3; ++i) {
+    const __m512i lower = _mm512_maskz_inserti64x4(0xff, __m512i{}, first.part[i], 0);
+    parts[i] = _mm512_maskz_inserti64x4(0xff, lower, second.part[i], 1);
+  }
+}
+
+// The numbers of two in turn: pairs along k.
+inline __m512i in_pairs(__m256i even, __m256i odd) {
   using Numbers = frnn::Vector<uint16_t, 16>;
   using Pairs = frnn::Vector<uint32_t, 16>;
   const Pairs low = __builtin_convertvector(__builtin_bit_cast(Numbers, even), Pairs);
   const Pairs high = __builtin_convertvector(__builtin_bit_cast(Numbers, odd), Pairs);
   return __builtin_bit_cast(__m512i, low | high << 16);
+}
+inline void in_pairs(__m256i even, __m256i odd, __m512i (&parts)[1]) {
+  parts[0] = in_pairs(even, odd);
+}
+inline void in_pairs(Sums even, Sums odd, __m512i (&parts)[3]) {
+  const frnn::Parts low(even), high(odd);
+  for (int i = 0; i < 3; ++i) parts[i] = in_pairs(low.part[i], high.part[i]);
 }
 
 // Transposes a tile of 16 rows of pairs and stores it, `stride` numbers from row to row.
@@ -87,60 +122,72 @@ inline void store_transposed(const __m512i (&rows)[kTileRows], BFloat16* to, int
   }
 }
 
-// ---- Left factors: rows of whole tiles, row_size() apart.
+// ---- Left factors.
 
-// Rows of a [.., lda].
-inline void lay_rows(const BFloat16* a, int64_t lda, Range rows, int64_t k, BFloat16* to) {
-  for (int64_t row = rows.begin; row < rows.end; ++row, to += row_size(k)) {
+// Rows of a [.., lda], whole tiles of them -> rows from `first` on. If limited, the largest numbers
+// take the place of infinite ones, of which there are no parts.
+template <bool kLimited, class S>
+void lay_rows(const S* a, int64_t lda, Range rows, int64_t k, const LeftFactor& to, int64_t first) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
     for (int64_t k0 = 0; k0 < k; k0 += kTileDepth) {
-      _mm512_storeu_si512(to + k0, load_some(a + row * lda + k0, k - k0));
+      __m512i parts[kParts<S>];
+      load_some<kLimited>(a + row * lda + k0, k - k0, parts);
+      BFloat16* place = to.at<S>(first + row - rows.begin, k0);
+      for (int i = 0; i < kParts<S>; ++i) _mm512_storeu_si512(place + i * to.part, parts[i]);
     }
   }
 }
 
-// ---- Right factors: tiles in pieces along k, each of all columns.
+// ---- Right factors: tiles, each with all its parts, in pieces along k, each of all columns.
 
+template <class S>
 struct InPieces {
-  int64_t tiles, columns;  // tiles along k, and of columns
+  int64_t tiles, columns;            // tiles along k, and of columns
+  int64_t depth = kTilesOfPiece<S>;  // tiles along k of a piece
 
   int64_t operator()(int64_t tile, int64_t column) const {
-    const int64_t begin = tile - tile % kTilesOfPiece;
-    return (begin * columns + column * min(kTilesOfPiece, tiles - begin) + tile - begin) *
-           kTileNumbers;
+    const int64_t begin = tile - tile % depth;
+    return (begin * columns + column * min(depth, tiles - begin) + tile - begin) * kTileNumbers<S>;
   }
 };
 
 // w [G*N, K], units along rows -> the given blocks of packed, G columns of tiles each. Lanes beyond
 // N and values beyond K become 0.
-inline void pack_tiles(const BFloat16* w, int gates, int64_t units, int64_t k, Range blocks,
-                       BFloat16* packed) {
-  const InPieces at{tiles_along(k), gates * row_tiles(units)};
+template <class S>
+void pack_tiles(const S* w, int gates, int64_t units, int64_t k, Range blocks, BFloat16* packed) {
+  const InPieces<S> at{tiles_along(k), gates * row_tiles(units)};
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
     const int64_t u = block * kTileRows, n = min(kTileRows, units - u);
     for (int g = 0; g < gates; ++g) {
       for (int64_t k0 = 0; k0 < k; k0 += kTileDepth) {
-        __m512i rows[kTileRows] = {};
+        __m512i rows[kParts<S>][kTileRows] = {};
         for (int64_t lane = 0; lane < n; ++lane) {
-          rows[lane] = load_some(w + (g * units + u + lane) * k + k0, k - k0);
+          __m512i parts[kParts<S>];
+          load_some(w + (g * units + u + lane) * k + k0, k - k0, parts);
+          for (int i = 0; i < kParts<S>; ++i) rows[i][lane] = parts[i];
         }
-        store_transposed(rows, packed + at(k0 / kTileDepth, block * gates + g), kTileDepth);
+        BFloat16* to = packed + at(k0 / kTileDepth, block * gates + g);
+        for (int i = 0; i < kParts<S>; ++i) {
+          store_transposed(rows[i], to + i * kPartNumbers, kTileDepth);
+        }
       }
     }
   }
 }
 
-// Some columns of w [.., n], its rows along k -> packed.
-inline void pack_columns_of_tiles(const BFloat16* w, int64_t n, const Rows& rows, Range columns,
-                                  Range blocks, BFloat16* packed) {
-  const InPieces at{tiles_along(rows.count), row_tiles(columns.size())};
-  const auto load = [&](int64_t i, int64_t column) {
-    return i < rows.count ? load_half(w + rows[i] * n + column, columns.end - column) : __m256i{};
-  };
-  for (int64_t i = 0; i < tiles_along(rows.count) * kTileRows; ++i) {
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const int64_t column = columns.begin + block * kTileRows;
+// Some columns of tiles, rows along k -> packed; load(row, column) gives 16 numbers.
+template <class S, class Load>
+void pack_columns_of_tiles(const Load& load, int64_t rows, const InPieces<S>& at, Range columns,
+                           BFloat16* packed) {
+  for (int64_t i = 0; i < at.tiles * kTileRows; ++i) {
+    for (int64_t block = columns.begin; block < columns.end; ++block) {
+      const auto half = [&](int64_t row) {
+        return row < rows ? load(row, block * kTileRows) : decltype(load(0, 0)){};
+      };
       BFloat16* to = packed + at(i / kTileRows, block) + i % kTileRows * kTileDepth;
-      _mm512_storeu_si512(to, pairs(load(2 * i, column), load(2 * i + 1, column)));
+      __m512i parts[kParts<S>];
+      in_pairs(half(2 * i), half(2 * i + 1), parts);
+      for (int j = 0; j < kParts<S>; ++j) _mm512_storeu_si512(to + j * kPartNumbers, parts[j]);
     }
   }
 }
@@ -159,9 +206,10 @@ struct SumsAt {
   int64_t stride;
 };
 
-// c[16 * kRows][16 * kColumns] = a . b + more, if that is there, of rows a `stride` numbers apart.
-template <int kRows, int kColumns>
-void multiply_tiles(const BFloat16* a, int64_t stride, const Tiles& b, int64_t tiles,
+// c[16 * kRows][16 * kColumns] = a . b + more, if that is there, of rows `stride` numbers and parts
+// `part` numbers apart.
+template <int kParts, int kRows, int kColumns>
+void multiply_tiles(const BFloat16* a, int64_t stride, int64_t part, const Tiles& b, int64_t tiles,
                     const SumsAt& more, const SumsAt& c) {
   static_assert(kRows * kColumns <= kTilesOfSums && kRows <= kTilesOfRows);
   constexpr bool kFour = kColumns > 2;  // then 5 is of the right factor
@@ -181,19 +229,38 @@ void multiply_tiles(const BFloat16* a, int64_t stride, const Tiles& b, int64_t t
     if (kRows * kColumns > 3) _tile_zero(3);
   }
   for (int64_t i = 0; i < tiles; ++i, a += kTileDepth) {
-    const BFloat16* q = b.data + i * kTileNumbers;
-    _tile_loadd(4, a, stride * 2);
-    _tile_loadd(6, q, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if (kColumns > 1) _tile_loadd(7, q + b.stride, 64);
-    if (kColumns > 1) _tile_dpbf16ps(1, 4, 7);
-    if (kRows > 1) _tile_loadd(5, a + kTileRows * stride, stride * 2);
-    if (kRows > 1) _tile_dpbf16ps(2, 5, 6);
-    if (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
-    if (kFour) _tile_loadd(5, q + 2 * b.stride, 64);
-    if (kFour) _tile_dpbf16ps(2, 4, 5);
-    if (kColumns > 3) _tile_loadd(6, q + 3 * b.stride, 64);
-    if (kColumns > 3) _tile_dpbf16ps(3, 4, 6);
+    const auto load_left = [&](int j) __attribute__((always_inline)) {
+      _tile_loadd(4, a + j * part, stride * 2);
+      if (kRows > 1) _tile_loadd(5, a + j * part + kTileRows * stride, stride * 2);
+    };
+    const auto multiply = [&](int j, bool anew) __attribute__((always_inline)) {
+      const BFloat16* q = b.data + (i * kParts + j) * kPartNumbers;
+      if (kFour || anew) _tile_loadd(6, q, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if (kColumns > 1 && (kFour || anew)) _tile_loadd(7, q + b.stride, 64);
+      if (kColumns > 1) _tile_dpbf16ps(1, 4, 7);
+      if (kRows > 1) _tile_dpbf16ps(2, 5, 6);
+      if (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
+      if (kFour) _tile_loadd(5, q + 2 * b.stride, 64);
+      if (kFour) _tile_dpbf16ps(2, 4, 5);
+      if (kColumns > 3) _tile_loadd(6, q + 3 * b.stride, 64);
+      if (kColumns > 3) _tile_dpbf16ps(3, 4, 6);
+    };
+    if constexpr (kParts == 1) {
+      load_left(0);
+      multiply(0, true);
+    } else {
+      load_left(0);
+      multiply(2, true);
+      multiply(1, true);
+      load_left(1);
+      multiply(1, false);
+      multiply(0, true);
+      load_left(2);
+      multiply(0, false);
+      load_left(0);
+      multiply(0, false);
+    }
   }
   _tile_stored(0, c.data, c.stride);
   if (kColumns > 1) _tile_stored(1, c.data + kTileRows, c.stride);
@@ -202,41 +269,47 @@ void multiply_tiles(const BFloat16* a, int64_t stride, const Tiles& b, int64_t t
   memory_barrier();
 }
 // .. of up to two tiles of rows, and as many of columns as there are tiles of sums for.
-inline void multiply_tiles(int64_t rows, int64_t columns, const BFloat16* a, int64_t stride,
-                           const Tiles& b, int64_t tiles, const SumsAt& more, const SumsAt& c) {
-  const auto multiply = rows > 1       ? columns > 1 ? multiply_tiles<2, 2> : multiply_tiles<2, 1>
-                        : columns > 3  ? multiply_tiles<1, 4>
-                        : columns == 3 ? multiply_tiles<1, 3>
-                        : columns > 1  ? multiply_tiles<1, 2>
-                                       : multiply_tiles<1, 1>;
-  multiply(a, stride, b, tiles, more, c);
+template <class S>
+void multiply_tiles(int64_t rows, int64_t columns, const BFloat16* a, int64_t stride, int64_t part,
+                    const Tiles& b, int64_t tiles, const SumsAt& more, const SumsAt& c) {
+  constexpr int kOf = kParts<S>;
+  const auto multiply = rows > 1
+                            ? columns > 1 ? multiply_tiles<kOf, 2, 2> : multiply_tiles<kOf, 2, 1>
+                        : columns > 3  ? multiply_tiles<kOf, 1, 4>
+                        : columns == 3 ? multiply_tiles<kOf, 1, 3>
+                        : columns > 1  ? multiply_tiles<kOf, 1, 2>
+                                       : multiply_tiles<kOf, 1, 1>;
+  multiply(a, stride, part, b, tiles, more, c);
 }
 
-// As product(), of rows as left factors are kept, with a depth of k, and packed weights of
-// all_blocks blocks. Piece by piece along k: of some rows it stays in the L1 cache for all blocks,
-// and of some blocks in the L2 cache for all rows. Scratch has place for sums_of_tiles().
-template <int kGates, class Wanted, class Fetch, class Finish>
-void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* packed,
-                      int64_t all_blocks, Range blocks, bool backwards, float* scratch,
-                      const Wanted& wanted, const Fetch& fetch, const Finish& finish) {
+// As product(), of rows of a left factor from the given one on, with a depth of k, and packed
+// weights of all_blocks blocks. Piece by piece along k: of some rows it stays in the L1 cache for
+// all blocks, and of some blocks in the L2 cache for all rows. Scratch has place for
+// sums_of_tiles().
+template <int kGates, class S, class Wanted, class Fetch, class Finish>
+void product_of_tiles(const LeftFactor& a, int64_t first_row, Range rows, int64_t k,
+                      const BFloat16* packed, int64_t all_blocks, Range blocks, bool backwards,
+                      float* scratch, const Wanted& wanted, const Fetch& fetch,
+                      const Finish& finish) {
   constexpr int kRows = kTilesOfRows * kTileRows, kBlocks = kGates == 1 ? kTilesOfSums : 1;
   constexpr int64_t kSums = kRows * kBlocks * kGates;
-  const InPieces at{tiles_along(k), all_blocks * kGates};
-  const int pieces = static_cast<int>((at.tiles + kTilesOfPiece - 1) / kTilesOfPiece);
-  const int64_t groups = (blocks.size() + kBlocks - 1) / kBlocks, stride = row_size(k);
+  constexpr int64_t kDeep = kTilesOfPiece<S>;
+  const InPieces<S> at{tiles_along(k), all_blocks * kGates};
+  const int pieces = static_cast<int>((at.tiles + kDeep - 1) / kDeep);
+  const int64_t groups = (blocks.size() + kBlocks - 1) / kBlocks;
   TileScope::set_rows(rows.size());
   const bool later = rows.size() <= kTileRows;
   const int64_t panel = rows.size() > kRows ? kPanelColumns / (kBlocks * kGates) : groups;
   for (int64_t first_group = 0; first_group < groups; first_group += panel) {
     const int64_t end_group = min(groups, first_group + panel);
     for (int piece = 0; piece < pieces; ++piece) {
-      const int64_t first = kTilesOfPiece * (backwards ? pieces - 1 - piece : piece);
-      const int64_t tiles = min(kTilesOfPiece, at.tiles - first);
+      const int64_t first = kDeep * (backwards ? pieces - 1 - piece : piece);
+      const int64_t tiles = min(kDeep, at.tiles - first);
       Sums* sum = reinterpret_cast<Sums*>(scratch);
       for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRows) {
         const int n = static_cast<int>(min(kRows, rows.end - r0));
         const bool some = !all_of({r0, r0 + n}, [&](int64_t row) { return !wanted(row); });
-        const BFloat16* left = a + (r0 - rows.begin) * stride + first * kTileDepth;
+        const BFloat16* left = a.at<S>(first_row + r0 - rows.begin, first * kTileDepth);
         for (int64_t i = first_group; i < end_group; ++i) {
           const int64_t block = blocks.begin + kBlocks * (backwards ? groups - 1 - i : i);
           const int some_blocks = static_cast<int>(min(kBlocks, blocks.end - block));
@@ -248,10 +321,10 @@ void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* 
           const BFloat16* w = packed + at(first, block * kGates);
           const int at_once = kTilesOfSums / static_cast<int>(row_tiles(n));
           for (int column = 0; some && column < columns; column += at_once) {
-            const Tiles right{w + column * tiles * kTileNumbers, tiles * kTileNumbers};
+            const int64_t size = tiles * kTileNumbers<S>;
             const SumsAt c{reinterpret_cast<float*>(sum + column), columns * 64};
-            multiply_tiles(row_tiles(n), columns - column, left, stride, right, tiles,
-                           piece > 0 ? c : SumsAt{}, c);
+            multiply_tiles<S>(row_tiles(n), columns - column, left, a.row, a.part,
+                              {w + column * size, size}, tiles, piece > 0 ? c : SumsAt{}, c);
           }
           if (piece + 1 == pieces && !later) finish(Tile{r0, block, n, some_blocks}, sum);
           if (pieces > 1 || later) sum += kSums;
@@ -267,19 +340,19 @@ void product_of_tiles(const BFloat16* a, Range rows, int64_t k, const BFloat16* 
   }
 }
 
-// c [blocks][all_rows][kGates][16] = bias [all_blocks][kGates][16] + a product as above, of many
-// rows, which goes straight there.
-template <int kGates, class Wanted>
-void project_on_tiles(const BFloat16* a, int64_t rows, int64_t k, const BFloat16* packed,
-                      float* bias, int64_t all_blocks, Range blocks, const Wanted& wanted,
-                      int64_t all_rows, float* c) {
+// c [kGates][16], of_row numbers from row to row and of_block from block to block, = bias
+// [all_blocks][kGates][16] + a product as above, of many rows, which goes straight there.
+template <int kGates, class S, class Wanted>
+void project_on_tiles(const LeftFactor& a, int64_t rows, int64_t k, const BFloat16* packed,
+                      float* bias, int64_t all_blocks, Range blocks, const Wanted& wanted, float* c,
+                      int64_t of_row, int64_t of_block) {
   constexpr int64_t kRows = kTilesOfRows * kTileRows, kWidth = kGates * kTileRows;
   constexpr int64_t kPanel = kPanelColumns / kGates;
-  const InPieces at{tiles_along(k), all_blocks * kGates};
-  const int64_t stride = row_size(k);
+  const InPieces<S> at{tiles_along(k), all_blocks * kGates};
   for (int64_t panel = blocks.begin; panel < blocks.end; panel += kPanel) {
-    for (int64_t first = 0; first < at.tiles; first += kTilesOfPiece) {
-      const int64_t tiles = min(kTilesOfPiece, at.tiles - first);
+    for (int64_t first = 0; first < at.tiles; first += kTilesOfPiece<S>) {
+      const int64_t tiles = min(kTilesOfPiece<S>, at.tiles - first);
+      const int64_t size = tiles * kTileNumbers<S>;
       for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
         const int64_t n = min(kRows, rows - r0);
         if (all_of({r0, r0 + n}, [&](int64_t row) { return !wanted(row); })) continue;
@@ -287,13 +360,12 @@ void project_on_tiles(const BFloat16* a, int64_t rows, int64_t k, const BFloat16
         const int64_t at_once = kTilesOfSums / row_tiles(n);
         for (int64_t block = panel; block < min(blocks.end, panel + kPanel); ++block) {
           const BFloat16* w = packed + at(first, block * kGates);
-          float* sums = c + ((block - blocks.begin) * all_rows + r0) * kWidth;
+          float* sums = c + (block - blocks.begin) * of_block + r0 * of_row;
           for (int64_t column = 0; column < kGates; column += at_once) {
-            const SumsAt to{sums + column * kTileRows, kWidth * 4};
+            const SumsAt to{sums + column * kTileRows, of_row * 4};
             const SumsAt more{bias + block * kWidth + column * kTileRows, 0};
-            multiply_tiles(row_tiles(n), kGates - column, a + r0 * stride + first * kTileDepth,
-                           stride, {w + column * tiles * kTileNumbers, tiles * kTileNumbers}, tiles,
-                           first > 0 ? to : more, to);
+            multiply_tiles<S>(row_tiles(n), kGates - column, a.at<S>(r0, first * kTileDepth), a.row,
+                              a.part, {w + column * size, size}, tiles, first > 0 ? to : more, to);
           }
         }
       }
@@ -302,49 +374,49 @@ void project_on_tiles(const BFloat16* a, int64_t rows, int64_t k, const BFloat16
 }
 
 // As Outer.
+template <class S>
 class OuterOfTiles {
-  using Product = OuterProduct<BFloat16, float>;
+  using Product = OuterProduct<S, float>;
   static constexpr int64_t kHeight = kTilesOfRows * kTileRows;
   static constexpr int64_t kColumns = kTilesOfSums / kTilesOfRows * kTileRows;
-  static constexpr int64_t kWidth = 512;                         // of N
-  static constexpr int64_t kDepth = kTilesOfPiece * kTileDepth;  // of K
-  static_assert(kDepth == kTileChunk);
-  static constexpr int64_t kStride = row_size(kDepth);
+  // Of N: of two products these take the half of an L2 cache.
+  static constexpr int64_t kWidth = 512 / kParts<S> / kColumns * kColumns;
+  static constexpr int64_t kPart = kTileChunk, kStride = kParts<S> * kPart + 32;
+  // Numbers of packed factors: a tile of units of a, the columns of b.
+  static constexpr int64_t kOfA = kHeight * kStride;
+  static constexpr int64_t kOfB = kWidth / kTileRows * tiles_along(kTileChunk) * kTileNumbers<S>;
 
  public:
-  // Numbers: of the packed factors, of the sums.
-  static constexpr int64_t kFactors = kHeight * kStride + 2 * kWidth * kDepth;
+  // Of the packed factors for so many tiles of units, and of the sums.
+  static constexpr int64_t factors(int64_t tiles) { return 2 * kOfB + tiles * kOfA; }
   static constexpr int64_t kSums = 2 * kHeight * kWidth;
 
   OuterOfTiles(BFloat16* factors, float* sums)
-      : sums_{sums, sums + kHeight * kWidth},
-        a_(factors),
-        b_{a_ + kHeight * kStride, a_ + kHeight * kStride + kWidth * kDepth} {}
+      : sums_{sums, sums + kHeight * kWidth}, b_{factors, factors + kOfB}, a_(factors + 2 * kOfB) {}
 
-  // For some tiles of 32 units of rows a [.., lda] of m units; there are at most kTileChunk rows.
-  void add(const BFloat16* a, int64_t lda, int64_t m, Range of_units, const Rows& rows,
+  // For some tiles of 32 units of m, and rows of a left factor; there are at most kTileChunk.
+  void add(const LeftFactor& a, int64_t m, Range of_units, const Rows& rows,
            const Product (&products)[2]) const {
     const int64_t tiles = tiles_along(rows.count);
     TileScope::set_rows(kHeight);
     // Rows beyond the last one are those of b that are zeros.
-    const BFloat16* places[kTileChunk];
+    int64_t places[kTileChunk];
     for (int64_t i = 0; i < tiles * kTileDepth; ++i) {
-      places[i] = a + rows[min(i, rows.count - 1)] * lda;
+      places[i] = rows[min(i, rows.count - 1)] * a.row;
     }
     int64_t most = 0;
     for (const Product& p : products) most = p.c && p.n > most ? p.n : most;
     for (int64_t n0 = 0; n0 < most; n0 += kWidth) {
-      for (int j = 0; j < 2; ++j) {
-        const Range some = columns(products[j], n0);
-        pack_columns_of_tiles(products[j].b, products[j].n, rows, some, {0, row_tiles(some.size())},
-                              b_[j]);
-      }
+      for (int j = 0; j < 2; ++j) pack_b(products[j], rows, columns(products[j], n0), b_[j]);
       for (int64_t tile = of_units.begin; tile < of_units.end; ++tile) {
         const int64_t unit = tile * kHeight;
-        pack_a(places, unit, m - unit, tiles);
+        BFloat16* of_units_a = a_ + (tile - of_units.begin) * kOfA;
+        for (int i = 0; i < kParts<S> && n0 == 0; ++i) {
+          pack_a(a.at<S>(0, unit) + i * a.part, places, m - unit, tiles, of_units_a + i * kPart);
+        }
         for (int j = 0; j < 2; ++j) {
           const Range some = columns(products[j], n0);
-          multiply(some.size(), tiles, b_[j], sums_[j]);
+          multiply(of_units_a, some.size(), tiles, b_[j], sums_[j]);
           add_sums(products[j], {unit, min(m, unit + kHeight)}, some, sums_[j]);
         }
       }
@@ -356,32 +428,48 @@ class OuterOfTiles {
     return {n0, p.c && n0 < p.n ? min(p.n, n0 + kWidth) : n0};
   }
 
+  static void pack_b(const Product& p, const Rows& rows, Range columns, BFloat16* to) {
+    const auto load = [&](int64_t row, int64_t column) {
+      const int64_t n = columns.size() - column;
+      auto half = load_half(p.b + rows[row] * p.n + columns.begin + column, n);
+      if constexpr (std::is_same_v<S, float>) {
+        const int64_t place = rows[row] % p.period * p.n + columns.begin + column;
+        if (p.scale) half *= load_half(p.scale + place, n);
+      }
+      return half;
+    };
+    const int64_t tiles = tiles_along(rows.count), wide = row_tiles(columns.size());
+    pack_columns_of_tiles<S>(load, rows.count, {tiles, wide, tiles}, {0, wide}, to);
+  }
+
   // n units, at most 32, of rows at the given places, as many as whole tiles take.
-  void pack_a(const BFloat16* const* rows, int64_t unit, int64_t n, int64_t tiles) const {
+  static void pack_a(const BFloat16* a, const int64_t* rows, int64_t n, int64_t tiles,
+                     BFloat16* to) {
     for (int64_t tile = 0; tile < tiles; ++tile, rows += kTileDepth) {
       // Short runs that no hardware foresees.
       for (int i = 0; i < kTileDepth && tile + 1 < tiles; ++i) {
-        __builtin_prefetch(rows[kTileDepth + i] + unit);
+        __builtin_prefetch(a + rows[kTileDepth + i]);
       }
       for (int half = 0; half < kTilesOfRows; ++half) {
         const int64_t skip = half * kTileRows;
         __m512i of_rows[kTileRows];
 #pragma GCC unroll 16
         for (int i = 0; i < kTileRows; ++i) {
-          of_rows[i] = pairs(load_half(rows[2 * i] + unit + skip, n - skip),
-                             load_half(rows[2 * i + 1] + unit + skip, n - skip));
+          of_rows[i] = in_pairs(load_half(a + rows[2 * i] + skip, n - skip),
+                                load_half(a + rows[2 * i + 1] + skip, n - skip));
         }
-        store_transposed(of_rows, a_ + skip * kStride + tile * kTileDepth, kStride);
+        store_transposed(of_rows, to + skip * kStride + tile * kTileDepth, kStride);
       }
     }
   }
 
   // The sums of all columns, [columns / 32][32][32].
-  void multiply(int64_t columns, int64_t tiles, const BFloat16* b, float* sums) const {
+  static void multiply(const BFloat16* a, int64_t columns, int64_t tiles, const BFloat16* b,
+                       float* sums) {
+    const int64_t size = tiles * kTileNumbers<S>;
     for (int64_t j = 0; j < columns; j += kColumns, sums += kHeight * kColumns) {
-      multiply_tiles(kTilesOfRows, row_tiles(columns - j), a_, kStride,
-                     {b + j / kTileRows * tiles * kTileNumbers, tiles * kTileNumbers}, tiles, {},
-                     {sums, kColumns * 4});
+      multiply_tiles<S>(kTilesOfRows, row_tiles(columns - j), a, kStride, kPart,
+                        {b + j / kTileRows * size, size}, tiles, {}, {sums, kColumns * 4});
     }
   }
 
@@ -398,6 +486,6 @@ class OuterOfTiles {
   }
 
   float* const sums_[2];
-  BFloat16* const a_;     // packed
   BFloat16* const b_[2];  // packed
+  BFloat16* const a_;     // packed, of all units
 };

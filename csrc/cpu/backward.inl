@@ -5,7 +5,7 @@
 // The gradients of the gates are only kept for a chunk of steps, in the cache, until the products
 // have taken them up: what is then added to the gradients of the weights, dx is complete.
 
-// On tiles the gradients of gates are left factors.
+// Those in bfloat16 are left factors as they are.
 template <class S>
 struct LaidGradients : StepGradients<S> {
   FRNN_FN static int64_t stride(int64_t gates) { return row_size(gates); }
@@ -15,10 +15,11 @@ template <class Cell, class T, class S>
 class Backward {
   using V = Vec<T>;
   using Args = frnn::cpu::BackwardArgs<S>;
-  static constexpr bool kTiles = !std::is_same_v<S, T>;
-  using Gradients = std::conditional_t<kTiles, LaidGradients<S>, StepGradients<S>>;
-  using Steps = frnn::BackwardSteps<Cell, V, S, T, !kTiles, Gradients>;
-  using OuterOf = std::conditional_t<kTiles, OuterOfTiles, Outer<T>>;
+  static constexpr bool kRounds = !std::is_same_v<S, T>;   // as in Forward
+  using Number = std::conditional_t<kTiles, BFloat16, S>;  // of factors in products of many steps
+  using Gradients = std::conditional_t<kRounds, LaidGradients<S>, StepGradients<S>>;
+  using Steps = frnn::BackwardSteps<Cell, V, S, T, !kRounds, Gradients>;
+  using OuterOf = std::conditional_t<kTiles, OuterOfTiles<S>, Outer<T>>;
   static constexpr int kGates = Cell::kGates, kLate = frnn::kLateGates<Cell>,
                        kEarly = kGates - kLate;
   // Rows of a chunk, about, and those whose dx is made at a time on tiles, where the sums of all
@@ -69,9 +70,13 @@ class Backward {
       }
       if (s % chunk_ != 0) continue;
       if (!plan_.by_units) meet();
+      if constexpr (kTiles && !kRounds) {
+        each([&](int i) { lay(slice(i), s); });
+        meet();
+      }
       each([&](int i) { multiply(slice(i), s); });
     }
-    if constexpr (kTiles) {
+    if constexpr (kRounds) {
       meet();
       each([&](int i) { round_sums(slice(i)); });
     }
@@ -91,10 +96,10 @@ class Backward {
         chunk_(a_.b < kDepth ? kDepth / (a_.b > 0 ? a_.b : 1) : 1),
         stride_(Gradients::stride(kGates * a_.h)) {
     const int64_t gates = kGates * a_.h, rows = min(a_.t, 2 * chunk_) * a_.b;
-    const int64_t size = (rows + (kTiles ? kRowsBeyond : 0)) * stride_;
-    w_hh_ = carver.take<S>(blocks_of<T>(a_.p) * block_size(gates));
-    if (a_.w_hr) w_hr_ = carver.take<S>(blocks_of<T>(a_.h) * block_size(a_.p));
-    if (a_.dx) w_ih_ = carver.take<S>(blocks_of<T>(a_.i) * block_size(gates));
+    const int64_t size = (rows + (kRounds ? kRowsBeyond : 0)) * stride_;
+    w_hh_ = carver.take<S>(blocks_of<T>(a_.p) * block_size<S>(gates));
+    if (a_.w_hr) w_hr_ = carver.take<S>(blocks_of<T>(a_.h) * block_size<S>(a_.p));
+    if (a_.dx) w_ih_ = carver.take<Number>(blocks_of<T>(a_.i) * block_size<Number>(gates));
     gradients_.dgx = carver.take<S>(size);
     gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<S>(size);
     gradients_.dh = a_.w_hr || a_.norm.gain_c ? carver.take<S>(rows * a_.p) : nullptr;
@@ -103,19 +108,25 @@ class Backward {
     if (kLate > 0) late_ = carver.take<S>(rows * a_.p);
     if (a_.w_hr && a_.norm.gain_c) dm_ = carver.take<S>(a_.b * a_.h);
     if constexpr (kTiles) {
-      factors_ = carver.take<S>(plan.slices * OuterOf::kFactors);
+      const int64_t most = gates > a_.p ? gates : a_.p, of_units = tiles_along(most);
+      factors_size_ = OuterOf::factors((of_units + plan.slices - 1) / plan.slices);
+      factors_ = carver.take<Number>(plan.slices * factors_size_);
       outer_ = carver.take<T>(plan.slices * OuterOf::kSums);
-      const int64_t of_h = sums_of_tiles(a_.b, gates, a_.h),
-                    of_x = sums_of_tiles(kRowsOfDx, gates, a_.i);
+      const int64_t of_h = kRounds ? sums_of_tiles<S>(a_.b, gates, a_.h) : 0,
+                    of_x = sums_of_tiles<S>(kRowsOfDx, gates, a_.i);
       sums_size_ = of_h > of_x ? of_h : of_x;
       sums_ = carver.take<T>(plan.slices * sums_size_);
-      if (a_.w_hr) laid_h_ = carver.take<S>(plan.slices * (a_.b + kRowsBeyond) * row_size(a_.p));
+      const int64_t some = min(a_.t, chunk_) * a_.b;
+      if (!kRounds) laid_[0] = carver.take<Number>(laid_size<S>(some, gates));
+      if (!kRounds) laid_[1] = of_one() ? laid_[0] : carver.take<Number>(laid_size<S>(some, gates));
+      laid_h_size_ = a_.w_hr ? laid_size<S>(kRounds ? a_.b : some, a_.p) : 0;
+      laid_h_ = carver.take<Number>((kRounds ? plan.slices : 1) * laid_h_size_);
     } else {
       outer_ = carver.take<T>(plan.slices * OuterOf::kScratch);
     }
     names_ = carver.take<int>(plan.slices * chunk_ * a_.b);
     const auto sum_of = [&](S* result, int64_t count) {
-      if constexpr (kTiles) {
+      if constexpr (kRounds) {
         return result ? carver.take<T>(count) : nullptr;
       } else {
         return result;
@@ -145,18 +156,23 @@ class Backward {
   }
 
   // Of weights w [gates * k, units], some blocks of units.
-  void pack(const S* w, int64_t units, int gates, int64_t k, Range blocks, S* packed) const {
-    const Rows rows{nullptr, gates * k};
-    if constexpr (kTiles) {
-      pack_columns_of_tiles(w, units, rows, {0, units}, blocks, packed);
+  template <class N>
+  void pack(const S* w, int64_t units, int gates, int64_t k, Range blocks, N* packed) const {
+    const int64_t rows = gates * k;
+    if constexpr (std::is_same_v<N, BFloat16>) {
+      const auto load = [&](int64_t row, int64_t column) {
+        return load_half(w + row * units + column, units - column);
+      };
+      pack_columns_of_tiles<S>(load, rows, {tiles_along(rows), row_tiles(units)}, blocks, packed);
     } else {
-      pack_columns(w, units, units, rows, blocks, packed);
+      pack_columns(w, units, units, Rows{nullptr, rows}, blocks, packed);
     }
   }
 
-  // Numbers of a block of weights with a depth of k, packed.
+  // Numbers of a block of weights with a depth of k, packed: those of tiles are in bfloat16.
+  template <class N>
   static int64_t block_size(int64_t k) {
-    return kTiles ? tiles_along(k) * kTileNumbers : k * kLanes<T>;
+    return std::is_same_v<N, BFloat16> ? tiles_along(k) * kTileNumbers<S> : k * kLanes<T>;
   }
 
   // Packed, those of the late gates.
@@ -165,17 +181,21 @@ class Backward {
   // Weights as they are packed without tiles, of some gates.
   Packed<T> packed(const T* w, int gates) const { return {w, gates * a_.h * kLanes<T>}; }
 
-  // The product of rows a [.., k], `stride` apart, left factors if on tiles, and packed weights.
+  // The product of rows a [.., k], `stride` apart, or of a left factor, and packed weights.
   template <class Wanted, class Fetch, class Finish>
-  void product_of(const Slice& slice, const S* a, int64_t stride, Range rows, int64_t k, const S* w,
-                  int64_t units, Range blocks, bool backwards, const Wanted& wanted,
-                  const Fetch& fetch, const Finish& finish) const {
+  void product_of(const Slice&, const T* a, int64_t stride, Range rows, int64_t k, const T* w,
+                  int64_t, Range blocks, bool backwards, const Wanted& wanted, const Fetch& fetch,
+                  const Finish& finish) const {
+    product<1, T>(a, stride, rows, k, Packed<T>{w, block_size<T>(k)}, blocks, backwards, wanted,
+                  fetch, finish);
+  }
+  template <class Wanted, class Fetch, class Finish>
+  void product_of(const Slice& slice, const LeftFactor& a, int64_t, Range rows, int64_t k,
+                  const BFloat16* w, int64_t units, Range blocks, bool backwards,
+                  const Wanted& wanted, const Fetch& fetch, const Finish& finish) const {
     if constexpr (kTiles) {
-      product_of_tiles<1>(a + rows.begin * stride, rows, k, w, blocks_of<T>(units), blocks,
-                          backwards, sums_ + slice.index * sums_size_, wanted, fetch, finish);
-    } else {
-      product<1, T>(a, stride, rows, k, Packed<T>{w, block_size(k)}, blocks, backwards, wanted,
-                    fetch, finish);
+      product_of_tiles<1, S>(a, rows.begin, rows, k, w, blocks_of<T>(units), blocks, backwards,
+                             sums_ + slice.index * sums_size_, wanted, fetch, finish);
     }
   }
 
@@ -196,7 +216,7 @@ class Backward {
     if (a_.w_hr) clear(slice, a_.p, a_.h, dw_hr_);
     clear(slice, 2 * a_.b, kGates * a_.h, a_.dgains);
     clear(slice, 2 * a_.b, a_.h, a_.dnorm_c);
-    if (kTiles) clear_tails(slice);
+    if (kRounds) clear_tails(slice);
   }
 
   // What is left of whole tiles beside the gates of a row.
@@ -244,10 +264,45 @@ class Backward {
     return products_[which] + (g.dgx - gradients_.dgx);
   }
 
+  // Rows of gradients, `stride` apart, as a factor: a left one if they are in bfloat16, or on tiles
+  // as they were laid.
+  auto factor(S* rows, int64_t stride) const {
+    if constexpr (kRounds) {
+      return whole_rows(rows, stride);
+    } else {
+      return rows;
+    }
+  }
+  auto factor(S* rows, int64_t stride, Number* laid_rows, const Chunk& c) const {
+    if constexpr (kTiles && !kRounds) {
+      return laid<S>(laid_rows, c.steps * a_.b);
+    } else {
+      return factor(rows, stride);
+    }
+  }
+
+  // Lays a slice's share of the rows of a chunk as left factors.
+  void lay(const Slice& slice, int64_t s) const {
+    if constexpr (kTiles && !kRounds) {
+      const Chunk c = chunk(s);
+      const int64_t gates = kGates * a_.h, rows = c.steps * a_.b;
+      const Range mine = share(slice, rows);
+      const auto put = [&](const S* from, int64_t k, Number* to) {
+        lay_rows<false>(from, k, mine, k, laid<S>(to, rows), mine.begin);
+      };
+      put(dproduct(0, c.gradients), gates, laid_[0]);
+      if (!of_one()) put(dproduct(1, c.gradients), gates, laid_[1]);
+      if (a_.w_hr) put(c.gradients.dh, a_.p, laid_h_);
+    }
+  }
+
+  // Whether both products of a step have the same gradients.
+  bool of_one() const { return Cell::kAdditive && !normalises(); }
+
   // What entered the late gates' product, [B, P] of a step or of a chunk's.
   S* entered(const Gradients& g) const { return late_ + (g.dgx - gradients_.dgx) / stride_ * a_.p; }
 
-  bool normalises() const { return !kTiles && a_.norm.gain_hh; }
+  bool normalises() const { return !kRounds && a_.norm.gain_hh; }
   T scale(int which, int64_t r) const { return a_.norm.scale[which * a_.t * a_.b + r]; }
 
   // Calls f(row, row of [T*B]) for the rows that are computed at step s, and what it returns for
@@ -399,8 +454,8 @@ class Backward {
       product<1, T>(dproduct(1, from), kGates * a_.h, slice.rows, kEarly * a_.h,
                     packed(w_hh_, kEarly), slice.output, s % 2, flows_back, fetch, finish);
     } else {
-      product_of(slice, dproduct(1, from), stride_, slice.rows, kGates * a_.h, w_hh_, a_.p,
-                 slice.output, s % 2, flows_back, fetch, finish);
+      product_of(slice, factor(dproduct(1, from), stride_), stride_, slice.rows, kGates * a_.h,
+                 w_hh_, a_.p, slice.output, s % 2, flows_back, fetch, finish);
     }
   }
 
@@ -425,12 +480,11 @@ class Backward {
       finish_cells(s, tile, sum, to);
     };
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
-    if constexpr (kTiles) {
-      const int64_t stride = row_size(a_.p);
-      S* laid = laid_h_ + slice.index * (a_.b + kRowsBeyond) * stride;
-      lay_rows(to.dh, a_.p, slice.rows, a_.p, laid);
-      product_of(slice, laid - slice.rows.begin * stride, stride, slice.rows, a_.p, w_hr_, a_.h,
-                 slice.hidden, s % 2, computed, fetch, finish);
+    if constexpr (kRounds) {
+      const LeftFactor dh = laid<S>(laid_h_ + slice.index * laid_h_size_, a_.b);
+      lay_rows<false>(to.dh, a_.p, slice.rows, a_.p, dh, slice.rows.begin);
+      product_of(slice, dh, 0, slice.rows, a_.p, w_hr_, a_.h, slice.hidden, s % 2, computed, fetch,
+                 finish);
     } else {
       product_of(slice, to.dh, a_.p, slice.rows, a_.p, w_hr_, a_.h, slice.hidden, s % 2, computed,
                  fetch, finish);
@@ -536,11 +590,12 @@ class Backward {
     if (once && s == 0) {
       __builtin_memcpy(db_hh_ + units.begin, db_ih_ + units.begin, units.size() * sizeof(T));
     }
-    const S *of_x = dproduct(0, g), *of_h = dproduct(1, g);
+    const auto of_x = factor(dproduct(0, g), stride_, laid_[0], c);
+    const auto of_h = factor(dproduct(1, g), stride_, laid_[1], c);
     if (a_.dx) multiply_dx(slice, of_x, all);
     const OuterProduct<S, T> none{}, dw_ih{x, a_.i, dw_ih_};
     OuterProduct<S, T> dw_hh{h_prev, a_.p, dw_hh_};
-    if constexpr (!kTiles) {
+    if constexpr (!kRounds) {
       dw_hh.scale = a_.noise.dropout;
       dw_hh.period = a_.b;
     }
@@ -551,14 +606,15 @@ class Backward {
       outer.add(of_x, gates, {units.begin, min(units.end, late)}, rows, {dw_ih, dw_hh});
       outer.add(of_x, gates, {units.begin > late ? units.begin : late, units.end}, rows,
                 {dw_ih, dw_late});
-    } else if (of_x == of_h) {
+    } else if (of_one()) {
       add_outer(slice, of_x, stride_, gates, rows, {dw_ih, dw_hh});
     } else {
       add_outer(slice, of_x, stride_, gates, rows, {dw_ih, none});
       add_outer(slice, of_h, stride_, gates, rows, {dw_hh, none});
     }
     if (a_.w_hr) {
-      add_outer(slice, g.dh, a_.p, a_.p, rows, {{a_.m + first * a_.h, a_.h, dw_hr_}, none});
+      add_outer(slice, factor(g.dh, a_.p, laid_h_, c), a_.p, a_.p, rows,
+                {{a_.m + first * a_.h, a_.h, dw_hr_}, none});
     }
     keep_gradients(slice, c);
   }
@@ -600,15 +656,16 @@ class Backward {
     if (a_.w_hr) round(dw_hr_, a_.p, a_.h, a_.dw_hr);
   }
 
-  // Of the slice's share of m units of rows a [.., stride].
-  void add_outer(const Slice& slice, const S* a, int64_t stride, int64_t m, const Rows& rows,
+  // Of the slice's share of m units of rows a [.., stride], or of a left factor.
+  template <class Factor>
+  void add_outer(const Slice& slice, const Factor& a, int64_t stride, int64_t m, const Rows& rows,
                  const OuterProduct<S, T> (&products)[2]) const {
     if constexpr (kTiles) {
-      const OuterOf outer(factors_ + slice.index * OuterOf::kFactors,
+      const OuterOf outer(factors_ + slice.index * factors_size_,
                           outer_ + slice.index * OuterOf::kSums);
       for (int64_t i = 0; i < rows.count; i += kTileChunk) {
         const Rows some = rows.from(i, min(rows.count - i, kTileChunk));
-        outer.add(a, stride, m, share(slice, tiles_along(m)), some, products);
+        outer.add(a, m, share(slice, tiles_along(m)), some, products);
       }
     } else {
       const OuterOf outer(outer_ + slice.index * OuterOf::kScratch);
@@ -617,7 +674,8 @@ class Backward {
   }
 
   // For some rows of [T*B]; 0 where nothing was computed.
-  void multiply_dx(const Slice& slice, const S* dgx, Range rows) const {
+  template <class Factor>
+  void multiply_dx(const Slice& slice, const Factor& dgx, Range rows) const {
     S* dx = a_.dx + rows.begin * a_.i;
     const auto wanted = [&](int64_t r) { return computed_[rows.begin + r]; };
     const auto fetch = [](int64_t, int64_t) {};
@@ -638,17 +696,17 @@ class Backward {
   }
 
   // sum [columns] += the sum over rows of a [.., stride], for some of the columns; a few rows at a
-  // time, in order of memory.
-  static void add_rows(const S* a, int64_t stride, Range some, const Rows& rows, T* sum) {
+  // time, in order of memory, and so that long sums stay accurate.
+  static void add_rows(const S* a, int64_t stride, Range columns, const Rows& rows, T* sum) {
     if (sum == nullptr) return;
-    constexpr int64_t kFew = 8;
+    constexpr int64_t kFew = 32;
     for (int64_t i = 0; i < rows.count; i += kFew) {
       const int64_t end = min(rows.count, i + kFew);
-      for (int64_t j = some.begin; j < some.end; j += kLanes<T>) {
-        const int n = static_cast<int>(min(kLanes<T>, some.end - j));
-        V total = frnn::load<V>(sum + j, n);
-        for (int64_t k = i; k < end; ++k) total += frnn::load<V>(a + rows[k] * stride + j, n);
-        frnn::store(sum + j, total, n);
+      for (int64_t j = columns.begin; j < columns.end; j += kLanes<T>) {
+        const int n = static_cast<int>(min(kLanes<T>, columns.end - j));
+        V some{};
+        for (int64_t k = i; k < end; ++k) some += frnn::load<V>(a + rows[k] * stride + j, n);
+        frnn::store(sum + j, frnn::load<V>(sum + j, n) + some, n);
       }
     }
   }
@@ -664,17 +722,20 @@ class Backward {
   const int64_t stride_;      // from row to row of the gates' gradients
   S* w_hh_ = nullptr;         // packed
   S* w_hr_ = nullptr;         // packed
-  S* w_ih_ = nullptr;         // packed
+  Number* w_ih_ = nullptr;    // packed
   Gradients gradients_ = {};  // of two chunks, which take turns
   S* products_[2] = {};       // likewise of the products: dgx and dgh, if they have no norms
   S* late_ = nullptr;         // likewise what entered the late gates' product
   S* dm_ = nullptr;           // of a step, the cell's h, where c is normalised before a projection
-  S* laid_h_ = nullptr;       // of a step, the gradient of h before a projection, of each slice
-  T* sums_ = nullptr;         // of products of tiles, of each slice
-  int64_t sums_size_ = 0;
-  S* factors_ = nullptr;  // scratch of each slice for outer products
-  T* outer_ = nullptr;    // likewise
-  int* names_ = nullptr;  // of a chunk's computed rows, by each slice
+  // A chunk's gradients as left factors: of the products, and of h before a projection, which if in
+  // bfloat16 are those of a step, of each slice.
+  Number* laid_[2] = {};
+  Number* laid_h_ = nullptr;
+  T* sums_ = nullptr;  // of products of tiles, of each slice
+  int64_t sums_size_ = 0, laid_h_size_ = 0, factors_size_ = 0;
+  Number* factors_ = nullptr;  // scratch of each slice for outer products
+  T* outer_ = nullptr;         // likewise
+  int* names_ = nullptr;       // of a chunk's computed rows, by each slice
   // The sums of the weights' gradients: the results themselves, if they are not rounded.
   T *dw_ih_, *dw_hh_, *db_ih_, *db_hh_, *dw_hr_;
 };

@@ -1,35 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Storage in bfloat16 for vectors of 16 numbers, and sigmoid and tanh no more exact than it
-// deserves. Included by numeric.h in place of its own in the translation unit compiled for AMX.
+// sigmoid and tanh of 16 numbers, no more exact than what is stored in bfloat16 deserves. Included
+// by numeric.h in place of its own in the translation unit that has such kernels.
 #pragma once
 
 #include <immintrin.h>
 
 namespace frnn {
 inline namespace amx {
-
-template <class V>
-FRNN_FN V load(const BFloat16* p, int n) {
-  static_assert(Value<V>::kLanes == 16);
-  const __m256i halves = n == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
-                                 : _mm256_maskz_loadu_epi16((1u << n) - 1, p);
-  using Halves = Vector<uint16_t, 16>;
-  using Bits = typename Value<V>::Bits;
-  const Bits bits = __builtin_convertvector(__builtin_bit_cast(Halves, halves), Bits);
-  return __builtin_bit_cast(V, bits << 16);
-}
-
-// Rounded to the nearest, ties to even; subnormal numbers become 0.
-template <class V>
-FRNN_FN void store(BFloat16* p, V v, int n) {
-  static_assert(Value<V>::kLanes == 16);
-  const auto halves = __builtin_bit_cast(__m256i, _mm512_cvtneps_pbh((__m512)v));
-  if (n == 16) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
-  } else {
-    _mm256_mask_storeu_epi16(p, (1u << n) - 1, halves);
-  }
-}
 
 // 1 / (1 + 2^t), within 2^-23: 2^t by its integer and by a polynomial (Lawson iteration) of what
 // remains, within 2^-23.7 of it; the reciprocal by a step of Newton's iteration.

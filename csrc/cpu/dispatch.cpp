@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/engine.h"
+#include "cpu/plan.h"
 
 #if defined(FRNN_AMX)
 #include <cpuid.h>
@@ -28,25 +29,26 @@ bool tiles_granted() {
 }
 #endif
 
-// What runs: an engine, and tiles for values stored in bfloat16 if there are any.
+// What runs: an engine, and engines on tiles if there are any.
 struct Choice {
   const char* name;
   const Engine* engine;
-  const TileEngine* tiles;
+  const TileEngine<BFloat16>* bfloat16 = nullptr;
+  const TileEngine<float>* float32 = nullptr;
 };
 
 // Slowest first. __builtin_cpu_supports also asks the operating system for the registers.
 std::vector<Choice> usable() {
-  std::vector<Choice> choices{{kBaseEngine.name, &kBaseEngine, nullptr}};
+  std::vector<Choice> choices{{kBaseEngine.name, &kBaseEngine}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    choices.push_back({kAvx2Engine.name, &kAvx2Engine, nullptr});
+    choices.push_back({kAvx2Engine.name, &kAvx2Engine});
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      choices.push_back({kAvx512Engine.name, &kAvx512Engine, nullptr});
+      choices.push_back({kAvx512Engine.name, &kAvx512Engine});
 #if defined(FRNN_AMX)
       if (__builtin_cpu_supports("avx512bf16") && tiles_granted()) {
-        choices.push_back({"amx", &kAvx512Engine, &kAmxTiles});
+        choices.push_back({"amx", &kAvx512Engine, &kAmxBFloat16, &kAmxFloat});
       }
 #endif
     }
@@ -66,6 +68,11 @@ std::atomic<const Choice*>& chosen() {
 }
 
 const Engine* engine() { return chosen().load()->engine; }
+
+// The tiles for a sequence of values stored in float, or null.
+const TileEngine<float>* tiles_for(int cell, int64_t steps, int64_t rows) {
+  return tiles_pay(steps, rows) && cell_facts(cell).late == 0 ? chosen().load()->float32 : nullptr;
+}
 
 }  // namespace
 
@@ -94,25 +101,27 @@ bool set_isa(const char* name) {
 }
 
 void forward(int cell, const ForwardArgs<float>& args, const Pool& pool) {
-  engine()->forward_f32(cell, args, pool);
+  const auto* tiles = tiles_for(cell, args.t, args.b);
+  (tiles ? tiles->forward : engine()->forward_f32)(cell, args, pool);
 }
 void forward(int cell, const ForwardArgs<double>& args, const Pool& pool) {
   engine()->forward_f64(cell, args, pool);
 }
 void forward(int cell, const ForwardArgs<BFloat16>& args, const Pool& pool) {
-  chosen().load()->tiles->forward(cell, args, pool);
+  chosen().load()->bfloat16->forward(cell, args, pool);
 }
 void backward(int cell, const BackwardArgs<float>& args, const Pool& pool) {
-  engine()->backward_f32(cell, args, pool);
+  const auto* tiles = tiles_for(cell, args.t, args.b);
+  (tiles ? tiles->backward : engine()->backward_f32)(cell, args, pool);
 }
 void backward(int cell, const BackwardArgs<double>& args, const Pool& pool) {
   engine()->backward_f64(cell, args, pool);
 }
 void backward(int cell, const BackwardArgs<BFloat16>& args, const Pool& pool) {
-  chosen().load()->tiles->backward(cell, args, pool);
+  chosen().load()->bfloat16->backward(cell, args, pool);
 }
 bool stores_bfloat16(int cell) {
-  return chosen().load()->tiles != nullptr && cell_facts(cell).late == 0;
+  return chosen().load()->bfloat16 != nullptr && cell_facts(cell).late == 0;
 }
 bool update(int cell, bool backward, const UpdateArgs<float>& args, const Pool& pool) {
   return engine()->update_f32(cell, backward, args, pool);

@@ -6,10 +6,11 @@
 
 namespace frnn::cpu {
 
-// Of values stored in bfloat16.
+// Of values stored as S whose products are made on tiles; cells with late gates have none.
+template <class S>
 struct TileEngine {
-  void (*forward)(int cell, const ForwardArgs<BFloat16>&, const Pool&);
-  void (*backward)(int cell, const BackwardArgs<BFloat16>&, const Pool&);
+  void (*forward)(int cell, const ForwardArgs<S>&, const Pool&);
+  void (*backward)(int cell, const BackwardArgs<S>&, const Pool&);
 };
 
 struct Engine {
@@ -28,6 +29,8 @@ struct Engine {
 extern const Engine kBaseEngine;
 extern const Engine kAvx2Engine;    // x86-64 only
 extern const Engine kAvx512Engine;  // x86-64 only
-extern const TileEngine kAmxTiles;  // if FRNN_AMX
+// If FRNN_AMX.
+extern const TileEngine<BFloat16> kAmxBFloat16;
+extern const TileEngine<float> kAmxFloat;
 
 }  // namespace frnn::cpu

@@ -8,8 +8,11 @@ template <class Cell, class T, class S>
 class Forward {
   using V = Vec<T>;
   using Args = frnn::cpu::ForwardArgs<S>;
-  static constexpr bool kTiles = !std::is_same_v<S, T>;
-  using Steps = frnn::ForwardSteps<Cell, V, S, T, !kTiles>;
+  // What is stored is not what was computed: then there are no variants, and tiles take all
+  // products.
+  static constexpr bool kRounds = !std::is_same_v<S, T>;
+  using Number = std::conditional_t<kTiles, BFloat16, S>;  // of factors in products of many steps
+  using Steps = frnn::ForwardSteps<Cell, V, S, T, !kRounds>;
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates;
   static constexpr int kLate = frnn::kLateGates<Cell>, kEarly = kGates - kLate;
   // Rows of a chunk of the input projection: enough for W_ih to be read seldom.
@@ -73,7 +76,7 @@ class Forward {
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(kTiles || a_.t * a_.b >= kPackedRows),
         once_ih_(!kTiles && plan.by_units && a_.t <= chunk_),
-        once_hh_(!kTiles && plan.by_units && a_.t == 1 && kLate == 0),
+        once_hh_(!kRounds && plan.by_units && a_.t == 1 && kLate == 0),
         of_ih_(normalises() ? min(chunk_, a_.t) * a_.b : 0, a_.h, plan.slices, carver),
         of_hh_(normalises() ? a_.b : 0, a_.h, plan.slices, carver),
         of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
@@ -86,20 +89,23 @@ class Forward {
     if (!packed_) return;
     if constexpr (kTiles) {
       const int64_t gates = kGates * blocks_of<T>(a_.h), rows = min(chunk_, a_.t) * a_.b;
-      w_ih_ = carver.take<S>(gates * tiles_along(a_.i) * kTileNumbers);
-      w_hh_ = carver.take<S>(gates * tiles_along(a_.p) * kTileNumbers);
+      w_ih_ = carver.take<Number>(gates * tiles_along(a_.i) * kTileNumbers<S>);
       bias_ = carver.take<T>(gates * lanes);
-      if (a_.w_hr) {
-        w_hr_ = carver.take<S>(blocks_of<T>(a_.p) * tiles_along(a_.h) * kTileNumbers);
-      }
-      int64_t most = a_.i > a_.p ? a_.i : a_.p;
-      if (a_.w_hr && a_.h > most) most = a_.h;
-      rows_size_ = (rows + kRowsBeyond) * row_size(most);
-      rows_ = carver.take<S>(plan.slices * rows_size_);
-      sums_size_ = sums_of_tiles(rows, most, gates * lanes);
+      int64_t most = a_.i;
+      if (kRounds && a_.p > most) most = a_.p;
+      if (kRounds && a_.w_hr && a_.h > most) most = a_.h;
+      rows_size_ = laid_size<S>(rows, most);
+      rows_ = carver.take<Number>(plan.slices * rows_size_);
+      sums_size_ = kRounds ? sums_of_tiles<S>(a_.b, most, gates * lanes) : 0;
       sums_ = carver.take<T>(plan.slices * sums_size_);
     } else {
-      w_ih_ = carver.take<S>((once_ih_ ? some : units) * kGates * a_.i);
+      w_ih_ = carver.take<Number>((once_ih_ ? some : units) * kGates * a_.i);
+    }
+    if constexpr (kRounds) {
+      const int64_t gates = kGates * blocks_of<T>(a_.h), output = blocks_of<T>(a_.p);
+      w_hh_ = carver.take<S>(gates * tiles_along(a_.p) * kTileNumbers<S>);
+      if (a_.w_hr) w_hr_ = carver.take<S>(output * tiles_along(a_.h) * kTileNumbers<S>);
+    } else {
       w_hh_ = carver.take<S>((once_hh_ ? some : units) * kGates * a_.p);
       if (a_.w_hr) w_hr_ = carver.take<S>(blocks_of<T>(a_.p) * lanes * a_.h);
     }
@@ -108,18 +114,23 @@ class Forward {
   Slice slice(int i) const { return make_slice<T>(a_, plan_, i); }
 
   void pack(const Slice& slice) const {
+    if (!packed_) return;
     if constexpr (kTiles) {
       pack_tiles(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
-      pack_tiles(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
-      if (a_.w_hr) pack_tiles(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
       for (int64_t block = slice.pack_hidden.begin; block < slice.pack_hidden.end; ++block) {
         for (int g = 0; g < kGates; ++g) {
-          frnn::store(bias_ + (block * kGates + g) * kLanes<T>, input_bias(g, block));
+          const V bias = normalises() ? V{} : input_bias(g, block);
+          frnn::store(bias_ + (block * kGates + g) * kLanes<T>, bias);
         }
       }
-    } else if (packed_) {
+    } else if (!once_ih_) {
+      pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
+    }
+    if constexpr (kRounds) {
+      pack_tiles(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
+      if (a_.w_hr) pack_tiles(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
+    } else {
       if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
-      if (!once_ih_) pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
       if (once_hh_) return;
       pack_rows(a_.w_hh, kEarly, a_.h, a_.p, slice.pack_hidden, w_hh_);
       if (kLate > 0) {
@@ -183,17 +194,23 @@ class Forward {
     const Input to = input(slice, s0);
     const int64_t steps = min(chunk_, a_.t - s0), some = slice.rows.size();
     if constexpr (kTiles) {
-      S* laid = rows_ + slice.index * rows_size_;
+      const LeftFactor x = laid<S>(rows_ + slice.index * rows_size_, steps * some);
       for (int64_t i = 0; i < steps; ++i) {
-        lay_rows(a_.x + (to.first + i) * a_.b * a_.i, a_.i, slice.rows, a_.i,
-                 laid + i * some * row_size(a_.i));
+        lay_rows<true>(a_.x + (to.first + i) * a_.b * a_.i, a_.i, slice.rows, a_.i, x, i * some);
       }
       const auto wanted = [&](int64_t r) {
         return computed_[(to.first + r / some) * a_.b + slice.rows.begin + r % some];
       };
-      project_on_tiles<kGates>(laid, steps * some, a_.i, w_ih_, bias_, blocks_of<T>(a_.h),
-                               slice.hidden, wanted, min(chunk_, a_.t) * some,
-                               reinterpret_cast<T*>(to.data));
+      project_on_tiles<kGates, S>(x, steps * some, a_.i, w_ih_, bias_, blocks_of<T>(a_.h),
+                                  slice.hidden, wanted, reinterpret_cast<T*>(to.data),
+                                  to.of_row * kLanes<T>, to.of_block * kLanes<T>);
+      for (int64_t r = 0; normalises() && r < steps * some; ++r) {
+        const int64_t step = r / some, row = slice.rows.begin + r % some;
+        for (int64_t block = slice.hidden.begin; block < slice.hidden.end && wanted(r); ++block) {
+          const V* gx = to.at(to.first + step, row, block);
+          of_ih_.template describe<kGates>(step * a_.b + row, block, gx);
+        }
+      }
     } else if (some == a_.b) {
       project_rows(to, to.first, {0, steps * a_.b});
     } else {
@@ -235,7 +252,7 @@ class Forward {
     }
   }
 
-  bool normalises() const { return !kTiles && a_.norm.gain_hh; }
+  bool normalises() const { return !kRounds && a_.norm.gain_hh; }
 
   // Keeps one over the standard deviation of row r of [T*B] for backward; which: 0, 1, 2 for W_ih
   // x, W_hh h and c. Of all slices with that row the first one does it.
@@ -399,7 +416,7 @@ class Forward {
       }
     };
     const S* h = steps_.product_in(s);
-    if constexpr (kTiles) {
+    if constexpr (kRounds) {
       on_tiles<kGates>(slice, h, a_.p, slice.rows, w_hh_, a_.h, slice.hidden, s % 2, computed,
                        fetch, finish);
     } else if (packed_ && once_hh_) {
@@ -415,10 +432,10 @@ class Forward {
   void on_tiles(const Slice& slice, const S* a, int64_t k, Range rows, const S* packed,
                 int64_t units, Range blocks, bool backwards, const Wanted& wanted,
                 const Fetch& fetch, const Finish& finish) const {
-    S* laid = rows_ + slice.index * rows_size_;
-    lay_rows(a, k, rows, k, laid);
-    product_of_tiles<kSome>(laid, rows, k, packed, blocks_of<T>(units), blocks, backwards,
-                            sums_ + slice.index * sums_size_, wanted, fetch, finish);
+    const LeftFactor left = laid<S>(rows_ + slice.index * rows_size_, rows.size());
+    lay_rows<false>(a, k, rows, k, left, 0);
+    product_of_tiles<kSome, S>(left, 0, rows, k, packed, blocks_of<T>(units), blocks, backwards,
+                               sums_ + slice.index * sums_size_, wanted, fetch, finish);
   }
 
   // The product of some gates' weights, which are also packed, or would be.
@@ -503,7 +520,7 @@ class Forward {
       }
     };
     const S* m = steps_.m_at(s);
-    if constexpr (kTiles) {
+    if constexpr (kRounds) {
       on_tiles<1>(slice, m, a_.h, slice.rows, w_hr_, a_.p, slice.output, s % 2, computed, fetch,
                   finish);
     } else if (packed_) {
@@ -578,14 +595,14 @@ class Forward {
   const bool once_hh_;
   const Statistics<T> of_ih_, of_hh_, of_c_;  // of a chunk's rows, and of a step's
   const Pairs<T> outputs_;                    // of a step, what h takes of the gates, and c
-  S* w_ih_ = nullptr;                         // packed
+  Number* w_ih_ = nullptr;                    // packed
   T* bias_ = nullptr;                         // on tiles, those of the input projection, likewise
   T* gx_ = nullptr;                           // one chunk
   T* products_ = nullptr;                     // of a step, if more comes before the cells
   T* late_ = nullptr;                         // of a step, what enters the late gates' product
   S* w_hh_ = nullptr;                         // packed
   S* w_hr_ = nullptr;                         // packed
-  S* rows_ = nullptr;                         // left factors of tiles, of each slice
+  Number* rows_ = nullptr;                    // left factors of tiles, of each slice
   T* sums_ = nullptr;                         // of their products, likewise
   int64_t rows_size_ = 0, sums_size_ = 0;
 };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a call is divided among threads: a pure function of its shape.
+// How a call is divided among threads, and whether tiles take products of float: pure functions of
+// its shape.
 #pragma once
 
 #include <cstdint>
@@ -45,5 +46,11 @@ inline Plan make_plan(const Problem& p) {
   if (slices > p.threads) slices = p.threads;
   return {true, slices < 1 ? 1 : static_cast<int>(slices)};
 }
+
+// Values of float have three parts on tiles. Fewer rows of all steps save less than it costs to part
+// the weights.
+inline constexpr int64_t kRowsWorthParting = 128;
+
+inline bool tiles_pay(int64_t steps, int64_t rows) { return steps * rows >= kRowsWorthParting; }
 
 }  // namespace frnn::cpu

@@ -13,6 +13,9 @@
 #include "philox.h"
 #include "recurrence.h"
 #include "steps.h"
+#if defined(FRNN_TILES)
+#include "cpu/parts.h"
+#endif
 
 namespace {
 
@@ -24,22 +27,65 @@ using frnn::StepGradients;
 #include "cpu/gemm.inl"
 #include "cpu/outer.inl"
 
-// Values stored in bfloat16 are multiplied on tiles, which hold this many of them.
-constexpr int64_t kTileNumbers = 512;
+// Whether there are tiles. Those of values stored in bfloat16 take all products; those of float, of
+// which a value has three parts, the ones of many steps at once, and vectors take those of a step.
+#if defined(FRNN_TILES)
+constexpr bool kTiles = true;
+#else
+constexpr bool kTiles = false;
+#endif
+template <class S>
+constexpr int kParts = std::is_same_v<S, float> ? 3 : 1;
+
+// Numbers of a tile, and of the tiles of all parts.
+constexpr int64_t kPartNumbers = 512;
+template <class S>
+constexpr int64_t kTileNumbers = kParts<S> * kPartNumbers;
 constexpr int64_t tiles_along(int64_t k) { return (k + 31) / 32; }
 constexpr int64_t row_tiles(int64_t rows) { return (rows + 15) / 16; }
-// Tiles along k of a piece: those of 32 rows take 32 KB of the L1 cache.
-constexpr int64_t kTilesOfPiece = 16;
-// Columns of tiles that many rows pass by at a time: a piece of them takes 256 KB of the L2 cache.
+// Tiles along k of a piece: those of 32 rows take about 32 KB of the L1 cache.
+template <class S>
+constexpr int64_t kTilesOfPiece = kParts<S> == 1 ? 16 : 8;
+// Columns of tiles that many rows pass by at a time: a piece of them takes a part of the L2 cache.
 constexpr int64_t kPanelColumns = 16;
-// Numbers from row to row of a left factor: an odd number of KB and a line, so that what is used
-// together of many rows has room in the L1 cache.
-constexpr int64_t row_size(int64_t k) { return ((tiles_along(k) + 15) / 16 | 1) * 512 + 32; }
-// Rows whose place is read, though not used, beyond the last one of a left factor.
+
+// How a left factor lies: how many numbers lead to the next row, part, and piece. Cache lines of
+// rows beyond the last one are read, though not used.
+struct LeftFactor {
+  BFloat16* data;
+  int64_t row, part, piece;
+
+  template <class S>
+  BFloat16* at(int64_t r, int64_t k) const {
+    constexpr int64_t kDepth = 32 * kTilesOfPiece<S>;
+    return data + r * row + k / kDepth * piece + k % kDepth;
+  }
+};
 constexpr int64_t kRowsBeyond = 31;
+// Numbers from row to row where rows are whole: an odd number of KB and a line, so that what is
+// used together of many rows has room in the L1 cache.
+constexpr int64_t row_size(int64_t k) { return ((tiles_along(k) + 15) / 16 | 1) * 512 + 32; }
+// .. and where they are laid piece by piece, each with all its parts, so that few pages hold what
+// is used together: an odd number of lines.
+template <class S>
+constexpr int64_t kRowOfPiece = (kParts<S> * kTilesOfPiece<S> | 1) * 32;
+template <class S>
+constexpr int64_t laid_size(int64_t rows, int64_t k) {
+  const int64_t pieces = (tiles_along(k) + kTilesOfPiece<S> - 1) / kTilesOfPiece<S>;
+  return (pieces * rows + kRowsBeyond) * kRowOfPiece<S>;
+}
+template <class S>
+constexpr LeftFactor laid(BFloat16* data, int64_t rows) {
+  return {data, kRowOfPiece<S>, kTilesOfPiece<S> * 32, rows * kRowOfPiece<S>};
+}
+constexpr LeftFactor whole_rows(BFloat16* data, int64_t row) {
+  return {data, row, 0, 32 * kTilesOfPiece<BFloat16>};
+}
+
 // Numbers that product_of_tiles() needs for its sums.
+template <class S>
 constexpr int64_t sums_of_tiles(int64_t rows, int64_t k, int64_t columns) {
-  const int64_t kept = tiles_along(k) > kTilesOfPiece ? (rows + 31) / 32 * 32 : 32;
+  const int64_t kept = tiles_along(k) > kTilesOfPiece<S> ? (rows + 31) / 32 * 32 : 32;
   return kept * ((columns + 63) / 64 * 64);
 }
 // Rows whose outer products are summed up at a time.
@@ -49,6 +95,7 @@ constexpr int64_t kTileChunk = 512;
 #include "cpu/amx.inl"
 #else
 struct TileScope {};
+template <class S>
 class OuterOfTiles;
 #endif
 
@@ -176,20 +223,20 @@ void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Po
 #include "cpu/mask.inl"
 #include "cpu/update.inl"
 
-template <class Cell, class S>
-constexpr bool kExists = std::is_same_v<S, frnn::Wide<S>> || frnn::kLateGates<Cell> == 0;
+template <class Cell>
+constexpr bool kExists = !kTiles || frnn::kLateGates<Cell> == 0;
 
 template <class S>
 void run_forward(int cell, const frnn::cpu::ForwardArgs<S>& args, const frnn::cpu::Pool& pool) {
   frnn::Cells::dispatch(cell, [&]<class Cell>() {
-    if constexpr (kExists<Cell, S>) Forward<Cell, frnn::Wide<S>, S>::run(args, pool);
+    if constexpr (kExists<Cell>) Forward<Cell, frnn::Wide<S>, S>::run(args, pool);
   });
 }
 
 template <class S>
 void run_backward(int cell, const frnn::cpu::BackwardArgs<S>& args, const frnn::cpu::Pool& pool) {
   frnn::Cells::dispatch(cell, [&]<class Cell>() {
-    if constexpr (kExists<Cell, S>) Backward<Cell, frnn::Wide<S>, S>::run(args, pool);
+    if constexpr (kExists<Cell>) Backward<Cell, frnn::Wide<S>, S>::run(args, pool);
   });
 }
 

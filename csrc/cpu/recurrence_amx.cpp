@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#define FRNN_TILES  // not the compiler's own macro, which -march=native defines everywhere
-#include <immintrin.h>
+// Values stored in float on AMX tiles, in parts of bfloat16.
+#define FRNN_AVX512
+#define FRNN_TILES
 
 #include "cpu/engine.h"
 
@@ -12,5 +13,5 @@ constexpr int kSumRegisters = 24;
 
 #include "cpu/recurrence.inl"
 
-constinit const frnn::cpu::TileEngine frnn::cpu::kAmxTiles = {run_forward<frnn::BFloat16>,
-                                                              run_backward<frnn::BFloat16>};
+constinit const frnn::cpu::TileEngine<float> frnn::cpu::kAmxFloat = {run_forward<float>,
+                                                                     run_backward<float>};

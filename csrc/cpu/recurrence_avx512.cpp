@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#define FRNN_AVX512
+
 #include "cpu/engine.h"
 
 namespace {

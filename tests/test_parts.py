@@ -1,0 +1,126 @@
+"""float32 on the CPU, where the engine has AMX tiles: products of many steps in parts of bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn.backends import by_name, native
+from fusedrnn.cells import CELLS, LSTM
+from fusedrnn.testing import Case, check_case
+
+pytestmark = [
+    pytest.mark.skipif("amx" not in native.isas(), reason="needs AMX"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+TILED = [cell for cell in CELLS.values() if not cell.late]
+# Tiles begin with 128 rows of all steps; 512 are a chunk of backward.
+SHAPES = {
+    "odd": {"T": 27, "B": 5, "I": 37, "H": 21},
+    "chunks": {"T": 45, "B": 13, "I": 3, "H": 35},
+    "pieces": {"T": 9, "B": 33, "I": 300, "H": 70},
+    "one row": {"T": 130, "B": 1, "I": 33, "H": 16},
+}
+FEATURES = {
+    "lengths-reverse": {"lengths": True, "reverse": True},
+    "resets": {"resets": True, "reset_states": True},
+    "dropout": {"dropout": True, "bias": False},
+    "zoneout": {"zoneout": "training", "lengths": True},
+    "norm": {"layer_norm": True, "lengths": True},
+    "norm-dropout": {"layer_norm": True, "dropout": True, "reverse": True},
+    "chunks": {"recompute": "chunks", "resets": True},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+@pytest.mark.parametrize("cell", TILED, ids=lambda c: c.name)
+def test_shapes(cell, shape):
+    check_case(Case(cell, **shape), by_name("cpu"))
+
+
+@pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
+@pytest.mark.parametrize("cell", TILED, ids=lambda c: c.name)
+def test_features(cell, feature):
+    check_case(Case(cell, T=31, B=6, I=19, H=37, **feature), by_name("cpu"))
+
+
+@pytest.mark.parametrize("feature", [{}, *FEATURES.values()], ids=["plain", *FEATURES])
+def test_projection(feature):
+    check_case(Case(LSTM, T=90, B=6, I=19, H=37, P=11, **feature), by_name("cpu"))
+
+
+def run(module, x, threads=1):
+    torch.set_num_threads(threads)
+    x = x.clone().requires_grad_()
+    y = module(x)[0]
+    y.square().sum().backward()
+    found = [y.detach(), x.grad, *(p.grad for p in module.parameters())]
+    module.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 4, 33])
+def test_threads(rows):
+    module, x = fusedrnn.LSTM(40, 70, proj_size=24, num_layers=2), torch.randn(130, rows, 40)
+    one, *others = (run(module, x, threads) for threads in (1, 2, 3))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_as_exact_as_torch(name):
+    """Values of all sizes, whose lower parts matter: products as such are no less exact."""
+    theirs = getattr(torch.nn, name)(200, 64)
+    ours = getattr(fusedrnn, name)(200, 64)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(60, 32, 200) * torch.logspace(-3, 1, 200)
+    double = getattr(torch.nn, name)(200, 64).double()
+    double.load_state_dict(theirs.state_dict())
+    exact = run(double, x.double())
+    for e, a, b in zip(exact, run(theirs, x), run(ours, x), strict=True):
+        assert (b - e).square().mean() <= (1.5 * (a - e)).square().mean()
+
+
+def test_what_is_not_finite_stays_in_its_row():
+    module, x = fusedrnn.GRU(8, 16), torch.randn(20, 32, 8)
+    spoilt = x.clone()
+    spoilt[3, 7, 2] = float("nan")
+    plain, found = module(x)[0], module(spoilt)[0]
+    assert found[3:, 7].isnan().all()
+    others = [row for row in range(32) if row != 7]
+    assert torch.equal(found[:, others], plain[:, others]) and torch.equal(found[:3], plain[:3])
+
+
+def test_infinite_inputs_saturate_gates():
+    module, x = fusedrnn.LSTM(8, 16), torch.randn(20, 32, 8)
+    x[3, 7, 2], x[5, 9, 1] = float("inf"), -float("inf")
+    found = module(x)[0]
+    native.set_isa("avx512")
+    try:
+        expected = module(x)[0]
+    finally:
+        native.set_isa("amx")
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected)
+
+
+def test_infinite_gradients_are_seen():
+    module, x = fusedrnn.LSTM(8, 16), torch.randn(20, 32, 8)
+    y = module(x)[0]
+    dy = torch.zeros_like(y)
+    dy[5, 3, 1] = float("inf")
+    y.backward(dy)
+    assert not module.weight_ih_l0.grad.isfinite().all()
+    assert not module.weight_hh_l0.grad.isfinite().all()
+
+
+def test_small_numbers():
+    """What lies under 2^-126 may be lost, but no more."""
+    module, x = fusedrnn.RNN(8, 16, bias=False), torch.randn(20, 32, 8) * 2.0**-120
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+        y = module(x)[0]
+        expected = x.double() @ module.weight_ih_l0.double().T
+    assert (y - expected).abs().max() <= 8 * 3 * 2.0**-126
