@@ -109,10 +109,10 @@ asan tsan: .venv/ready
 	@rm -rf build/$@/fusedrnn && cp -r fusedrnn build/$@/ && cp build/$@/engine/_C.so build/$@/fusedrnn/
 	@export $(options) PYTHONPATH=build/$@ LD_PRELOAD="$(preload)"; \
 		best=$$(.venv/bin/python -c "from fusedrnn.backends import native; print(native.isas()[-1])") && \
-		.venv/bin/pytest --capture=sys tests/test_recurrence.py tests/test_cells.py tests/test_regularisers.py \
+		.venv/bin/pytest --capture=sys tests/test_recurrence.py tests/test_parts.py tests/test_cells.py tests/test_regularisers.py \
 		-k "(test_recurrence and $(sets) and (amx or not float16) \
 		and not (lstm_peephole or lstm_coupled-)) \
-		or cell_update_on_the_cpu or engine_s_masks" $(ARGS)
+		or (test_parts and not as_exact) or cell_update_on_the_cpu or engine_s_masks" $(ARGS)
 
 CUDA_HOME ?= /usr/local/cuda
 simulator: .venv/ready

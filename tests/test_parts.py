@@ -1,4 +1,4 @@
-"""float32 on the CPU, where the engine has AMX tiles: products of many steps in parts of bfloat16."""
+"""float32 on the CPU with AMX tiles: products of many steps in parts of bfloat16."""
 
 from __future__ import annotations
 

@@ -124,16 +124,18 @@ inline void store_transposed(const __m512i (&rows)[kTileRows], BFloat16* to, int
 
 // ---- Left factors.
 
-// Rows of a [.., lda], whole tiles of them -> rows from `first` on. If limited, the largest numbers
-// take the place of infinite ones, of which there are no parts.
+// Some rows of a [.., lda], whole tiles of them -> rows from `first` on. If limited, the largest
+// numbers take the place of infinite ones, of which there are no parts.
 template <bool kLimited, class S>
-void lay_rows(const S* a, int64_t lda, Range rows, int64_t k, const LeftFactor& to, int64_t first) {
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
+void lay_rows(const S* a, int64_t lda, const Rows& rows, int64_t k, const LeftFactor& to,
+              int64_t first) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const S* from = a + rows[i] * lda;
     for (int64_t k0 = 0; k0 < k; k0 += kTileDepth) {
       __m512i parts[kParts<S>];
-      load_some<kLimited>(a + row * lda + k0, k - k0, parts);
-      BFloat16* place = to.at<S>(first + row - rows.begin, k0);
-      for (int i = 0; i < kParts<S>; ++i) _mm512_storeu_si512(place + i * to.part, parts[i]);
+      load_some<kLimited>(from + k0, k - k0, parts);
+      BFloat16* place = to.at<S>(first + i, k0);
+      for (int j = 0; j < kParts<S>; ++j) _mm512_storeu_si512(place + j * to.part, parts[j]);
     }
   }
 }
@@ -342,10 +344,10 @@ void product_of_tiles(const LeftFactor& a, int64_t first_row, Range rows, int64_
 
 // c [kGates][16], of_row numbers from row to row and of_block from block to block, = bias
 // [all_blocks][kGates][16] + a product as above, of many rows, which goes straight there.
-template <int kGates, class S, class Wanted>
+template <int kGates, class S>
 void project_on_tiles(const LeftFactor& a, int64_t rows, int64_t k, const BFloat16* packed,
-                      float* bias, int64_t all_blocks, Range blocks, const Wanted& wanted, float* c,
-                      int64_t of_row, int64_t of_block) {
+                      float* bias, int64_t all_blocks, Range blocks, float* c, int64_t of_row,
+                      int64_t of_block) {
   constexpr int64_t kRows = kTilesOfRows * kTileRows, kWidth = kGates * kTileRows;
   constexpr int64_t kPanel = kPanelColumns / kGates;
   const InPieces<S> at{tiles_along(k), all_blocks * kGates};
@@ -355,7 +357,6 @@ void project_on_tiles(const LeftFactor& a, int64_t rows, int64_t k, const BFloat
       const int64_t size = tiles * kTileNumbers<S>;
       for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
         const int64_t n = min(kRows, rows - r0);
-        if (all_of({r0, r0 + n}, [&](int64_t row) { return !wanted(row); })) continue;
         TileScope::set_rows(n);
         const int64_t at_once = kTilesOfSums / row_tiles(n);
         for (int64_t block = panel; block < min(blocks.end, panel + kPanel); ++block) {
@@ -394,15 +395,16 @@ class OuterOfTiles {
   OuterOfTiles(BFloat16* factors, float* sums)
       : sums_{sums, sums + kHeight * kWidth}, b_{factors, factors + kOfB}, a_(factors + 2 * kOfB) {}
 
-  // For some tiles of 32 units of m, and rows of a left factor; there are at most kTileChunk.
-  void add(const LeftFactor& a, int64_t m, Range of_units, const Rows& rows,
+  // For some tiles of 32 units of m. Of a left factor these are the rows of_a, of b the others;
+  // there are at most kTileChunk.
+  void add(const LeftFactor& a, const Rows& of_a, int64_t m, Range of_units, const Rows& rows,
            const Product (&products)[2]) const {
     const int64_t tiles = tiles_along(rows.count);
     TileScope::set_rows(kHeight);
     // Rows beyond the last one are those of b that are zeros.
     int64_t places[kTileChunk];
     for (int64_t i = 0; i < tiles * kTileDepth; ++i) {
-      places[i] = rows[min(i, rows.count - 1)] * a.row;
+      places[i] = of_a[min(i, rows.count - 1)] * a.row;
     }
     int64_t most = 0;
     for (const Product& p : products) most = p.c && p.n > most ? p.n : most;

@@ -16,6 +16,7 @@ class Backward {
   using V = Vec<T>;
   using Args = frnn::cpu::BackwardArgs<S>;
   static constexpr bool kRounds = !std::is_same_v<S, T>;   // as in Forward
+  static constexpr bool kLays = kTiles && !kRounds;        // left factors are laid after the steps
   using Number = std::conditional_t<kTiles, BFloat16, S>;  // of factors in products of many steps
   using Gradients = std::conditional_t<kRounds, LaidGradients<S>, StepGradients<S>>;
   using Steps = frnn::BackwardSteps<Cell, V, S, T, !kRounds, Gradients>;
@@ -70,7 +71,7 @@ class Backward {
       }
       if (s % chunk_ != 0) continue;
       if (!plan_.by_units) meet();
-      if constexpr (kTiles && !kRounds) {
+      if constexpr (kLays) {
         each([&](int i) { lay(slice(i), s); });
         meet();
       }
@@ -117,8 +118,8 @@ class Backward {
       sums_size_ = of_h > of_x ? of_h : of_x;
       sums_ = carver.take<T>(plan.slices * sums_size_);
       const int64_t some = min(a_.t, chunk_) * a_.b;
-      if (!kRounds) laid_[0] = carver.take<Number>(laid_size<S>(some, gates));
-      if (!kRounds) laid_[1] = of_one() ? laid_[0] : carver.take<Number>(laid_size<S>(some, gates));
+      if (kLays) laid_[0] = carver.take<Number>(laid_size<S>(some, gates));
+      if (kLays) laid_[1] = of_one() ? laid_[0] : carver.take<Number>(laid_size<S>(some, gates));
       laid_h_size_ = a_.w_hr ? laid_size<S>(kRounds ? a_.b : some, a_.p) : 0;
       laid_h_ = carver.take<Number>((kRounds ? plan.slices : 1) * laid_h_size_);
     } else {
@@ -274,27 +275,36 @@ class Backward {
     }
   }
   auto factor(S* rows, int64_t stride, Number* laid_rows, const Chunk& c) const {
-    if constexpr (kTiles && !kRounds) {
+    if constexpr (kLays) {
       return laid<S>(laid_rows, c.steps * a_.b);
     } else {
       return factor(rows, stride);
     }
   }
 
-  // Lays a slice's share of the rows of a chunk as left factors.
+  // Lays a slice's share of the computed rows of a chunk, one after the other, as left factors.
   void lay(const Slice& slice, int64_t s) const {
-    if constexpr (kTiles && !kRounds) {
+    if constexpr (kLays) {
       const Chunk c = chunk(s);
-      const int64_t gates = kGates * a_.h, rows = c.steps * a_.b;
-      const Range mine = share(slice, rows);
+      const Rows rows = computed_.of(rows_of(c), names(slice));
+      const int64_t gates = kGates * a_.h;
+      const Range mine = share(slice, rows.count);
       const auto put = [&](const S* from, int64_t k, Number* to) {
-        lay_rows<false>(from, k, mine, k, laid<S>(to, rows), mine.begin);
+        lay_rows<false>(from, k, rows.from(mine.begin, mine.size()), k, laid<S>(to, c.steps * a_.b),
+                        mine.begin);
       };
       put(dproduct(0, c.gradients), gates, laid_[0]);
       if (!of_one()) put(dproduct(1, c.gradients), gates, laid_[1]);
       if (a_.w_hr) put(c.gradients.dh, a_.p, laid_h_);
     }
   }
+
+  // .. those rows in what is laid, or else where they are.
+  static Rows rows_of_left(const Rows& rows) { return kLays ? Rows{nullptr, rows.count} : rows; }
+
+  // Rows of [T*B], and place for a slice's names of some of them.
+  Range rows_of(const Chunk& c) const { return {c.time * a_.b, (c.time + c.steps) * a_.b}; }
+  int* names(const Slice& slice) const { return names_ + slice.index * chunk_ * a_.b; }
 
   // Whether both products of a step have the same gradients.
   bool of_one() const { return Cell::kAdditive && !normalises(); }
@@ -482,7 +492,8 @@ class Backward {
     const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
     if constexpr (kRounds) {
       const LeftFactor dh = laid<S>(laid_h_ + slice.index * laid_h_size_, a_.b);
-      lay_rows<false>(to.dh, a_.p, slice.rows, a_.p, dh, slice.rows.begin);
+      const Rows rows{nullptr, slice.rows.size(), slice.rows.begin};
+      lay_rows<false>(to.dh, a_.p, rows, a_.p, dh, slice.rows.begin);
       product_of(slice, dh, 0, slice.rows, a_.p, w_hr_, a_.h, slice.hidden, s % 2, computed, fetch,
                  finish);
     } else {
@@ -578,8 +589,8 @@ class Backward {
   void multiply(const Slice& slice, int64_t s) const {
     const Chunk c = chunk(s);
     const int64_t first = c.time * a_.b, gates = kGates * a_.h;
-    const Range all{first, first + c.steps * a_.b};
-    const Rows rows = computed_.of(all, names_ + slice.index * chunk_ * a_.b);
+    const Range all = rows_of(c);
+    const Rows rows = computed_.of(all, names(slice));
     const Range units = share(slice, gates);
     const Gradients& g = c.gradients;
     const S* x = a_.x + first * a_.i;
@@ -592,7 +603,7 @@ class Backward {
     }
     const auto of_x = factor(dproduct(0, g), stride_, laid_[0], c);
     const auto of_h = factor(dproduct(1, g), stride_, laid_[1], c);
-    if (a_.dx) multiply_dx(slice, of_x, all);
+    if (a_.dx) multiply_dx(slice, of_x, all, rows);
     const OuterProduct<S, T> none{}, dw_ih{x, a_.i, dw_ih_};
     OuterProduct<S, T> dw_hh{h_prev, a_.p, dw_hh_};
     if constexpr (!kRounds) {
@@ -664,8 +675,9 @@ class Backward {
       const OuterOf outer(factors_ + slice.index * factors_size_,
                           outer_ + slice.index * OuterOf::kSums);
       for (int64_t i = 0; i < rows.count; i += kTileChunk) {
-        const Rows some = rows.from(i, min(rows.count - i, kTileChunk));
-        outer.add(a, m, share(slice, tiles_along(m)), some, products);
+        const int64_t n = min(rows.count - i, kTileChunk);
+        outer.add(a, rows_of_left(rows).from(i, n), m, share(slice, tiles_along(m)),
+                  rows.from(i, n), products);
       }
     } else {
       const OuterOf outer(outer_ + slice.index * OuterOf::kScratch);
@@ -673,25 +685,34 @@ class Backward {
     }
   }
 
-  // For some rows of [T*B]; 0 where nothing was computed.
+  // For some rows of [T*B], of which those are named that are computed; 0 where nothing was.
   template <class Factor>
-  void multiply_dx(const Slice& slice, const Factor& dgx, Range rows) const {
-    S* dx = a_.dx + rows.begin * a_.i;
-    const auto wanted = [&](int64_t r) { return computed_[rows.begin + r]; };
+  void multiply_dx(const Slice& slice, const Factor& dgx, Range all, const Rows& rows) const {
+    S* dx = a_.dx + all.begin * a_.i;
+    const Range blocks = share(slice, blocks_of<T>(a_.i));
+    const auto wanted = [&](int64_t r) { return kLays || computed_[all.begin + r]; };
     const auto fetch = [](int64_t, int64_t) {};
     const auto finish = [&](const Tile& tile, const V* sum) {
       for (int i = 0; i < tile.rows; ++i) {
+        const int64_t row = kLays ? rows[tile.row + i] : tile.row + i;
         for (int j = 0; j < tile.blocks; ++j) {
-          const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.i);
+          const Place p = place<kLanes<T>>(row, tile.block + j, a_.i);
           frnn::store(dx + p.offset, wanted(p.row) ? *sum : V{}, p.n);
           ++sum;
         }
       }
     };
-    const int64_t most = kTiles ? kRowsOfDx : rows.size();
-    for (int64_t row = 0; row < rows.size(); row += most) {
-      product_of(slice, dgx, stride_, {row, min(rows.size(), row + most)}, kGates * a_.h, w_ih_,
-                 a_.i, share(slice, blocks_of<T>(a_.i)), false, wanted, fetch, finish);
+    const int64_t count = kLays ? rows.count : all.size(), most = kTiles ? kRowsOfDx : count;
+    for (int64_t row = 0; row < count; row += most) {
+      product_of(slice, dgx, stride_, {row, min(count, row + most)}, kGates * a_.h, w_ih_, a_.i,
+                 blocks, false, wanted, fetch, finish);
+    }
+    for (int64_t row = 0; kLays && row < all.size(); ++row) {
+      if (computed_[all.begin + row]) continue;
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        const Place p = place<kLanes<T>>(row, block, a_.i);
+        frnn::store(dx + p.offset, V{}, p.n);
+      }
     }
   }
 

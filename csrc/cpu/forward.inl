@@ -91,6 +91,7 @@ class Forward {
       const int64_t gates = kGates * blocks_of<T>(a_.h), rows = min(chunk_, a_.t) * a_.b;
       w_ih_ = carver.take<Number>(gates * tiles_along(a_.i) * kTileNumbers<S>);
       bias_ = carver.take<T>(gates * lanes);
+      if (a_.lengths) places_ = carver.take<int>(plan.slices * rows);
       int64_t most = a_.i;
       if (kRounds && a_.p > most) most = a_.p;
       if (kRounds && a_.w_hr && a_.h > most) most = a_.h;
@@ -172,9 +173,11 @@ class Forward {
     Slice slice;
     int64_t first;             // the time of the chunk's first row
     int64_t of_row, of_block;  // how far apart these are
+    int* places;               // of rows, of which only those are there that are computed, or null
 
     V* at(int64_t t, int64_t row, int64_t block) const {
-      const int64_t r = (t - first) * slice.rows.size() + row - slice.rows.begin;
+      int64_t r = (t - first) * slice.rows.size() + row - slice.rows.begin;
+      if (places) r = places[r];
       return data + r * of_row + (block - slice.hidden.begin) * of_block;
     }
   };
@@ -186,8 +189,10 @@ class Forward {
     const int64_t s1 = min(s0 + chunk_, a_.t);
     const int64_t first = min(timeline_.time(s0), timeline_.time(s1 - 1));
     const int64_t rows = min(chunk_, a_.t) * slice.rows.size(), blocks = slice.hidden.size();
-    if (normalises()) return {reinterpret_cast<V*>(data), slice, first, blocks * kGates, kGates};
-    return {reinterpret_cast<V*>(data), slice, first, kGates, rows * kGates};
+    int* places = places_ ? places_ + slice.index * min(chunk_, a_.t) * a_.b : nullptr;
+    V* there = reinterpret_cast<V*>(data);
+    if (normalises()) return {there, slice, first, blocks * kGates, kGates, places};
+    return {there, slice, first, kGates, rows * kGates, places};
   }
 
   void project_input(const Slice& slice, int64_t s0) const {
@@ -195,20 +200,24 @@ class Forward {
     const int64_t steps = min(chunk_, a_.t - s0), some = slice.rows.size();
     if constexpr (kTiles) {
       const LeftFactor x = laid<S>(rows_ + slice.index * rows_size_, steps * some);
-      for (int64_t i = 0; i < steps; ++i) {
-        lay_rows<true>(a_.x + (to.first + i) * a_.b * a_.i, a_.i, slice.rows, a_.i, x, i * some);
-      }
-      const auto wanted = [&](int64_t r) {
-        return computed_[(to.first + r / some) * a_.b + slice.rows.begin + r % some];
+      const auto row_of = [&](int64_t r) {  // within those of the chunk
+        return r / some * a_.b + slice.rows.begin + r % some;
       };
-      project_on_tiles<kGates, S>(x, steps * some, a_.i, w_ih_, bias_, blocks_of<T>(a_.h),
-                                  slice.hidden, wanted, reinterpret_cast<T*>(to.data),
-                                  to.of_row * kLanes<T>, to.of_block * kLanes<T>);
+      const auto wanted = [&](int64_t r) { return computed_[to.first * a_.b + row_of(r)]; };
+      int64_t count = 0;
+      for (int64_t r = 0; r < steps * some; ++r) {
+        if (to.places) to.places[r] = static_cast<int>(count);
+        if (!wanted(r)) continue;
+        const Rows row{nullptr, 1, to.first * a_.b + row_of(r)};
+        lay_rows<true>(a_.x, a_.i, row, a_.i, x, count++);
+      }
+      project_on_tiles<kGates, S>(x, count, a_.i, w_ih_, bias_, blocks_of<T>(a_.h), slice.hidden,
+                                  reinterpret_cast<T*>(to.data), to.of_row * kLanes<T>,
+                                  to.of_block * kLanes<T>);
       for (int64_t r = 0; normalises() && r < steps * some; ++r) {
-        const int64_t step = r / some, row = slice.rows.begin + r % some;
         for (int64_t block = slice.hidden.begin; block < slice.hidden.end && wanted(r); ++block) {
-          const V* gx = to.at(to.first + step, row, block);
-          of_ih_.template describe<kGates>(step * a_.b + row, block, gx);
+          const V* gx = to.at(to.first + r / some, slice.rows.begin + r % some, block);
+          of_ih_.template describe<kGates>(row_of(r), block, gx);
         }
       }
     } else if (some == a_.b) {
@@ -433,7 +442,7 @@ class Forward {
                 int64_t units, Range blocks, bool backwards, const Wanted& wanted,
                 const Fetch& fetch, const Finish& finish) const {
     const LeftFactor left = laid<S>(rows_ + slice.index * rows_size_, rows.size());
-    lay_rows<false>(a, k, rows, k, left, 0);
+    lay_rows<false>(a, k, Rows{nullptr, rows.size(), rows.begin}, k, left, 0);
     product_of_tiles<kSome, S>(left, 0, rows, k, packed, blocks_of<T>(units), blocks, backwards,
                                sums_ + slice.index * sums_size_, wanted, fetch, finish);
   }
@@ -598,6 +607,7 @@ class Forward {
   Number* w_ih_ = nullptr;                    // packed
   T* bias_ = nullptr;                         // on tiles, those of the input projection, likewise
   T* gx_ = nullptr;                           // one chunk
+  int* places_ = nullptr;                     // .. of its rows, in each slice, see Input
   T* products_ = nullptr;                     // of a step, if more comes before the cells
   T* late_ = nullptr;                         // of a step, what enters the late gates' product
   S* w_hh_ = nullptr;                         // packed

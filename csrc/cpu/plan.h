@@ -47,8 +47,8 @@ inline Plan make_plan(const Problem& p) {
   return {true, slices < 1 ? 1 : static_cast<int>(slices)};
 }
 
-// Values of float have three parts on tiles. Fewer rows of all steps save less than it costs to part
-// the weights.
+// Values of float have three parts on tiles. Fewer rows of all steps save less than it costs to
+// part the weights.
 inline constexpr int64_t kRowsWorthParting = 128;
 
 inline bool tiles_pay(int64_t steps, int64_t rows) { return steps * rows >= kRowsWorthParting; }

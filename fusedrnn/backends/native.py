@@ -236,7 +236,8 @@ class Ops:
 class Native(Ops):
     """The CPU engine. What has 16 bits outside it stores and computes in float32, but for bfloat16
     where there are AMX tiles: then all is stored in bfloat16 except cell states and running
-    gradients, and computed in float32."""
+    gradients, and computed in float32. There, products of many steps in float32 are sums of six in
+    bfloat16."""
 
     name = "cpu"
     reads_padding = False
@@ -262,7 +263,10 @@ class Native(Ops):
         narrow = self._stores(request.cell, request.dtype, regularised or request.reset_states)
         dtype = request.dtype if narrow else compute_dtype(request.dtype)
         stored = str(dtype).removeprefix("torch.")
-        return f"standard on {isa()}, values in {stored}, one parallel region a sequence"
+        in_parts = isa() == "amx" and dtype == torch.float32 and not request.cell.late
+        more = ", from 128 rows of all steps on in parts of bfloat16 before and after the steps"
+        values = f"values in {stored}{more if in_parts else ''}"
+        return f"standard on {isa()}, {values}, one parallel region a sequence"
 
     def _stores(self, cell: Cell, dtype: torch.dtype, more: bool) -> bool:
         """Whether the engine stores values as they are outside; ``more``: there are regularisers,
