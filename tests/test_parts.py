@@ -83,6 +83,12 @@ def test_as_exact_as_torch(name):
         assert (b - e).square().mean() <= (1.5 * (a - e)).square().mean()
 
 
+@pytest.mark.parametrize("reset_after", [True, False])
+def test_explain(reset_after):
+    text = fusedrnn.explain(fusedrnn.GRU(8, 16, reset_after=reset_after), torch.zeros(20, 32, 8))
+    assert ("bfloat16 parts if T*B >= 128" in str(text)) == reset_after
+
+
 def test_what_is_not_finite_stays_in_its_row():
     module, x = fusedrnn.GRU(8, 16), torch.randn(20, 32, 8)
     spoilt = x.clone()

@@ -126,6 +126,7 @@ class Backward {
       outer_ = carver.take<T>(plan.slices * OuterOf::kScratch);
     }
     names_ = carver.take<int>(plan.slices * chunk_ * a_.b);
+    of_chunk_ = carver.take<T>(gates);
     const auto sum_of = [&](S* result, int64_t count) {
       if constexpr (kRounds) {
         return result ? carver.take<T>(count) : nullptr;
@@ -716,20 +717,26 @@ class Backward {
     }
   }
 
-  // sum [columns] += the sum over rows of a [.., stride], for some of the columns; a few rows at a
-  // time, in order of memory, and so that long sums stay accurate.
-  static void add_rows(const S* a, int64_t stride, Range columns, const Rows& rows, T* sum) {
-    if (sum == nullptr) return;
-    constexpr int64_t kFew = 32;
+  // sum [columns] += the sum over rows of a [.., stride], for some of the columns: of a few rows at
+  // a time, in order of memory, then of the chunk's, so that long sums stay accurate.
+  void add_rows(const S* a, int64_t stride, Range columns, const Rows& rows, T* sum) const {
+    constexpr int64_t kFew = 16;
+    const auto each_vector = [&](const auto& f) {
+      for (int64_t j = columns.begin; j < columns.end; j += kLanes<T>) {
+        f(j, static_cast<int>(min(kLanes<T>, columns.end - j)));
+      }
+    };
+    if (sum == nullptr || rows.count == 0) return;
     for (int64_t i = 0; i < rows.count; i += kFew) {
       const int64_t end = min(rows.count, i + kFew);
-      for (int64_t j = columns.begin; j < columns.end; j += kLanes<T>) {
-        const int n = static_cast<int>(min(kLanes<T>, columns.end - j));
+      each_vector([&](int64_t j, int n) {
         V some{};
         for (int64_t k = i; k < end; ++k) some += frnn::load<V>(a + rows[k] * stride + j, n);
-        frnn::store(sum + j, frnn::load<V>(sum + j, n) + some, n);
-      }
+        if (i > 0) some += frnn::load<V>(of_chunk_ + j, n);
+        frnn::store(of_chunk_ + j, some, n);
+      });
     }
+    each_vector([&](int64_t j, int n) { add(sum + j, frnn::load<V>(of_chunk_ + j, n), n); });
   }
 
   const Args& a_;
@@ -756,6 +763,7 @@ class Backward {
   int64_t sums_size_ = 0, laid_h_size_ = 0, factors_size_ = 0;
   Number* factors_ = nullptr;  // scratch of each slice for outer products
   T* outer_ = nullptr;         // likewise
+  T* of_chunk_ = nullptr;      // the sums of a chunk's rows
   int* names_ = nullptr;       // of a chunk's computed rows, by each slice
   // The sums of the weights' gradients: the results themselves, if they are not rounded.
   T *dw_ih_, *dw_hh_, *db_ih_, *db_hh_, *dw_hr_;

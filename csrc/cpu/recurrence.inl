@@ -43,7 +43,7 @@ template <class S>
 constexpr int64_t kTileNumbers = kParts<S> * kPartNumbers;
 constexpr int64_t tiles_along(int64_t k) { return (k + 31) / 32; }
 constexpr int64_t row_tiles(int64_t rows) { return (rows + 15) / 16; }
-// Tiles along k of a piece: those of 32 rows take about 32 KB of the L1 cache.
+// Tiles along k of a piece: those of 32 rows stay in the L1 cache, or nearly.
 template <class S>
 constexpr int64_t kTilesOfPiece = kParts<S> == 1 ? 16 : 8;
 // Columns of tiles that many rows pass by at a time: a piece of them takes a part of the L2 cache.

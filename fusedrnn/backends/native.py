@@ -264,9 +264,8 @@ class Native(Ops):
         dtype = request.dtype if narrow else compute_dtype(request.dtype)
         stored = str(dtype).removeprefix("torch.")
         in_parts = isa() == "amx" and dtype == torch.float32 and not request.cell.late
-        more = ", from 128 rows of all steps on in parts of bfloat16 before and after the steps"
-        values = f"values in {stored}{more if in_parts else ''}"
-        return f"standard on {isa()}, {values}, one parallel region a sequence"
+        parts = "products outside the steps in bfloat16 parts if T*B >= 128, " if in_parts else ""
+        return f"standard on {isa()}, values in {stored}, {parts}one parallel region a sequence"
 
     def _stores(self, cell: Cell, dtype: torch.dtype, more: bool) -> bool:
         """Whether the engine stores values as they are outside; ``more``: there are regularisers,
