@@ -161,17 +161,8 @@ FRNN_FN V polynomial(V x, Scalar<V> c, C... rest) {
   return polynomial(x, rest...) * x + c;
 }
 
-// Of a positive number.
-template <class V>
-FRNN_FN V reciprocal(V x) {
-  return 1.0f / x;
-}
-
 }  // namespace frnn
 
-#if defined(FRNN_AVX512)
-#include "cpu/avx512.h"
-#endif
 #if defined(FRNN_BFLOAT16)
 #include "cpu/bfloat16.h"
 #else
@@ -254,7 +245,7 @@ FRNN_FN V exp(V x) {
 // 1 / (1 + e^-x), within 3 ulp; values under the smallest normal number may become 0.
 template <class V>
 FRNN_FN V sigmoid(V x) {
-  return reciprocal(V(exp(V(-x)) + 1.0f));
+  return 1.0f / (exp(V(-x)) + 1.0f);
 }
 
 // Within 1.5 ulp: the derivative 1 - tanh^2 of a saturated unit, formed from the result, magnifies

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Values stored in float on AMX tiles, in parts of bfloat16.
-#define FRNN_AVX512
 #define FRNN_TILES
 
 #include "cpu/engine.h"

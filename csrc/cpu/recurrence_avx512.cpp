@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#define FRNN_AVX512
-
 #include "cpu/engine.h"
 
 namespace {
