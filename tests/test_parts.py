@@ -8,7 +8,7 @@ import torch
 import fusedrnn
 from fusedrnn.backends import by_name, native
 from fusedrnn.cells import CELLS, LSTM
-from fusedrnn.testing import Case, check_case
+from fusedrnn.testing import Case, check_case, make_inputs, run_case
 
 pytestmark = [
     pytest.mark.skipif("amx" not in native.isas(), reason="needs AMX"),
@@ -44,6 +44,25 @@ def test_shapes(cell, shape):
 @pytest.mark.parametrize("cell", TILED, ids=lambda c: c.name)
 def test_features(cell, feature):
     check_case(Case(cell, T=31, B=6, I=19, H=37, **feature), by_name("cpu"))
+
+
+def test_chunks_of_enough_rows():
+    check_case(Case(LSTM, T=36, B=33, I=19, H=37, recompute="chunks"), by_name("cpu"))
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
+@pytest.mark.parametrize("steps", [127, 128])
+def test_where_tiles_begin(cell, steps):
+    case = Case(cell, T=steps, B=1, I=33, H=16)
+    inputs, engine = make_inputs(case), by_name("cpu")
+    found = run_case(case, inputs, engine)
+    native.set_isa("avx512")
+    try:
+        on_vectors = run_case(case, inputs, engine)
+    finally:
+        native.set_isa("amx")
+    alike = all(torch.equal(found[name], on_vectors[name]) for name in found)
+    assert alike == (steps < 128 or bool(cell.late))
 
 
 @pytest.mark.parametrize("feature", [{}, *FEATURES.values()], ids=["plain", *FEATURES])

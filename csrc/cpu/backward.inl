@@ -5,7 +5,7 @@
 // The gradients of the gates are only kept for a chunk of steps, in the cache, until the products
 // have taken them up: what is then added to the gradients of the weights, dx is complete.
 
-// Those in bfloat16 are left factors as they are.
+// Gradients of gates in bfloat16 are left factors as steps leave them.
 template <class S>
 struct LaidGradients : StepGradients<S> {
   FRNN_FN static int64_t stride(int64_t gates) { return row_size(gates); }
@@ -300,7 +300,7 @@ class Backward {
     }
   }
 
-  // .. those rows in what is laid, or else where they are.
+  // Where a chunk's computed rows are in factor(): all there is of what was laid.
   static Rows rows_of_left(const Rows& rows) { return kLays ? Rows{nullptr, rows.count} : rows; }
 
   // Rows of [T*B], and place for a slice's names of some of them.

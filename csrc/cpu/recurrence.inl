@@ -49,8 +49,7 @@ constexpr int64_t kTilesOfPiece = kParts<S> == 1 ? 16 : 8;
 // Columns of tiles that many rows pass by at a time: a piece of them takes a part of the L2 cache.
 constexpr int64_t kPanelColumns = 16;
 
-// How a left factor lies: how many numbers lead to the next row, part, and piece. Cache lines of
-// rows beyond the last one are read, though not used.
+// How a left factor lies: how many numbers lead to the next row, part, and piece.
 struct LeftFactor {
   BFloat16* data;
   int64_t row, part, piece;
@@ -61,6 +60,7 @@ struct LeftFactor {
     return data + r * row + k / kDepth * piece + k % kDepth;
   }
 };
+// Rows whose place is read, though not used, beyond the last one.
 constexpr int64_t kRowsBeyond = 31;
 // Numbers from row to row where rows are whole: an odd number of KB and a line, so that what is
 // used together of many rows has room in the L1 cache.
