@@ -1,4 +1,4 @@
-"""float32 on the CPU with AMX tiles: products of many steps in parts of bfloat16."""
+"""float32 on the CPU with AMX tiles: products in parts of bfloat16."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ pytestmark = [
 ]
 
 TILED = [cell for cell in CELLS.values() if not cell.late]
-# Tiles begin with 128 rows of all steps; 512 are a chunk of backward.
+# Tiles begin with 128 rows of all steps, in those of forward with 24 of each; 512 are a chunk of
+# backward. With many columns a step does not take up the input projection.
 SHAPES = {
     "odd": {"T": 27, "B": 5, "I": 37, "H": 21},
     "chunks": {"T": 45, "B": 13, "I": 3, "H": 35},
     "pieces": {"T": 9, "B": 33, "I": 300, "H": 70},
     "one row": {"T": 130, "B": 1, "I": 33, "H": 16},
+    "steps": {"T": 7, "B": 70, "I": 40, "H": 90},
+    "columns": {"T": 4, "B": 34, "I": 310, "H": 200},
+    "chunks of a step": {"T": 2, "B": 200, "I": 310, "H": 210},
 }
 FEATURES = {
     "lengths-reverse": {"lengths": True, "reverse": True},
@@ -40,10 +44,15 @@ def test_shapes(cell, shape):
     check_case(Case(cell, **shape), by_name("cpu"))
 
 
+@pytest.mark.parametrize("rows", [6, 37])
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
 @pytest.mark.parametrize("cell", TILED, ids=lambda c: c.name)
-def test_features(cell, feature):
-    check_case(Case(cell, T=31, B=6, I=19, H=37, **feature), by_name("cpu"))
+def test_features(cell, feature, rows):
+    check_case(Case(cell, T=31, B=rows, I=19, H=37, **feature), by_name("cpu"))
+
+
+def test_more_units_than_are_multiplied_at_once():
+    check_case(Case(LSTM, T=6, B=33, I=8, H=1060, lengths=True), by_name("cpu"))
 
 
 def test_chunks_of_enough_rows():
@@ -65,25 +74,42 @@ def test_where_tiles_begin(cell, steps):
     assert alike == (steps < 128 or bool(cell.late))
 
 
+@pytest.mark.parametrize("rows", [23, 24])
+def test_where_steps_on_tiles_begin(rows):
+    """Without inputs there are no other products."""
+    module, x = fusedrnn.LSTM(8, 40), torch.zeros(20, rows, 8)
+    found = module(x)[0]
+    native.set_isa("avx512")
+    try:
+        on_vectors = module(x)[0]
+    finally:
+        native.set_isa("amx")
+    assert torch.equal(found, on_vectors) == (rows < 24)
+
+
+@pytest.mark.parametrize("rows", [6, 37])
 @pytest.mark.parametrize("feature", [{}, *FEATURES.values()], ids=["plain", *FEATURES])
-def test_projection(feature):
-    check_case(Case(LSTM, T=90, B=6, I=19, H=37, P=11, **feature), by_name("cpu"))
+def test_projection(feature, rows):
+    check_case(Case(LSTM, T=90, B=rows, I=19, H=37, P=11, **feature), by_name("cpu"))
 
 
-def run(module, x, threads=1):
+def run(module, x, threads=1, lengths=None):
     torch.set_num_threads(threads)
     x = x.clone().requires_grad_()
-    y = module(x)[0]
+    y = (module(x) if lengths is None else module(x, lengths=lengths))[0]
     y.square().sum().backward()
     found = [y.detach(), x.grad, *(p.grad for p in module.parameters())]
     module.zero_grad()
     return found
 
 
-@pytest.mark.parametrize("rows", [1, 4, 33])
-def test_threads(rows):
-    module, x = fusedrnn.LSTM(40, 70, proj_size=24, num_layers=2), torch.randn(130, rows, 40)
-    one, *others = (run(module, x, threads) for threads in (1, 2, 3))
+@pytest.mark.parametrize("varied", [False, True], ids=["plain", "lengths"])
+@pytest.mark.parametrize("proj", [0, 24])
+@pytest.mark.parametrize("rows", [1, 4, 33, 70])
+def test_threads(rows, proj, varied):
+    module, x = fusedrnn.LSTM(40, 70, proj_size=proj, num_layers=2), torch.randn(130, rows, 40)
+    lengths = torch.randint(0, 131, (rows,)) if varied else None
+    one, *others = (run(module, x, threads, lengths) for threads in (1, 2, 3))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 

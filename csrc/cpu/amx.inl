@@ -72,7 +72,23 @@ inline Sums load_half(const float* p, int64_t n) {
   return (Sums)_mm512_maskz_loadu_ps(first_of(n), p);
 }
 
-// The parts of the first n of 32 numbers, zeros for the rest.
+// If limited, the largest numbers take the place of infinite ones, of which there are no parts.
+template <bool kLimited>
+Sums limited(Sums x) {
+  constexpr float kMost = 0x1.fep127f;
+  if (!kLimited) return x;
+  x = x > kMost ? frnn::broadcast<Sums>(kMost) : x;
+  return x < -kMost ? frnn::broadcast<Sums>(-kMost) : x;
+}
+
+// The parts of the first n of 16 or 32 numbers, zeros for the rest.
+inline void load_parts(const BFloat16* p, int64_t n, __m256i (&parts)[1]) {
+  parts[0] = load_half(p, n);
+}
+inline void load_parts(const float* p, int64_t n, __m256i (&parts)[3]) {
+  const frnn::Parts all(limited<true>(load_half(p, n)));
+  for (int i = 0; i < 3; ++i) parts[i] = all.part[i];
+}
 template <bool kLimited = false>
 void load_some(const BFloat16* p, int64_t n, __m512i (&parts)[1]) {
   const auto mask = static_cast<__mmask32>(n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0);
@@ -80,14 +96,8 @@ void load_some(const BFloat16* p, int64_t n, __m512i (&parts)[1]) {
 }
 template <bool kLimited = false>
 void load_some(const float* p, int64_t n, __m512i (&parts)[3]) {
-  const auto limit = [](Sums x) {
-    constexpr float kMost = 0x1.fep127f;
-    x = x > kMost ? frnn::broadcast<Sums>(kMost) : x;
-    return x < -kMost ? frnn::broadcast<Sums>(-kMost) : x;
-  };
-  Sums halves[2] = {load_half(p, n), load_half(p + 16, n - 16)};
-  for (Sums& half : halves) half = kLimited ? limit(half) : half;
-  const frnn::Parts first(halves[0]), second(halves[1]);
+  const frnn::Parts first(limited<kLimited>(load_half(p, n)));
+  const frnn::Parts second(limited<kLimited>(load_half(p + 16, n - 16)));
   for (int i = 0; i < 3; ++i) {
     const __m512i lower = _mm512_maskz_inserti64x4(0xff, __m512i{}, first.part[i], 0);
     parts[i] = _mm512_maskz_inserti64x4(0xff, lower, second.part[i], 1);
@@ -124,8 +134,7 @@ inline void store_transposed(const __m512i (&rows)[kTileRows], BFloat16* to, int
 
 // ---- Left factors.
 
-// Some rows of a [.., lda], whole tiles of them -> rows from `first` on. If limited, the largest
-// numbers take the place of infinite ones, of which there are no parts.
+// Some rows of a [.., lda], whole tiles of them -> rows from `first` on.
 template <bool kLimited, class S>
 void lay_rows(const S* a, int64_t lda, const Rows& rows, int64_t k, const LeftFactor& to,
               int64_t first) {
@@ -140,12 +149,36 @@ void lay_rows(const S* a, int64_t lda, const Rows& rows, int64_t k, const LeftFa
   }
 }
 
+// Some blocks of a row of units -> a row of a left factor. What is beyond the last block in its
+// tile is cleared.
+template <class S>
+void lay_blocks(const S* a, int64_t units, Range blocks, const LeftFactor& to, int64_t row) {
+  const auto lay_half = [&](int64_t unit) {
+    __m256i parts[kParts<S>];
+    load_parts(a + unit, units - unit, parts);
+    BFloat16* place = to.at<S>(row, unit);
+    for (int i = 0; i < kParts<S>; ++i) frnn::store_halves(place + i * to.part, parts[i], 16);
+  };
+  const auto lay_whole = [&](int64_t unit) {
+    __m512i parts[kParts<S>];
+    load_some<true>(a + unit, units - unit, parts);
+    BFloat16* place = to.at<S>(row, unit);
+    for (int i = 0; i < kParts<S>; ++i) _mm512_storeu_si512(place + i * to.part, parts[i]);
+  };
+  int64_t block = blocks.begin;
+  if (block < blocks.end && block % 2 == 1) lay_half(block++ * kTileRows);
+  for (; block < blocks.end; block += 2) {
+    const bool alone = block + 1 == blocks.end && (block + 1) * kTileRows < units;
+    alone ? lay_half(block * kTileRows) : lay_whole(block * kTileRows);
+  }
+}
+
 // ---- Right factors: tiles, each with all its parts, in pieces along k, each of all columns.
 
 template <class S>
 struct InPieces {
-  int64_t tiles, columns;            // tiles along k, and of columns
-  int64_t depth = kTilesOfPiece<S>;  // tiles along k of a piece
+  int64_t tiles, columns;           // tiles along k, and of columns
+  int64_t depth = kTilesAtOnce<S>;  // tiles along k of a piece
 
   int64_t operator()(int64_t tile, int64_t column) const {
     const int64_t begin = tile - tile % depth;
@@ -208,137 +241,271 @@ struct SumsAt {
   int64_t stride;
 };
 
-// c[16 * kRows][16 * kColumns] = a . b + more, if that is there, of rows `stride` numbers and parts
-// `part` numbers apart.
-template <int kParts, int kRows, int kColumns>
-void multiply_tiles(const BFloat16* a, int64_t stride, int64_t part, const Tiles& b, int64_t tiles,
-                    const SumsAt& more, const SumsAt& c) {
+// Rows at the beginning of a left factor, and tiles of a right one.
+struct Factors {
+  LeftFactor a;
+  Tiles b;
+  int64_t tiles;
+};
+
+// c = the products of up to two pairs of factors + more, if that is there. It is made in steps, of
+// which each multiplies a part of tiles by a part of others.
+struct Multiplication {
+  Factors of[2];
+  SumsAt more, c;
+  // The next step.
+  int pair = 0;
+  int64_t tile = 0;  // along k
+  int step = 0;      // of those of a tile
+
+  bool begun() const { return pair > 0 || tile > 0 || step > 0; }
+  bool ended() const { return pair == 2; }
+};
+
+// Which parts of both factors a step multiplies, and which of them it loads: the others are there
+// from the step before.
+struct Step {
+  int left, right;
+  bool loads_left, loads_right;
+};
+// The smallest products first.
+constexpr Step kSteps[] = {{0, 2, true, true},  {0, 1, false, true}, {1, 1, true, false},
+                           {1, 0, false, true}, {2, 0, true, false}, {0, 0, true, false}};
+template <class S>
+constexpr int kStepsOfTile = kParts<S> == 1 ? 1 : 6;
+
+// Goes on by so many steps or to the end, in 16 * kRows rows and 16 * kColumns columns; returns how
+// many were too many. Not inlined: vectors are at work where it is called.
+template <class S, int kRows, int kColumns>
+__attribute__((noinline)) int64_t multiply_tiles(Multiplication& m, int64_t steps) {
   static_assert(kRows * kColumns <= kTilesOfSums && kRows <= kTilesOfRows);
+  constexpr int64_t kPiece = kTilesOfPiece<S>;
+  constexpr int kAll = kStepsOfTile<S>;
   constexpr bool kFour = kColumns > 2;  // then 5 is of the right factor
   const auto second = [](const SumsAt& sums) {
     return sums.data + (kFour ? 2 * kTileRows : kTileRows * sums.stride / 4);
   };
   memory_barrier();
-  if (more.data) {
-    _tile_loadd(0, more.data, more.stride);
-    if (kColumns > 1) _tile_loadd(1, more.data + kTileRows, more.stride);
-    if (kRows > 1 || kFour) _tile_loadd(2, second(more), more.stride);
-    if (kRows * kColumns > 3) _tile_loadd(3, second(more) + kTileRows, more.stride);
-  } else {
+  if (!m.begun() && m.more.data) {
+    _tile_loadd(0, m.more.data, m.more.stride);
+    if (kColumns > 1) _tile_loadd(1, m.more.data + kTileRows, m.more.stride);
+    if (kRows > 1 || kFour) _tile_loadd(2, second(m.more), m.more.stride);
+    if (kRows * kColumns > 3) _tile_loadd(3, second(m.more) + kTileRows, m.more.stride);
+  } else if (!m.begun()) {
     _tile_zero(0);
     if (kColumns > 1) _tile_zero(1);
     if (kRows > 1 || kFour) _tile_zero(2);
     if (kRows * kColumns > 3) _tile_zero(3);
   }
-  for (int64_t i = 0; i < tiles; ++i, a += kTileDepth) {
-    const auto load_left = [&](int j) __attribute__((always_inline)) {
-      _tile_loadd(4, a + j * part, stride * 2);
-      if (kRows > 1) _tile_loadd(5, a + j * part + kTileRows * stride, stride * 2);
-    };
-    const auto multiply = [&](int j, bool anew) __attribute__((always_inline)) {
-      const BFloat16* q = b.data + (i * kParts + j) * kPartNumbers;
-      if (kFour || anew) _tile_loadd(6, q, 64);
+  while (!m.ended()) {
+    const Factors& of = m.of[m.pair];
+    const BFloat16 *const a = of.a.data, *const b = of.b.data;
+    const int64_t row = of.a.row, part = of.a.part, piece = of.a.piece, column = of.b.stride;
+    const int64_t tiles = of.tiles, stride = row * 2;
+    const auto go = [&]<int kStep>(int64_t tile) __attribute__((always_inline)) {
+      constexpr Step kThis = kParts<S> == 1 ? Step{0, 0, true, true} : kSteps[kStep];
+      const BFloat16* left = a + tile / kPiece * piece + tile % kPiece * kTileDepth;
+      const BFloat16* right = b + tile * kTileNumbers<S> + kThis.right * kPartNumbers;
+      left += kThis.left * part;
+      if (kThis.loads_left) _tile_loadd(4, left, stride);
+      if (kThis.loads_left && kRows > 1) _tile_loadd(5, left + kTileRows * row, stride);
+      if (kFour || kThis.loads_right) _tile_loadd(6, right, 64);
       _tile_dpbf16ps(0, 4, 6);
-      if (kColumns > 1 && (kFour || anew)) _tile_loadd(7, q + b.stride, 64);
+      if (kColumns > 1 && (kFour || kThis.loads_right)) _tile_loadd(7, right + column, 64);
       if (kColumns > 1) _tile_dpbf16ps(1, 4, 7);
       if (kRows > 1) _tile_dpbf16ps(2, 5, 6);
       if (kRows > 1 && kColumns > 1) _tile_dpbf16ps(3, 5, 7);
-      if (kFour) _tile_loadd(5, q + 2 * b.stride, 64);
+      if (kFour) _tile_loadd(5, right + 2 * column, 64);
       if (kFour) _tile_dpbf16ps(2, 4, 5);
-      if (kColumns > 3) _tile_loadd(6, q + 3 * b.stride, 64);
+      if (kColumns > 3) _tile_loadd(6, right + 3 * column, 64);
       if (kColumns > 3) _tile_dpbf16ps(3, 4, 6);
     };
-    if constexpr (kParts == 1) {
-      load_left(0);
-      multiply(0, true);
-    } else {
-      load_left(0);
-      multiply(2, true);
-      multiply(1, true);
-      load_left(1);
-      multiply(1, false);
-      multiply(0, true);
-      load_left(2);
-      multiply(0, false);
-      load_left(0);
-      multiply(0, false);
+    if (m.step == 0) {  // whole tiles
+      const int64_t end = min(tiles, m.tile + steps / kAll);
+      steps -= (end - m.tile) * kAll;
+      for (int64_t tile = m.tile; tile < end; ++tile) {
+        [&]<int... kStep>(std::integer_sequence<int, kStep...>) __attribute__((always_inline)) {
+          (go.template operator()<kStep>(tile), ...);
+        }(std::make_integer_sequence<int, kAll>{});
+      }
+      m.tile = end;
+    }
+    if (m.tile == tiles) {
+      m.tile = 0;
+      ++m.pair;
+      continue;
+    }
+    if (steps == 0) return 0;
+    if constexpr (kAll > 1) {
+      [&]<int... kStep>(std::integer_sequence<int, kStep...>) __attribute__((always_inline)) {
+        ((m.step == kStep && (go.template operator()<kStep>(m.tile), true)) || ...);
+      }(std::make_integer_sequence<int, kAll>{});
+      --steps;
+      m.step = (m.step + 1) % kAll;
+      m.tile += m.step == 0;
     }
   }
-  _tile_stored(0, c.data, c.stride);
-  if (kColumns > 1) _tile_stored(1, c.data + kTileRows, c.stride);
-  if (kRows > 1 || kFour) _tile_stored(2, second(c), c.stride);
-  if (kRows * kColumns > 3) _tile_stored(3, second(c) + kTileRows, c.stride);
+  _tile_stored(0, m.c.data, m.c.stride);
+  if (kColumns > 1) _tile_stored(1, m.c.data + kTileRows, m.c.stride);
+  if (kRows > 1 || kFour) _tile_stored(2, second(m.c), m.c.stride);
+  if (kRows * kColumns > 3) _tile_stored(3, second(m.c) + kTileRows, m.c.stride);
   memory_barrier();
+  return steps;
 }
 // .. of up to two tiles of rows, and as many of columns as there are tiles of sums for.
 template <class S>
-void multiply_tiles(int64_t rows, int64_t columns, const BFloat16* a, int64_t stride, int64_t part,
-                    const Tiles& b, int64_t tiles, const SumsAt& more, const SumsAt& c) {
-  constexpr int kOf = kParts<S>;
-  const auto multiply = rows > 1
-                            ? columns > 1 ? multiply_tiles<kOf, 2, 2> : multiply_tiles<kOf, 2, 1>
-                        : columns > 3  ? multiply_tiles<kOf, 1, 4>
-                        : columns == 3 ? multiply_tiles<kOf, 1, 3>
-                        : columns > 1  ? multiply_tiles<kOf, 1, 2>
-                                       : multiply_tiles<kOf, 1, 1>;
-  multiply(a, stride, part, b, tiles, more, c);
+auto multiply_tiles_of(int64_t rows, int64_t columns) {
+  return rows > 1       ? columns > 1 ? multiply_tiles<S, 2, 2> : multiply_tiles<S, 2, 1>
+         : columns > 3  ? multiply_tiles<S, 1, 4>
+         : columns == 3 ? multiply_tiles<S, 1, 3>
+         : columns > 1  ? multiply_tiles<S, 1, 2>
+                        : multiply_tiles<S, 1, 1>;
+}
+template <class S>
+void multiply_tiles(int64_t rows, int64_t columns, const LeftFactor& a, const Tiles& b,
+                    int64_t tiles, const SumsAt& more, const SumsAt& c) {
+  Multiplication m{{{a, b, tiles}, {}}, more, c};
+  multiply_tiles_of<S>(rows, columns)(m, tiles * kStepsOfTile<S>);
 }
 
+// How steps go with calls: so many with each, and one more with some.
+struct Pace {
+  int64_t steps = 0, calls = 1, each = 0, rest = 0;
+
+  void set(int64_t some_steps, int64_t some_calls) {
+    if (some_steps == steps && some_calls == calls) return;
+    *this = {some_steps, some_calls, some_steps / some_calls, some_steps % some_calls};
+  }
+};
+
+// The products of some rows with all columns of some blocks, which go on while vectors finish the
+// sums made before: they are other units of the processor.
+template <class S>
+class Beside {
+ public:
+  explicit Beside(Multiplication& next) : next_(next) {}
+
+  // So many tiles of rows and of columns, of which `next` is the first.
+  void begin(int64_t rows, int64_t columns) {
+    rows_ = rows;
+    columns_ = columns;
+  }
+  // All of it is to be done in so many calls.
+  void set_pace(int64_t calls) {
+    const int64_t passes = rows_ > 1 ? (columns_ + 1) / 2 : (columns_ + 3) / 4;
+    pace_.set(passes * (next_.of[0].tiles + next_.of[1].tiles) * kStepsOfTile<S>, calls);
+    due_ = 0;
+  }
+  void operator()() {
+    int64_t steps = pace_.each;
+    due_ += pace_.rest;
+    if (due_ >= pace_.calls) {
+      due_ -= pace_.calls;
+      ++steps;
+    }
+    if (steps > 0) go_on(steps);
+  }
+  void end() { go_on(int64_t{1} << 40); }
+
+ private:
+  void go_on(int64_t steps) {
+    const int64_t at_once = rows_ > 1 ? 2 : 4;
+    while (columns_ > 0 && steps > 0) {
+      steps = multiply_tiles_of<S>(rows_, columns_)(next_, steps);
+      if (!next_.ended()) return;
+      columns_ -= at_once;
+      next_.pair = 0;
+      for (Factors& f : next_.of) f.b.data += at_once * f.b.stride;
+      next_.c.data += at_once * kTileRows;
+      if (next_.more.data) next_.more.data += at_once * kTileRows;
+    }
+  }
+
+  Multiplication& next_;
+  int64_t rows_ = 1, columns_ = 0;  // that are left
+  Pace pace_;
+  int64_t due_ = 0;
+};
+
 // As product(), of rows of a left factor from the given one on, with a depth of k, and packed
-// weights of all_blocks blocks. Piece by piece along k: of some rows it stays in the L1 cache for
-// all blocks, and of some blocks in the L2 cache for all rows. Scratch has place for
-// sums_of_tiles().
+// weights of all_blocks blocks, added to what it begins with, if anything. Of some blocks weights
+// stay in the L2 cache for all rows. Scratch has place for sums_of_tiles().
 template <int kGates, class S, class Wanted, class Fetch, class Finish>
-void product_of_tiles(const LeftFactor& a, int64_t first_row, Range rows, int64_t k,
-                      const BFloat16* packed, int64_t all_blocks, Range blocks, bool backwards,
-                      float* scratch, const Wanted& wanted, const Fetch& fetch,
-                      const Finish& finish) {
+void product_of_tiles(const Beginning& beginning, const LeftFactor& a, int64_t first_row,
+                      Range rows, int64_t k, const BFloat16* packed, int64_t all_blocks,
+                      Range blocks, bool backwards, float* scratch, const Wanted& wanted,
+                      const Fetch& fetch, const Finish& finish) {
   constexpr int kRows = kTilesOfRows * kTileRows, kBlocks = kGates == 1 ? kTilesOfSums : 1;
   constexpr int64_t kSums = kRows * kBlocks * kGates;
-  constexpr int64_t kDeep = kTilesOfPiece<S>;
+  constexpr int64_t kDeep = kTilesAtOnce<S>;
   const InPieces<S> at{tiles_along(k), all_blocks * kGates};
   const int pieces = static_cast<int>((at.tiles + kDeep - 1) / kDeep);
   const int64_t groups = (blocks.size() + kBlocks - 1) / kBlocks;
   TileScope::set_rows(rows.size());
-  const bool later = rows.size() <= kTileRows;
-  const int64_t panel = rows.size() > kRows ? kPanelColumns / (kBlocks * kGates) : groups;
+  // Few rows with one part each have too few steps: all are finished after all products.
+  const bool later = kParts<S> == 1 && rows.size() <= kTileRows;
+  const int64_t panel =
+      rows.size() > kRows ? blocks_of_panel<S>(at.tiles, kBlocks * kGates) : groups;
+  const bool keeps = pieces > 1 || later;  // the sums of all, else those of two take turns
+  const auto tile_at = [&](int64_t r0, int64_t group) {
+    const int64_t block = blocks.begin + kBlocks * (backwards ? groups - 1 - group : group);
+    return Tile{r0, block, static_cast<int>(min(kRows, rows.end - r0)),
+                static_cast<int>(min(kBlocks, blocks.end - block))};
+  };
+  Tile before{0, 0, 0, 0};  // whose sums are still to be finished
+  const Sums* sums_before = nullptr;
+  Multiplication next{};
+  Beside<S> beside(next);
+  const auto finish_before = [&] {  // while the next product is made
+    if (before.rows > 0) {
+      beside.set_pace(before.rows * before.blocks);
+      finish(before, sums_before, beside);
+      before.rows = 0;
+    }
+    beside.end();
+  };
   for (int64_t first_group = 0; first_group < groups; first_group += panel) {
     const int64_t end_group = min(groups, first_group + panel);
     for (int piece = 0; piece < pieces; ++piece) {
       const int64_t first = kDeep * (backwards ? pieces - 1 - piece : piece);
-      const int64_t tiles = min(kDeep, at.tiles - first);
-      Sums* sum = reinterpret_cast<Sums*>(scratch);
+      const bool begins = piece == 0 && beginning.tiles > 0;
+      int64_t place = 0;
+      next.of[0].tiles = min(kDeep, at.tiles - first);
+      next.of[1].tiles = begins ? beginning.tiles : 0;
+      for (Factors& of : next.of) of.b.stride = of.tiles * kTileNumbers<S>;
       for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRows) {
-        const int n = static_cast<int>(min(kRows, rows.end - r0));
-        const bool some = !all_of({r0, r0 + n}, [&](int64_t row) { return !wanted(row); });
-        const BFloat16* left = a.at<S>(first_row + r0 - rows.begin, first * kTileDepth);
-        for (int64_t i = first_group; i < end_group; ++i) {
-          const int64_t block = blocks.begin + kBlocks * (backwards ? groups - 1 - i : i);
-          const int some_blocks = static_cast<int>(min(kBlocks, blocks.end - block));
-          const int columns = some_blocks * kGates;
-          const Range fetched = part(n, piece, pieces);
-          for (int64_t row = fetched.begin; row < fetched.end; ++row) {
-            for (int j = 0; j < some_blocks; ++j) fetch(r0 + row, block + j);
+        next.of[0].a = a.from<S>(first_row + r0 - rows.begin, first * kTileDepth);
+        if (begins) next.of[1].a = beginning.a.from<S>(r0 - rows.begin, 0);
+        const Range some{r0, min(rows.end, r0 + kRows)};
+        const bool none = all_of(some, [&](int64_t row) { return !wanted(row); });
+        for (int64_t i = first_group; i < end_group; ++i, ++place) {
+          const Tile tile = tile_at(r0, i);
+          const int columns = tile.blocks * kGates;
+          const int64_t column = tile.block * kGates;
+          for (int row = piece; row < tile.rows; row += pieces) {
+            for (int j = 0; j < tile.blocks; ++j) fetch(r0 + row, tile.block + j);
           }
-          const BFloat16* w = packed + at(first, block * kGates);
-          const int at_once = kTilesOfSums / static_cast<int>(row_tiles(n));
-          for (int column = 0; some && column < columns; column += at_once) {
-            const int64_t size = tiles * kTileNumbers<S>;
-            const SumsAt c{reinterpret_cast<float*>(sum + column), columns * 64};
-            multiply_tiles<S>(row_tiles(n), columns - column, left, a.row, a.part,
-                              {w + column * size, size}, tiles, piece > 0 ? c : SumsAt{}, c);
+          Sums* sum = reinterpret_cast<Sums*>(scratch) + (keeps ? place : place % 2) * kSums;
+          if (sum == sums_before) finish_before();
+          next.c = {reinterpret_cast<float*>(sum), columns * 64};
+          next.more = piece > 0 ? next.c : SumsAt{};
+          next.of[0].b.data = packed + at(first, column);
+          if (begins) {
+            next.more = {beginning.bias + column * kTileRows, 0};
+            next.of[1].b.data = beginning.packed + column * next.of[1].b.stride;
           }
-          if (piece + 1 == pieces && !later) finish(Tile{r0, block, n, some_blocks}, sum);
-          if (pieces > 1 || later) sum += kSums;
-        }
-        if (piece + 1 < pieces || !later) continue;
-        sum = reinterpret_cast<Sums*>(scratch);
-        for (int64_t i = first_group; i < end_group; ++i, sum += kSums) {
-          const int64_t block = blocks.begin + kBlocks * (backwards ? groups - 1 - i : i);
-          finish(Tile{r0, block, n, static_cast<int>(min(kBlocks, blocks.end - block))}, sum);
+          beside.begin(row_tiles(tile.rows), none ? 0 : columns);
+          finish_before();
+          if (piece + 1 < pieces || later) continue;
+          before = tile;
+          sums_before = sum;
         }
       }
     }
+  }
+  if (before.rows > 0) finish(before, sums_before);
+  for (int64_t i = 0; i < groups && later; ++i) {
+    finish(tile_at(rows.begin, i), reinterpret_cast<Sums*>(scratch) + i * kSums);
   }
 }
 
@@ -349,24 +516,25 @@ void project_on_tiles(const LeftFactor& a, int64_t rows, int64_t k, const BFloat
                       float* bias, int64_t all_blocks, Range blocks, float* c, int64_t of_row,
                       int64_t of_block) {
   constexpr int64_t kRows = kTilesOfRows * kTileRows, kWidth = kGates * kTileRows;
-  constexpr int64_t kPanel = kPanelColumns / kGates;
   const InPieces<S> at{tiles_along(k), all_blocks * kGates};
-  for (int64_t panel = blocks.begin; panel < blocks.end; panel += kPanel) {
-    for (int64_t first = 0; first < at.tiles; first += kTilesOfPiece<S>) {
-      const int64_t tiles = min(kTilesOfPiece<S>, at.tiles - first);
+  const int64_t size_of_panel = blocks_of_panel<S>(at.tiles, kGates);
+  for (int64_t panel = blocks.begin; panel < blocks.end; panel += size_of_panel) {
+    for (int64_t first = 0; first < at.tiles; first += kTilesAtOnce<S>) {
+      const int64_t tiles = min(kTilesAtOnce<S>, at.tiles - first);
       const int64_t size = tiles * kTileNumbers<S>;
       for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
         const int64_t n = min(kRows, rows - r0);
         TileScope::set_rows(n);
         const int64_t at_once = kTilesOfSums / row_tiles(n);
-        for (int64_t block = panel; block < min(blocks.end, panel + kPanel); ++block) {
+        const LeftFactor left = a.from<S>(r0, first * kTileDepth);
+        for (int64_t block = panel; block < min(blocks.end, panel + size_of_panel); ++block) {
           const BFloat16* w = packed + at(first, block * kGates);
           float* sums = c + (block - blocks.begin) * of_block + r0 * of_row;
           for (int64_t column = 0; column < kGates; column += at_once) {
             const SumsAt to{sums + column * kTileRows, of_row * 4};
             const SumsAt more{bias + block * kWidth + column * kTileRows, 0};
-            multiply_tiles<S>(row_tiles(n), kGates - column, a.at<S>(r0, first * kTileDepth), a.row,
-                              a.part, {w + column * size, size}, tiles, first > 0 ? to : more, to);
+            multiply_tiles<S>(row_tiles(n), kGates - column, left, {w + column * size, size}, tiles,
+                              first > 0 ? to : more, to);
           }
         }
       }
@@ -466,11 +634,12 @@ class OuterOfTiles {
   }
 
   // The sums of all columns, [columns / 32][32][32].
-  static void multiply(const BFloat16* a, int64_t columns, int64_t tiles, const BFloat16* b,
+  static void multiply(BFloat16* a, int64_t columns, int64_t tiles, const BFloat16* b,
                        float* sums) {
     const int64_t size = tiles * kTileNumbers<S>;
+    const LeftFactor left{a, kStride, kPart, kTilesOfPiece<S> * kTileDepth};
     for (int64_t j = 0; j < columns; j += kColumns, sums += kHeight * kColumns) {
-      multiply_tiles<S>(kTilesOfRows, row_tiles(columns - j), a, kStride, kPart,
+      multiply_tiles<S>(kTilesOfRows, row_tiles(columns - j), left,
                         {b + j / kTileRows * size, size}, tiles, {}, {sums, kColumns * 4});
     }
   }

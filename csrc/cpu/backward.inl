@@ -196,7 +196,7 @@ class Backward {
                   const BFloat16* w, int64_t units, Range blocks, bool backwards,
                   const Wanted& wanted, const Fetch& fetch, const Finish& finish) const {
     if constexpr (kTiles) {
-      product_of_tiles<1, S>(a, rows.begin, rows, k, w, blocks_of<T>(units), blocks, backwards,
+      product_of_tiles<1, S>({}, a, rows.begin, rows, k, w, blocks_of<T>(units), blocks, backwards,
                              sums_ + slice.index * sums_size_, wanted, fetch, finish);
     }
   }
@@ -456,7 +456,9 @@ class Backward {
     if (all_of(slice.rows, [&](int64_t row) { return idle(s, row); })) return;
     const auto flows_back = [&](int64_t row) { return steps_.flows_back(s, row); };
     const Gradients to = gradients(s < 0 ? 0 : s);
-    const auto finish = [&](const Tile& tile, const V* sum) { finish_gather(s, tile, sum, to); };
+    const auto finish = [&](const Tile& tile, const V* sum, auto&... beside) {
+      finish_gather(s, tile, sum, to, beside...);
+    };
     const Gradients from = gradients(min(s + 1, a_.t - 1));
     const auto fetch = [&](int64_t row, int64_t block) {
       if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
@@ -486,7 +488,7 @@ class Backward {
   void run_cells(const Slice& slice, int64_t s) const {
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const Gradients to = gradients(s);
-    const auto finish = [&](const Tile& tile, const V* sum) {
+    const auto finish = [&](const Tile& tile, const V* sum, auto&...) {
       if (dm_) return keep_dm(tile, sum);
       finish_cells(s, tile, sum, to);
     };
@@ -540,10 +542,12 @@ class Backward {
   }
 
   // After the product; plain ones as in Forward::finish_cells.
-  void finish_gather(int64_t s, const Tile& tile, const V* sum, const Gradients& to) const {
+  template <class... Beside>
+  void finish_gather(int64_t s, const Tile& tile, const V* sum, const Gradients& to,
+                     Beside&... beside) const {
     const int64_t whole = a_.w_hr ? 0 : a_.p / kLanes<T>;  // blocks
     if (timeline_.full() && s >= 0 && s + 1 < a_.t && tile.block + tile.blocks <= whole) {
-      return finish_gather_tile<true>(s, tile, sum, to);
+      return finish_gather_tile<true>(s, tile, sum, to, beside...);
     }
     const auto kind_of = [&](int64_t row) {
       const bool cut = timeline_.entry(s, row) == frnn::Entry::kReset;
@@ -552,16 +556,16 @@ class Backward {
                                                : Kind::kOther;
     };
     const auto finish = [&](const Tile& some, Kind kind, int64_t before) {
-      if (kind == Kind::kPlain) finish_gather_tile<true>(s, some, sum + before, to);
-      if (kind == Kind::kOther) finish_gather_tile<false>(s, some, sum + before, to);
+      if (kind == Kind::kPlain) finish_gather_tile<true>(s, some, sum + before, to, beside...);
+      if (kind == Kind::kOther) finish_gather_tile<false>(s, some, sum + before, to, beside...);
     };
     by_kind(tile, whole, kind_of, finish);
   }
 
   // Not inlined, like Forward::finish_tile.
-  template <bool kPlain>
+  template <bool kPlain, class... Beside>
   __attribute__((noinline)) void finish_gather_tile(int64_t s, const Tile& tile, const V* sum,
-                                                    const Gradients& to) const {
+                                                    const Gradients& to, Beside&... beside) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
         const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.p);
@@ -570,6 +574,7 @@ class Backward {
                               : typename Steps::OfCell{};
         steps_.template finish_gather<kPlain>(s, p, *sum++, steps_.template read_h<kPlain>(s, p),
                                               cell, to);
+        (beside(), ...);
       }
     }
   }
@@ -693,7 +698,7 @@ class Backward {
     const Range blocks = share(slice, blocks_of<T>(a_.i));
     const auto wanted = [&](int64_t r) { return kLays || computed_[all.begin + r]; };
     const auto fetch = [](int64_t, int64_t) {};
-    const auto finish = [&](const Tile& tile, const V* sum) {
+    const auto finish = [&](const Tile& tile, const V* sum, auto&...) {
       for (int i = 0; i < tile.rows; ++i) {
         const int64_t row = kLays ? rows[tile.row + i] : tile.row + i;
         for (int j = 0; j < tile.blocks; ++j) {

@@ -25,6 +25,7 @@ class Forward {
     Forward(args, plan, measure);
     Carver carver(frnn::cpu::workspace(measure.used()));
     Forward forward(args, plan, carver);
+    for (int i = 0; i < plan.slices; ++i) forward.order_rows(forward.slice(i).rows);
     run_slices(forward, plan, pool);
   }
 
@@ -37,11 +38,16 @@ class Forward {
     meet();
     for (int64_t s = 0; s < a_.t; ++s) {
       if (s % chunk_ == 0) {
-        each([&](int i) { project_input(slice(i), s); });
+        if (kTiles) {
+          each([&](int i) { lay_input(slice(i), s); });
+          if (plan_.by_units) meet();
+        }
+        if (!fuses_) each([&](int i) { project_input(slice(i), s); });
         if (normalises() && plan_.by_units) meet();
         if (normalises()) each([&](int i) { take_moments(slice(i), s); });
       }
       each([&](int i) { run_cells(slice(i), s); });
+      if (!normalises()) each([&](int i) { lay_outputs(slice(i), s); });
       if (plan_.by_units) meet();
       if constexpr (kLate > 0) {
         each([&](int i) { run_late(slice(i), s); });
@@ -49,16 +55,19 @@ class Forward {
       }
       if (normalises()) {
         each([&](int i) { normalise_cells(slice(i), s); });
+        if (!a_.norm.gain_c) each([&](int i) { lay_outputs(slice(i), s); });
         if (plan_.by_units) meet();
       }
       if constexpr (frnn::NormalisesState<Cell>) {
         if (a_.norm.gain_c) {
           each([&](int i) { normalise_outputs(slice(i), s); });
+          each([&](int i) { lay_outputs(slice(i), s); });
           if (plan_.by_units) meet();
         }
       }
       if (a_.w_hr == nullptr) continue;
       each([&](int i) { project(slice(i), s); });
+      each([&](int i) { lay_h(slice(i), s + 1); });
       if (plan_.by_units) meet();
     }
   }
@@ -75,15 +84,17 @@ class Forward {
                carver.take<S>(args.noise.dropout ? 2 * a_.b * a_.p : 0), args.reset),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(kTiles || a_.t * a_.b >= kPackedRows),
+        steps_on_tiles_(kRounds || (kTiles && frnn::cpu::tiles_pay_in_steps(a_.b))),
+        fuses_(steps_on_tiles_ && Cell::kAdditive && !normalises() && fits(plan)),
         once_ih_(!kTiles && plan.by_units && a_.t <= chunk_),
-        once_hh_(!kRounds && plan.by_units && a_.t == 1 && kLate == 0),
+        once_hh_(!steps_on_tiles_ && plan.by_units && a_.t == 1 && kLate == 0),
         of_ih_(normalises() ? min(chunk_, a_.t) * a_.b : 0, a_.h, plan.slices, carver),
         of_hh_(normalises() ? a_.b : 0, a_.h, plan.slices, carver),
         of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
         outputs_(a_.norm.gain_c ? a_.b : 0, a_.h, carver) {
     const int64_t lanes = kLanes<T>, units = blocks_of<T>(a_.h) * lanes;
     const int64_t some = plan.slices * kMostBlocks<kGates> * lanes;  // units of the slices' blocks
-    gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
+    if (!fuses_) gx_ = carver.take<T>(min(chunk_, a_.t) * a_.b * units * kGates);
     if (normalises() || kLate > 0) products_ = carver.take<T>(a_.b * units * kGates);
     if (kLate > 0) late_ = carver.take<T>(a_.b * a_.p);
     if (!packed_) return;
@@ -92,24 +103,37 @@ class Forward {
       w_ih_ = carver.take<Number>(gates * tiles_along(a_.i) * kTileNumbers<S>);
       bias_ = carver.take<T>(gates * lanes);
       if (a_.lengths) places_ = carver.take<int>(plan.slices * rows);
-      int64_t most = a_.i;
-      if (kRounds && a_.p > most) most = a_.p;
-      if (kRounds && a_.w_hr && a_.h > most) most = a_.h;
-      rows_size_ = laid_size<S>(rows, most);
-      rows_ = carver.take<Number>(plan.slices * rows_size_);
-      sums_size_ = kRounds ? sums_of_tiles<S>(a_.b, most, gates * lanes) : 0;
-      sums_ = carver.take<T>(plan.slices * sums_size_);
+      laid_x_size_ = laid_size<S>(rows, a_.i);
+      laid_x_ = carver.take<Number>((plan.by_units ? 1 : plan.slices) * laid_x_size_);
+      names_ = carver.take<int>(plan.slices * rows);
     } else {
       w_ih_ = carver.take<Number>((once_ih_ ? some : units) * kGates * a_.i);
     }
-    if constexpr (kRounds) {
+    if (steps_on_tiles_) {
       const int64_t gates = kGates * blocks_of<T>(a_.h), output = blocks_of<T>(a_.p);
-      w_hh_ = carver.take<S>(gates * tiles_along(a_.p) * kTileNumbers<S>);
-      if (a_.w_hr) w_hr_ = carver.take<S>(output * tiles_along(a_.h) * kTileNumbers<S>);
+      const int64_t most = a_.w_hr && a_.h > a_.p ? a_.h : a_.p;
+      sums_size_ = sums_of_tiles<S>(a_.b, most, gates * lanes);
+      sums_ = carver.take<T>(plan.slices * sums_size_);
+      if (a_.lengths) order_ = carver.take<int>(a_.b);
+      if (a_.lengths) longer_ = carver.take<int>(a_.t + 1);
+      for (Number*& laid_h : laid_h_) laid_h = carver.take<Number>(laid_size<S>(a_.b, a_.p));
+      if (a_.w_hr) laid_m_ = carver.take<Number>(laid_size<S>(a_.b, a_.h));
+      tiles_hh_ = carver.take<Number>(gates * tiles_along(a_.p) * kTileNumbers<S>);
+      if (a_.w_hr) tiles_hr_ = carver.take<Number>(output * tiles_along(a_.h) * kTileNumbers<S>);
     } else {
       w_hh_ = carver.take<S>((once_hh_ ? some : units) * kGates * a_.p);
       if (a_.w_hr) w_hr_ = carver.take<S>(blocks_of<T>(a_.p) * lanes * a_.h);
     }
+  }
+
+  // Whether W_ih, as one piece, has room in the cache beside W_hh.
+  bool fits(const frnn::cpu::Plan& plan) const {
+    const int64_t columns = kGates * blocks_of<T>(a_.h), slices = plan.by_units ? plan.slices : 1;
+    const int64_t of_ih = tiles_along(a_.i) * columns, of_hh = tiles_along(a_.p) * columns;
+    const int64_t bytes = (of_ih + of_hh) * kTileNumbers<S> * 2 / slices;
+    const int64_t rows = plan.by_units ? a_.b : a_.b / plan.slices;
+    return tiles_along(a_.i) <= kTilesAtOnce<S> &&
+           frnn::cpu::fusing_pays(rows, kParts<S>, bytes, chunk_);
   }
 
   Slice slice(int i) const { return make_slice<T>(a_, plan_, i); }
@@ -127,10 +151,14 @@ class Forward {
     } else if (!once_ih_) {
       pack_rows(a_.w_ih, kGates, a_.h, a_.i, slice.pack_hidden, w_ih_);
     }
-    if constexpr (kRounds) {
-      pack_tiles(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, w_hh_);
-      if (a_.w_hr) pack_tiles(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
-    } else {
+    if constexpr (kTiles) {
+      if (steps_on_tiles_) {
+        pack_tiles(a_.w_hh, kGates, a_.h, a_.p, slice.pack_hidden, tiles_hh_);
+        if (a_.w_hr) pack_tiles(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, tiles_hr_);
+        return;
+      }
+    }
+    if constexpr (!kRounds) {
       if (a_.w_hr) pack_rows(a_.w_hr, 1, a_.p, a_.h, slice.pack_output, w_hr_);
       if (once_hh_) return;
       pack_rows(a_.w_hh, kEarly, a_.h, a_.p, slice.pack_hidden, w_hh_);
@@ -163,7 +191,24 @@ class Forward {
         steps_.start_others(place<kLanes<T>>(row, block, a_.h));
       }
     }
+    if (a_.t > 0) lay_h(slice, 0);
   }
+
+  // In the products of steps on tiles long rows come first, so that those that are computed lie
+  // together: their rows are ranks.
+  void order_rows(Range rows) const {
+    if (order_ == nullptr) return;
+    __builtin_memset(longer_, 0, (a_.t + 1) * sizeof(int));
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      if (timeline_.length(row) > 0) ++longer_[timeline_.length(row) - 1];
+    }
+    for (int64_t t = a_.t - 1; t >= 0; --t) longer_[t] += longer_[t + 1];
+    // The next row of a length goes after all that are longer.
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      order_[rows.begin + longer_[timeline_.length(row)]++] = static_cast<int>(row);
+    }
+  }
+  int64_t row_at(int64_t rank) const { return order_ ? order_[rank] : rank; }
 
   // The rows of a chunk's input projection that belong to one slice, [blocks][steps][rows][G][V],
   // in the order in which they are written and read; norms take them row by row, with the blocks
@@ -182,6 +227,42 @@ class Forward {
     }
   };
 
+  // The rows of x that it takes, as left factors: by slices of units together, or each has its own.
+  LeftFactor laid_x(const Slice& slice, int64_t steps) const {
+    const int64_t size = plan_.by_units ? 0 : laid_x_size_;
+    return laid<S>(laid_x_ + slice.index * size, steps * slice.rows.size());
+  }
+  void lay_input(const Slice& slice, int64_t s0) const {
+    if constexpr (kTiles) {
+      const int64_t steps = min(chunk_, a_.t - s0);
+      const Input to = input(slice, s0);
+      const Rows rows = rows_of_x(to, steps);
+      const Range mine =
+          plan_.by_units ? part(rows.count, slice.index, plan_.slices) : Range{0, rows.count};
+      lay_rows<true>(a_.x, a_.i, rows.from(mine.begin, mine.size()), a_.i, laid_x(slice, steps),
+                     mine.begin);
+    }
+  }
+
+  // Which these are of all [T*B]: those that are computed, or, for steps that take them up, all in
+  // the order of a step's left factor.
+  Rows rows_of_x(const Input& to, int64_t steps) const {
+    const Range& some = to.slice.rows;
+    const int64_t first = to.first * a_.b;
+    if (a_.lengths == nullptr && some.size() == a_.b) return {nullptr, steps * a_.b, first};
+    int* names = names_ + to.slice.index * min(chunk_, a_.t) * a_.b;
+    int* places = to.places;
+    int count = 0;
+    for (int64_t begin = 0; begin < steps * a_.b; begin += a_.b) {
+      for (int64_t i = some.begin; i < some.end; ++i) {
+        const int64_t row = begin + (fuses_ ? row_at(i) : i);
+        if (places) *places++ = count;
+        if (fuses_ || computed_[first + row]) names[count++] = static_cast<int>(row);
+      }
+    }
+    return {names, count, first};
+  }
+
   // The projection of the chunk that begins at step s0; whole chunks precede it.
   Input input(const Slice& slice, int64_t s0) const {
     const int64_t before = slice.hidden.begin * a_.b + slice.rows.begin * slice.hidden.size();
@@ -199,25 +280,15 @@ class Forward {
     const Input to = input(slice, s0);
     const int64_t steps = min(chunk_, a_.t - s0), some = slice.rows.size();
     if constexpr (kTiles) {
-      const LeftFactor x = laid<S>(rows_ + slice.index * rows_size_, steps * some);
-      const auto row_of = [&](int64_t r) {  // within those of the chunk
-        return r / some * a_.b + slice.rows.begin + r % some;
-      };
-      const auto wanted = [&](int64_t r) { return computed_[to.first * a_.b + row_of(r)]; };
-      int64_t count = 0;
-      for (int64_t r = 0; r < steps * some; ++r) {
-        if (to.places) to.places[r] = static_cast<int>(count);
-        if (!wanted(r)) continue;
-        const Rows row{nullptr, 1, to.first * a_.b + row_of(r)};
-        lay_rows<true>(a_.x, a_.i, row, a_.i, x, count++);
-      }
-      project_on_tiles<kGates, S>(x, count, a_.i, w_ih_, bias_, blocks_of<T>(a_.h), slice.hidden,
-                                  reinterpret_cast<T*>(to.data), to.of_row * kLanes<T>,
-                                  to.of_block * kLanes<T>);
-      for (int64_t r = 0; normalises() && r < steps * some; ++r) {
-        for (int64_t block = slice.hidden.begin; block < slice.hidden.end && wanted(r); ++block) {
-          const V* gx = to.at(to.first + r / some, slice.rows.begin + r % some, block);
-          of_ih_.template describe<kGates>(row_of(r), block, gx);
+      const Rows rows = rows_of_x(to, steps);
+      project_on_tiles<kGates, S>(laid_x(slice, steps), rows.count, a_.i, w_ih_, bias_,
+                                  blocks_of<T>(a_.h), slice.hidden, reinterpret_cast<T*>(to.data),
+                                  to.of_row * kLanes<T>, to.of_block * kLanes<T>);
+      for (int64_t i = 0; normalises() && i < rows.count; ++i) {
+        const int64_t r = rows[i] - to.first * a_.b;
+        for (int64_t block = slice.hidden.begin; block < slice.hidden.end; ++block) {
+          const V* gx = to.at(to.first + r / a_.b, r % a_.b, block);
+          of_ih_.template describe<kGates>(r, block, gx);
         }
       }
     } else if (some == a_.b) {
@@ -313,7 +384,7 @@ class Forward {
   // Not inlined, like finish_tile.
   __attribute__((noinline)) void keep_products(int64_t s, const Tile& tile, const V* gh) const {
     for (int i = 0; i < tile.rows; ++i) {
-      const int64_t row = tile.row + i;
+      const int64_t row = row_at(tile.row + i);
       for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
         if (!timeline_.computed(s, row)) continue;
         V* to = product_at(row, tile.block + j);
@@ -413,38 +484,74 @@ class Forward {
       return;
     }
     const Input gx = input(slice, s - s % chunk_);
-    const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
-    const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block, gx); };
-    const auto finish = [&](const Tile& tile, const V* gh) {
+    const auto computed = [&](int64_t row) { return timeline_.computed(s, row_at(row)); };
+    const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row_at(row), block, gx); };
+    const auto finish = [&](const Tile& tile, const V* gh, auto&... beside) {
       if constexpr (kLate > 0) {
         keep_early(s, tile, gx, gh);
       } else if (normalises()) {
         keep_products(s, tile, gh);
       } else {
-        finish_cells(s, tile, gx, gh);
+        finish_cells(s, tile, gx, gh, beside...);
       }
     };
-    const S* h = steps_.product_in(s);
-    if constexpr (kRounds) {
-      on_tiles<kGates>(slice, h, a_.p, slice.rows, w_hh_, a_.h, slice.hidden, s % 2, computed,
-                       fetch, finish);
-    } else if (packed_ && once_hh_) {
-      product<kGates, T>(h, a_.p, slice.rows, a_.p, once(slice, a_.w_hh, a_.p, w_hh_), slice.hidden,
-                         s % 2, computed, fetch, finish);
-    } else {
-      multiply_states<kEarly>(slice, s, h, a_.w_hh, w_hh_, fetch, finish);
+    if constexpr (kTiles) {
+      if (steps_on_tiles_) {
+        return on_tiles<kGates>(beginning(slice, s), slice, laid<S>(laid_h_[s % 2], a_.b), a_.p,
+                                tiles_hh_, a_.h, slice.hidden, s % 2, computed, fetch, finish);
+      }
+    }
+    if constexpr (!kRounds) {
+      const S* h = steps_.product_in(s);
+      if (packed_ && once_hh_) {
+        product<kGates, T>(h, a_.p, slice.rows, a_.p, once(slice, a_.w_hh, a_.p, w_hh_),
+                           slice.hidden, s % 2, computed, fetch, finish);
+      } else {
+        multiply_states<kEarly>(slice, s, h, a_.w_hh, w_hh_, fetch, finish);
+      }
     }
   }
 
-  // The product of rows a [.., k] and some blocks of packed weights of some units.
+  // The product of a left factor with a depth of k and some blocks of packed weights of some units.
   template <int kSome, class Wanted, class Fetch, class Finish>
-  void on_tiles(const Slice& slice, const S* a, int64_t k, Range rows, const S* packed,
-                int64_t units, Range blocks, bool backwards, const Wanted& wanted,
-                const Fetch& fetch, const Finish& finish) const {
-    const LeftFactor left = laid<S>(rows_ + slice.index * rows_size_, rows.size());
-    lay_rows<false>(a, k, Rows{nullptr, rows.size(), rows.begin}, k, left, 0);
-    product_of_tiles<kSome, S>(left, 0, rows, k, packed, blocks_of<T>(units), blocks, backwards,
+  void on_tiles(const Beginning& beginning, const Slice& slice, const LeftFactor& a, int64_t k,
+                const Number* packed, int64_t units, Range blocks, bool backwards,
+                const Wanted& wanted, const Fetch& fetch, const Finish& finish) const {
+    product_of_tiles<kSome, S>(beginning, a, slice.rows.begin, slice.rows, k, packed,
+                               blocks_of<T>(units), blocks, backwards,
                                sums_ + slice.index * sums_size_, wanted, fetch, finish);
+  }
+
+  // What the product of step s begins with: W_ih x and biases, unless they are there.
+  Beginning beginning(const Slice& slice, int64_t s) const {
+    if (!fuses_) return {};
+    const Input to = input(slice, s - s % chunk_);
+    LeftFactor x = laid_x(slice, min(chunk_, a_.t - (s - s % chunk_)));
+    x.data += (timeline_.time(s) - to.first) * slice.rows.size() * x.row;
+    return {x, w_ih_, tiles_along(a_.i), bias_};
+  }
+
+  // What a slice's cells made of step s, as a left factor of the product that takes it.
+  void lay_outputs(const Slice& slice, int64_t s) const {
+    if (a_.w_hr) {
+      lay_states(slice, s, steps_.m_at(s), a_.h, slice.hidden, laid_m_);
+    } else {
+      lay_h(slice, s + 1);
+    }
+  }
+  // Its share of the h that enters step s.
+  void lay_h(const Slice& slice, int64_t s) const {
+    if (s < a_.t) lay_states(slice, s, steps_.product_in(s), a_.p, slice.output, laid_h_[s % 2]);
+  }
+  void lay_states(const Slice& slice, int64_t s, const S* states, int64_t units, Range blocks,
+                  Number* to) const {
+    if constexpr (kTiles) {
+      const LeftFactor left = laid<S>(to, a_.b);
+      for (int64_t rank = slice.rows.begin; rank < slice.rows.end && steps_on_tiles_; ++rank) {
+        const int64_t row = row_at(rank);
+        if (timeline_.computed(s, row)) lay_blocks(states + row * units, units, blocks, left, rank);
+      }
+    }
   }
 
   // The product of some gates' weights, which are also packed, or would be.
@@ -518,26 +625,32 @@ class Forward {
   }
 
   void project(const Slice& slice, int64_t s) const {
-    const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
+    const auto computed = [&](int64_t row) { return timeline_.computed(s, row_at(row)); };
     const auto fetch = [](int64_t, int64_t) {};
-    const auto finish = [&](const Tile& tile, const V* sum) {
+    const auto finish = [&](const Tile& tile, const V* sum, auto&...) {
       for (int i = 0; i < tile.rows; ++i) {
         for (int j = 0; j < tile.blocks; ++j) {
-          const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.p);
+          const Place p = place<kLanes<T>>(row_at(tile.row + i), tile.block + j, a_.p);
           steps_.template finish_output<false>(s, p, *sum++);
         }
       }
     };
-    const S* m = steps_.m_at(s);
-    if constexpr (kRounds) {
-      on_tiles<1>(slice, m, a_.h, slice.rows, w_hr_, a_.p, slice.output, s % 2, computed, fetch,
-                  finish);
-    } else if (packed_) {
-      const Packed<T> weights{w_hr_, a_.h * kLanes<T>};
-      product<1, T>(m, a_.h, slice.rows, a_.h, weights, slice.output, s % 2, computed, fetch,
-                    finish);
-    } else {
-      product_unpacked<1>(m, a_.h, slice.rows, a_.h, a_.w_hr, a_.p, slice.output, computed, finish);
+    if constexpr (kTiles) {
+      if (steps_on_tiles_) {
+        return on_tiles<1>({}, slice, laid<S>(laid_m_, a_.b), a_.h, tiles_hr_, a_.p, slice.output,
+                           s % 2, computed, fetch, finish);
+      }
+    }
+    if constexpr (!kRounds) {
+      const S* m = steps_.m_at(s);
+      if (packed_) {
+        const Packed<T> weights{w_hr_, a_.h * kLanes<T>};
+        product<1, T>(m, a_.h, slice.rows, a_.h, weights, slice.output, s % 2, computed, fetch,
+                      finish);
+      } else {
+        product_unpacked<1>(m, a_.h, slice.rows, a_.h, a_.w_hr, a_.p, slice.output, computed,
+                            finish);
+      }
     }
   }
 
@@ -546,20 +659,24 @@ class Forward {
     if (!timeline_.computed(s, row)) return;
     const int64_t t = timeline_.time(s), plane = a_.b * a_.h;
     const int64_t offset = t * plane + row * a_.h + block * kLanes<T>;
-    const V* gx = input.at(t, row, block);
-    for (int g = 0; g < kGates; ++g) __builtin_prefetch(gx + g);
+    const V* gx = fuses_ ? nullptr : input.at(t, row, block);
+    for (int g = 0; g < kGates && gx; ++g) __builtin_prefetch(gx + g);
     if (!a_.saved) return;
     for (int r = 0; r < Cell::kSaved; ++r) __builtin_prefetch(a_.saved + r * a_.t * plane + offset);
   }
 
   // The cells after the product. Most of them are plain: whole vectors of a row whose states only
-  // go into the next step; knowing that saves a third of the time.
-  void finish_cells(int64_t s, const Tile& tile, const Input& input, const V* gh) const {
+  // go into the next step; knowing that saves a third of the time. What is beside is called after
+  // each.
+  template <class... Beside>
+  void finish_cells(int64_t s, const Tile& tile, const Input& input, const V* gh,
+                    Beside&... beside) const {
     const int64_t whole = a_.h / kLanes<T>;  // blocks
     if (timeline_.full() && s + 1 < a_.t && tile.block + tile.blocks <= whole) {
-      return finish_tile<true>(s, tile, input, gh);
+      return finish_tile<true>(s, tile, input, gh, beside...);
     }
-    const auto kind_of = [&](int64_t row) {
+    const auto kind_of = [&](int64_t rank) {
+      const int64_t row = row_at(rank);
       return timeline_.goes_on(s, row) ? Kind::kPlain
              : timeline_.idle(s, row)  ? Kind::kIdle
                                        : Kind::kOther;
@@ -567,28 +684,33 @@ class Forward {
     const auto finish = [&](const Tile& some, Kind kind, int64_t before) {
       const V* sums = gh + before * kGates;
       if (kind == Kind::kPlain) {
-        finish_tile<true>(s, some, input, sums);
+        finish_tile<true>(s, some, input, sums, beside...);
       } else if (kind == Kind::kOther) {
-        finish_tile<false>(s, some, input, sums);
+        finish_tile<false>(s, some, input, sums, beside...);
       } else {
-        pad(s, some);
+        for (int i = 0; i < some.rows; ++i) {
+          pad(s, {row_at(some.row + i), some.block, 1, some.blocks});
+        }
       }
     };
     by_kind(tile, whole, kind_of, finish);
   }
 
-  // Never inlined: the microkernels of all shapes must share one copy, in which the compiler fuses
-  // multiplications and additions in one way, for the result not to depend on how rows fall into
-  // tiles.
-  template <bool kPlain>
+  // Never inlined: the microkernels of all shapes must share one copy (of each Beside), in which
+  // the compiler fuses multiplications and additions in one way, for the result not to depend on
+  // how rows fall into tiles.
+  template <bool kPlain, class... Beside>
   __attribute__((noinline)) void finish_tile(int64_t s, const Tile& tile, const Input& input,
-                                             const V* gh) const {
+                                             const V* gh, Beside&... beside) const {
     const int64_t t = timeline_.time(s);
+    const V nothing[kGates] = {};
     for (int i = 0; i < tile.rows; ++i) {
+      const int64_t row = row_at(tile.row + i);
       for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
-        const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.h);
-        const V* gx = input.at(t, p.row, tile.block + j);
+        const Place p = place<kLanes<T>, kPlain>(row, tile.block + j, a_.h);
+        const V* gx = fuses_ ? nothing : input.at(t, row, tile.block + j);
         steps_.template finish_cell<kPlain>(s, p, gx, gh, steps_.read_cell(s, p));
+        (beside(), ...);
       }
     }
   }
@@ -598,9 +720,11 @@ class Forward {
   const frnn::Timeline<S> timeline_;
   const Computed computed_;
   const Steps steps_;
-  const int64_t chunk_;  // steps of a chunk of the input projection
-  const bool packed_;    // whether the weights are packed
-  const bool once_ih_;   // .. not beforehand, since all of them are needed only once
+  const int64_t chunk_;        // steps of a chunk of the input projection
+  const bool packed_;          // whether the weights are packed
+  const bool steps_on_tiles_;  // whether those of a step are on tiles
+  const bool fuses_;           // .. and have W_ih x in their sums from the beginning
+  const bool once_ih_;         // .. not beforehand, since all of them are needed only once
   const bool once_hh_;
   const Statistics<T> of_ih_, of_hh_, of_c_;  // of a chunk's rows, and of a step's
   const Pairs<T> outputs_;                    // of a step, what h takes of the gates, and c
@@ -612,7 +736,14 @@ class Forward {
   T* late_ = nullptr;                         // of a step, what enters the late gates' product
   S* w_hh_ = nullptr;                         // packed
   S* w_hr_ = nullptr;                         // packed
-  Number* rows_ = nullptr;                    // left factors of tiles, of each slice
-  T* sums_ = nullptr;                         // of their products, likewise
-  int64_t rows_size_ = 0, sums_size_ = 0;
+  Number* tiles_hh_ = nullptr;                // in place of those, for tiles
+  Number* tiles_hr_ = nullptr;
+  int* order_ = nullptr;      // of all ranks the row, or null, if that is the same
+  int* longer_ = nullptr;     // how many rows are longer than each length
+  int* names_ = nullptr;      // of a chunk's computed rows, by each slice
+  Number* laid_x_ = nullptr;  // left factors of tiles: of a chunk
+  Number* laid_h_[2] = {};    // .. of the steps, in turn
+  Number* laid_m_ = nullptr;  // .. of a step
+  T* sums_ = nullptr;         // of products on tiles, of each slice
+  int64_t laid_x_size_ = 0, sums_size_ = 0;
 };

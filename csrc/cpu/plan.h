@@ -53,4 +53,19 @@ inline constexpr int64_t kRowsWorthParting = 128;
 
 inline bool tiles_pay(int64_t steps, int64_t rows) { return steps * rows >= kRowsWorthParting; }
 
+// From so many rows on tiles make forward's steps too, while vectors compute the cells.
+inline constexpr int64_t kRowsOnTiles = 24;
+
+inline bool tiles_pay_in_steps(int64_t rows) { return rows >= kRowsOnTiles; }
+
+// Whether a step takes the input projection into its own product: then that has no array of its
+// own, but W_ih is read at every step, by a slice so many bytes of both weights, not once for the
+// steps of a chunk.
+inline constexpr int64_t kRowsFused = 32;  // times the parts of a value
+inline constexpr int64_t kBytesOfCache = 1600 << 10;
+
+inline bool fusing_pays(int64_t rows, int parts, int64_t bytes, int64_t steps_of_chunk) {
+  return rows * parts >= kRowsFused && (bytes <= kBytesOfCache || steps_of_chunk == 1);
+}
+
 }  // namespace frnn::cpu

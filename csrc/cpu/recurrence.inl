@@ -28,7 +28,8 @@ using frnn::StepGradients;
 #include "cpu/outer.inl"
 
 // Whether there are tiles. Those of values stored in bfloat16 take all products; those of float, of
-// which a value has three parts, the ones of many steps at once, and vectors take those of a step.
+// which a value has three parts, the ones of many steps at once and, with enough rows, those of
+// forward's steps, and vectors take the rest.
 #if defined(FRNN_TILES)
 constexpr bool kTiles = true;
 #else
@@ -43,11 +44,20 @@ template <class S>
 constexpr int64_t kTileNumbers = kParts<S> * kPartNumbers;
 constexpr int64_t tiles_along(int64_t k) { return (k + 31) / 32; }
 constexpr int64_t row_tiles(int64_t rows) { return (rows + 15) / 16; }
-// Tiles along k of a piece: those of 32 rows stay in the L1 cache, or nearly.
+// Tiles along k of a piece of a left factor: those of 32 rows stay in the L1 cache, or nearly.
 template <class S>
 constexpr int64_t kTilesOfPiece = kParts<S> == 1 ? 16 : 8;
-// Columns of tiles that many rows pass by at a time: a piece of them takes a part of the L2 cache.
-constexpr int64_t kPanelColumns = 16;
+// .. and of those that are multiplied at once: with parts, these come from L2 soon enough.
+template <class S>
+constexpr int64_t kTilesAtOnce = kParts<S> == 1 ? 16 : 32;
+// Blocks, of so many columns each, that many rows pass by at a time: they take a part of the L2
+// cache.
+template <class S>
+constexpr int64_t blocks_of_panel(int64_t tiles, int64_t columns) {
+  constexpr int64_t kNumbers = 16 * kTilesOfPiece<S> * kTileNumbers<S>;
+  const int64_t blocks = kNumbers / (min(tiles, kTilesAtOnce<S>) * kTileNumbers<S> * columns);
+  return blocks < 1 ? 1 : blocks;
+}
 
 // How a left factor lies: how many numbers lead to the next row, part, and piece.
 struct LeftFactor {
@@ -58,6 +68,10 @@ struct LeftFactor {
   BFloat16* at(int64_t r, int64_t k) const {
     constexpr int64_t kDepth = 32 * kTilesOfPiece<S>;
     return data + r * row + k / kDepth * piece + k % kDepth;
+  }
+  template <class S>
+  LeftFactor from(int64_t r, int64_t k) const {
+    return {at<S>(r, k), row, part, piece};
   }
 };
 // Rows whose place is read, though not used, beyond the last one.
@@ -82,10 +96,19 @@ constexpr LeftFactor whole_rows(BFloat16* data, int64_t row) {
   return {data, row, 0, 32 * kTilesOfPiece<BFloat16>};
 }
 
+// What a product on tiles may begin with: another one, of as many rows and columns of packed
+// weights of which all tiles along k are one piece, and biases [columns][16].
+struct Beginning {
+  LeftFactor a;
+  const BFloat16* packed;
+  int64_t tiles;  // 0: none
+  float* bias;
+};
+
 // Numbers that product_of_tiles() needs for its sums.
 template <class S>
 constexpr int64_t sums_of_tiles(int64_t rows, int64_t k, int64_t columns) {
-  const int64_t kept = tiles_along(k) > kTilesOfPiece<S> ? (rows + 31) / 32 * 32 : 32;
+  const int64_t kept = tiles_along(k) > kTilesAtOnce<S> ? (rows + 31) / 32 * 32 : 2 * 32;
   return kept * ((columns + 63) / 64 * 64);
 }
 // Rows whose outer products are summed up at a time.

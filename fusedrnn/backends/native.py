@@ -236,8 +236,8 @@ class Ops:
 class Native(Ops):
     """The CPU engine. What has 16 bits outside it stores and computes in float32, but for bfloat16
     where there are AMX tiles: then all is stored in bfloat16 except cell states and running
-    gradients, and computed in float32. There, products of many steps in float32 are sums of six in
-    bfloat16."""
+    gradients, and computed in float32. There, products in float32 are sums of six in bfloat16:
+    those of many steps and, from 24 rows on, those of forward's."""
 
     name = "cpu"
     reads_padding = False
@@ -264,7 +264,8 @@ class Native(Ops):
         dtype = request.dtype if narrow else compute_dtype(request.dtype)
         stored = str(dtype).removeprefix("torch.")
         in_parts = isa() == "amx" and dtype == torch.float32 and not request.cell.late
-        parts = "products outside the steps in bfloat16 parts if T*B >= 128, " if in_parts else ""
+        which = "products" if rows >= 24 else "products outside the steps"
+        parts = f"{which} in bfloat16 parts if T*B >= 128, " if in_parts else ""
         return f"standard on {isa()}, values in {stored}, {parts}one parallel region a sequence"
 
     def _stores(self, cell: Cell, dtype: torch.dtype, more: bool) -> bool:
