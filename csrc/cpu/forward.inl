@@ -85,7 +85,7 @@ class Forward {
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(kTiles || a_.t * a_.b >= kPackedRows),
         steps_on_tiles_(kRounds || (kTiles && frnn::cpu::tiles_pay_in_steps(a_.b))),
-        fuses_(steps_on_tiles_ && Cell::kAdditive && !normalises() && fits(plan)),
+        fuses_(steps_on_tiles_ && Cell::kAdditive && !normalises() && fusing_pays()),
         once_ih_(!kTiles && plan.by_units && a_.t <= chunk_),
         once_hh_(!steps_on_tiles_ && plan.by_units && a_.t == 1 && kLate == 0),
         of_ih_(normalises() ? min(chunk_, a_.t) * a_.b : 0, a_.h, plan.slices, carver),
@@ -126,14 +126,11 @@ class Forward {
     }
   }
 
-  // Whether W_ih, as one piece, has room in the cache beside W_hh.
-  bool fits(const frnn::cpu::Plan& plan) const {
-    const int64_t columns = kGates * blocks_of<T>(a_.h), slices = plan.by_units ? plan.slices : 1;
-    const int64_t of_ih = tiles_along(a_.i) * columns, of_hh = tiles_along(a_.p) * columns;
-    const int64_t bytes = (of_ih + of_hh) * kTileNumbers<S> * 2 / slices;
-    const int64_t rows = plan.by_units ? a_.b : a_.b / plan.slices;
-    return tiles_along(a_.i) <= kTilesAtOnce<S> &&
-           frnn::cpu::fusing_pays(rows, kParts<S>, bytes, chunk_);
+  bool fusing_pays() const {
+    const int64_t columns = kGates * blocks_of<T>(a_.h), tiles = tiles_along(a_.i);
+    const int64_t bytes = (tiles + tiles_along(a_.p)) * columns * kTileNumbers<S> * 2;
+    return tiles <= kTilesAtOnce<S> &&  // W_ih is one piece
+           frnn::cpu::fusing_pays(a_.b, kParts<S>, bytes, chunk_);
   }
 
   Slice slice(int i) const { return make_slice<T>(a_, plan_, i); }

@@ -59,13 +59,13 @@ inline constexpr int64_t kRowsOnTiles = 24;
 inline bool tiles_pay_in_steps(int64_t rows) { return rows >= kRowsOnTiles; }
 
 // Whether a step takes the input projection into its own product: then that has no array of its
-// own, but W_ih is read at every step, by a slice so many bytes of both weights, not once for the
-// steps of a chunk.
-inline constexpr int64_t kRowsFused = 32;  // times the parts of a value
-inline constexpr int64_t kBytesOfCache = 1600 << 10;
+// own, but W_ih is read at every step, not once for the steps of a chunk. It must not depend on the
+// threads, as the sums do on it.
+inline constexpr int64_t kRowsFused = 64;           // times the parts of a value
+inline constexpr int64_t kBytesFused = 3200 << 10;  // of both weights: two caches' worth
 
 inline bool fusing_pays(int64_t rows, int parts, int64_t bytes, int64_t steps_of_chunk) {
-  return rows * parts >= kRowsFused && (bytes <= kBytesOfCache || steps_of_chunk == 1);
+  return rows * parts >= kRowsFused && (bytes <= kBytesFused || steps_of_chunk == 1);
 }
 
 }  // namespace frnn::cpu
