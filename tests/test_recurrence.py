@@ -146,7 +146,7 @@ def test_lstm_cell_states_and_projection(feature, proj, dtype, runner):
     check(Case(LSTM, T=9, B=5, I=4, H=19, P=proj, dtype=dtype, cell_states=True, **feature), runner)
 
 
-@pytest.mark.parametrize("hidden, proj", [(32, 16), (33, 17), (40, 20)])
+@pytest.mark.parametrize("hidden, proj", [(32, 16), (33, 17), (40, 20), (16, 192)])
 def test_projection_in_bfloat16(hidden, proj, runner):
     """Sizes that fill tiles, and that do not."""
     check(Case(CELLS["lstm"], 5, 9, 7, hidden, P=proj, dtype=torch.bfloat16, lengths=True), runner)
@@ -208,12 +208,15 @@ def test_gradients_of_weights(cell, shape, runner):
 # rows, and gates that do not fill blocks.
 @pytest.mark.parametrize("cell", CELLS.values(), ids=lambda c: c.name)
 @pytest.mark.parametrize(
-    "shape", [(70, 9, 33, 40), (2, 1000, 5, 17), (3, 33, 530, 19), (3, 7, 20, 530)], ids=str
+    "shape",
+    [(70, 9, 33, 40), (2, 1000, 5, 17), (3, 33, 530, 19), (3, 7, 20, 530), (5, 70, 33, 40)],
+    ids=str,
 )
 def test_gradients_in_bfloat16(cell, shape, runner):
     case = Case(cell, *shape, dtype=torch.bfloat16, lengths=True, resets=True)
     check(case, runner)
     if cell.name == "lstm":
+        check(replace(case, B=70, lengths=False), runner)
         check(replace(case, reverse=True, dropout=True, P=min(shape[3] - 1, 270)), runner)
 
 

@@ -503,9 +503,11 @@ void product_of_tiles(const Beginning& beginning, const LeftFactor& a, int64_t f
       }
     }
   }
-  if (before.rows > 0) finish(before, sums_before);
+  finish_before();
   for (int64_t i = 0; i < groups && later; ++i) {
-    finish(tile_at(rows.begin, i), reinterpret_cast<Sums*>(scratch) + i * kSums);
+    before = tile_at(rows.begin, i);
+    sums_before = reinterpret_cast<Sums*>(scratch) + i * kSums;
+    finish_before();
   }
 }
 

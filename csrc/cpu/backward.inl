@@ -113,7 +113,8 @@ class Backward {
       factors_size_ = OuterOf::factors((of_units + plan.slices - 1) / plan.slices);
       factors_ = carver.take<Number>(plan.slices * factors_size_);
       outer_ = carver.take<T>(plan.slices * OuterOf::kSums);
-      const int64_t of_h = kRounds ? sums_of_tiles<S>(a_.b, gates, a_.h) : 0,
+      const int64_t wide = a_.h > a_.p ? a_.h : a_.p;
+      const int64_t of_h = kRounds ? sums_of_tiles<S>(a_.b, most, wide) : 0,
                     of_x = sums_of_tiles<S>(kRowsOfDx, gates, a_.i);
       sums_size_ = of_h > of_x ? of_h : of_x;
       sums_ = carver.take<T>(plan.slices * sums_size_);

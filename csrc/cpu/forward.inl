@@ -111,8 +111,8 @@ class Forward {
     }
     if (steps_on_tiles_) {
       const int64_t gates = kGates * blocks_of<T>(a_.h), output = blocks_of<T>(a_.p);
-      const int64_t most = a_.w_hr && a_.h > a_.p ? a_.h : a_.p;
-      sums_size_ = sums_of_tiles<S>(a_.b, most, gates * lanes);
+      const int64_t most = a_.h > a_.p ? a_.h : a_.p, wide = gates > output ? gates : output;
+      sums_size_ = sums_of_tiles<S>(a_.b, most, wide * lanes);
       sums_ = carver.take<T>(plan.slices * sums_size_);
       if (a_.lengths) order_ = carver.take<int>(a_.b);
       if (a_.lengths) longer_ = carver.take<int>(a_.t + 1);
@@ -263,7 +263,7 @@ class Forward {
   // The projection of the chunk that begins at step s0; whole chunks precede it.
   Input input(const Slice& slice, int64_t s0) const {
     const int64_t before = slice.hidden.begin * a_.b + slice.rows.begin * slice.hidden.size();
-    T* data = gx_ + before * min(chunk_, a_.t) * kGates * kLanes<T>;
+    T* data = fuses_ ? nullptr : gx_ + before * min(chunk_, a_.t) * kGates * kLanes<T>;
     const int64_t s1 = min(s0 + chunk_, a_.t);
     const int64_t first = min(timeline_.time(s0), timeline_.time(s1 - 1));
     const int64_t rows = min(chunk_, a_.t) * slice.rows.size(), blocks = slice.hidden.size();
