@@ -2,7 +2,7 @@
 
 `report.py --write` puts the table of bench/results/*.csv between the README's bench markers,
 `report.py --check` exits with 1 if the README shows anything else,
-`report.py --plot FILE [CSV ...]` draws the ratios.
+`report.py --plot FILE [CSV ...]` draws the ratios and the shares of the machine's peak.
 """
 
 from __future__ import annotations
@@ -67,10 +67,16 @@ def line(row: Row) -> str:
     low, mid, high = (number(row, f"ratio_p{p}") for p in (10, 50, 90))
     errors = ", ".join(f"{number(row, f'error_{side}'):.0e}" for side in ("ours", "torch"))
     pairs = f"{row['pairs']}{'' if str(row['undisturbed']) == '1' else '!'}"
+    onnx = ""
+    if row.get("onnx_p50_ms"):
+        ratio = "{:.2f} [{:.2f}-{:.2f}]".format(
+            *(number(row, f"onnx_ratio_p{p}") for p in (50, 10, 90))
+        )
+        onnx = f", ONNX Runtime {digits(number(row, 'onnx_p50_ms'))} ms, ratio {ratio}"
     return (
         f"{row['shape']!s:<33} {row['mode']!s:<5} {times('torch'):>21} {times('ours'):>21} "
         f"{f'{mid:.2f} [{low:.2f}-{high:.2f}]':>18} {number(row, 'gflops'):>7.1f} "
-        f"{number(row, 'mm_share'):>7.0%} {pairs:>5} {errors:>15} {verdict(row)}"
+        f"{number(row, 'mm_share'):>7.0%} {pairs:>5} {errors:>15} {verdict(row)}{onnx}"
     )
 
 
@@ -97,6 +103,10 @@ def summary(rows: Sequence[Row], red: int) -> str:
             f"largest error against float64, relative to the tensor's largest value: "
             f"fusedrnn {ours:.1e}, torch.nn {theirs:.1e} ({worst['shape']})"
         )
+    ratios = [number(row, "onnx_ratio_p50") for row in rows if row.get("onnx_p50_ms")]
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        text.append(f"forward: geometric mean {mean:.2f}x ONNX Runtime over {len(ratios)} shapes")
     if red:
         text.append(
             f"{red} shape{'s' if red > 1 else ''} failed the correctness gate and were not timed"
@@ -123,7 +133,8 @@ def can_plot() -> bool:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Bars of the ratios, one per shape and mode, in the order of the rows, with their spread."""
+    """Bars, one per shape and mode, in the order of the rows: the ratios with their spread, and
+    the shares of the machine's peak."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,7 +142,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(str(row["shape"]) for row in rows))
-    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.42 * len(names)), layout="constrained")
+    figure, (ratios, shares) = plt.subplots(
+        1, 2, figsize=(11, 1.6 + 0.42 * len(names)), sharey=True, width_ratios=(7, 3),
+        layout="constrained",
+    )  # fmt: skip
     colours = {"fwd": "#4c9bd6", "train": "#1f4e79"}
     for offset, mode in zip((-0.2, 0.2), MODES, strict=True):
         some = [row for row in rows if row["mode"] == mode]
@@ -141,11 +155,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             [number(row, "ratio_p90") - mid for row, mid in zip(some, mids, strict=True)],
         ]
         places = [names.index(str(row["shape"])) + offset for row in some]
-        bars = axes.barh(places, mids, 0.38, xerr=whiskers, color=colours[mode], ecolor="#777777")
+        bars = ratios.barh(places, mids, 0.38, xerr=whiskers, color=colours[mode], ecolor="#777777")
         for bar, mid, row in zip(bars, mids, some, strict=True):
             if mid < 1:
                 bar.set(facecolor="white", edgecolor=colours[mode], hatch="////")
-            axes.annotate(
+            ratios.annotate(
                 f"{mid:.2f}",
                 (number(row, "ratio_p90"), bar.get_y() + 0.19),
                 (4, 0),
@@ -153,20 +167,24 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 va="center",
                 fontsize=8,
             )
-    line = axes.axvline(1, color="#c0392b", linewidth=1.2, label="torch.nn")
+        shares.barh(places, [number(row, "mm_share") for row in some], 0.38, color=colours[mode])
+    line = ratios.axvline(1, color="#c0392b", linewidth=1.2, label="torch.nn")
     handles = [Patch(color=colours[mode], label=word) for mode, word in MODES.items()]
     handles.append(Patch(fill=False, hatch="////", label="slower than torch.nn"))
-    axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(number(row, "ratio_p90") for row in rows))
-    axes.set_xlabel("speed relative to torch.nn: median of paired ratios, whiskers p10 to p90")
+    ratios.set_yticks(range(len(names)), names, fontsize=9)
+    ratios.invert_yaxis()
+    ratios.set_xlim(0, 1.12 * max(number(row, "ratio_p90") for row in rows))
+    ratios.set_xlabel("speed relative to torch.nn: median of paired ratios, whiskers p10 to p90")
+    shares.xaxis.set_major_formatter("{x:.0%}")
+    shares.set_xlabel("of the best float32 torch.mm")
     first = rows[0]
-    axes.set_title(
+    figure.suptitle(
         f"fusedrnn {first['fusedrnn']} against torch {first['torch']}, {first['dtype']}, "
         f"{first['cpu']} ({first['isa']}), threads: {first['threads']}",
         fontsize=10,
     )
-    axes.spines[["top", "right"]].set_visible(False)
+    for axes in (ratios, shares):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
         handles=[line, *handles], fontsize=9, frameon=False, ncols=4, loc="outside lower center"
     )
@@ -230,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--check", action="store_true", help="fail if the README's table is not what --write gives"
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="(%(default)s)")
-    action.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios of the results")
+    action.add_argument("--plot", type=Path, metavar="FILE", help="draw the results")
     options = parser.parse_args(arguments)
     results = [path.resolve() for path in options.csv] or sorted(RESULTS.glob("*.csv"))
     if options.plot:

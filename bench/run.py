@@ -5,7 +5,8 @@
     python bench/run.py --shape lstm-t100-b32-h512 --mode train --threads 1
 
 Every shape first passes a correctness gate (outputs and every gradient against float64); a red gate
-is not timed and the command exits with 1.
+is not timed and the command exits with 1. Forward is also timed against ONNX Runtime, where that
+and the package onnx are installed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import measure
+import onnx_layer
 import report
 import torch
 from measure import Peak, Timing
@@ -44,9 +46,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--seconds", type=float, help="time for all timing together (10 a row; 12 with --full)"
     )
     parser.add_argument("--csv", type=Path, help="write the rows there")
-    parser.add_argument(
-        "--plot", type=Path, help="write a bar plot of the ratios there (needs matplotlib)"
-    )
+    parser.add_argument("--plot", type=Path, help="write a bar plot there (needs matplotlib)")
     parser.add_argument("--list", action="store_true", help="name the shapes and stop")
     return parser.parse_args(arguments)
 
@@ -77,6 +77,16 @@ def row(shape: Shape, mode: str, work: Workload, gate: Gate, timing: Timing) -> 
     }
 
 
+def against_onnx(work: Workload, mode: str, seconds: float) -> dict[str, object]:
+    """Columns of a row beside those about torch.nn, empty where there is nothing to compare."""
+    names = ["onnx_p50_ms", *(f"onnx_ratio_p{p}" for p in (10, 50, 90))]
+    theirs = onnx_layer.forward(work) if mode == "fwd" else None
+    if theirs is None:
+        return dict.fromkeys(names, "")
+    timing = measure.compare(work.call(work.ours, mode), theirs, seconds)
+    return {names[0]: 1e3 * timing.theirs.mid} | timing.ratio.columns("onnx_ratio_p{}", 10)
+
+
 def finished(rows: list[dict[str, object]], peak: Peak) -> list[dict[str, object]]:
     """The rows in the order of the list of shapes, with their share of the best torch.mm so far."""
     names = [shape.name for shape in ALL]
@@ -99,6 +109,7 @@ def run(
     }
     dtype = getattr(torch, options.dtype)
     eps = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0  # of operands that are rounded
+    with_onnx = onnx_layer.installed()
     peak = Peak()
     rows: list[dict[str, object]] = []
     print(report.heading(facts), f"peak: {peak}", "", report.header(), sep="\n", flush=True)
@@ -115,8 +126,11 @@ def run(
             start = time.perf_counter()
             peak.probe()
             ours, theirs = work.call(work.ours, mode), work.call(work.theirs, mode)
-            timing = measure.compare(ours, theirs, max(0.0, seconds) / left)
+            share = max(0.0, seconds) / left
+            timing = measure.compare(ours, theirs, share / 2 if with_onnx else share)
             rows.append(row(shape, mode, work, gate, timing) | facts)
+            if with_onnx:
+                rows[-1] |= against_onnx(work, mode, share / 2)
             left -= 1
             seconds -= time.perf_counter() - start
             newest = finished(rows[-1:], peak)[0]

@@ -67,12 +67,34 @@ def test_run_times_named_shapes(tmp_path: Path) -> None:
         (SHAPES[1], "fwd"),
     ]
     for row in rows:
-        assert all(value for key, value in row.items() if key != "variant"), row
+        some = {key: value for key, value in row.items() if not key.startswith("onnx")}
+        assert all(value for key, value in some.items() if key != "variant"), row
         for side in ("ours_p{}_ms", "torch_p{}_ms"):
             low, mid, high = (float(row[side.format(p)]) for p in (20, 50, 80))
             assert 0 < low <= mid <= high
         low, mid, high = (float(row[f"ratio_p{p}"]) for p in (10, 50, 90))
         assert 0 < low <= mid <= high
+
+
+def test_report_draws_results(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot, rows = tmp_path / "plot.png", ROOT / "bench" / "results" / "cpu_avx512.csv"
+    done = run("bench/report.py", "--plot", plot, rows)
+    assert done.returncode == 0, done.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
+
+
+def test_run_against_onnx_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "rows.csv"
+    shapes = [SHAPES[0], "lstm-t100-b16-h256-proj128"]
+    done = run("bench/run.py", "--seconds", 0.2, "--csv", path, "--shape", *shapes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "forward: geometric mean" in done.stdout and "ONNX Runtime over 1 shapes" in done.stdout
+    with path.open(newline="") as file:
+        found = [bool(row["onnx_ratio_p50"]) for row in csv.DictReader(file)]
+    assert found == [True, False, False, False]
 
 
 def test_run_does_not_time_a_wrong_result(tmp_path: Path) -> None:
