@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -38,6 +41,16 @@ FEATURES = {
 }
 
 
+@contextmanager
+def vectors() -> Iterator[None]:
+    """The same engine without tiles."""
+    native.set_isa("avx512")
+    try:
+        yield
+    finally:
+        native.set_isa("amx")
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 @pytest.mark.parametrize("cell", TILED, ids=lambda c: c.name)
 def test_shapes(cell, shape):
@@ -65,11 +78,8 @@ def test_where_tiles_begin(cell, steps):
     case = Case(cell, T=steps, B=1, I=33, H=16)
     inputs, engine = make_inputs(case), by_name("cpu")
     found = run_case(case, inputs, engine)
-    native.set_isa("avx512")
-    try:
+    with vectors():
         on_vectors = run_case(case, inputs, engine)
-    finally:
-        native.set_isa("amx")
     alike = all(torch.equal(found[name], on_vectors[name]) for name in found)
     assert alike == (steps < 128 or bool(cell.late))
 
@@ -79,11 +89,8 @@ def test_where_steps_on_tiles_begin(rows):
     """Without inputs there are no other products."""
     module, x = fusedrnn.LSTM(8, 40), torch.zeros(20, rows, 8)
     found = module(x)[0]
-    native.set_isa("avx512")
-    try:
+    with vectors():
         on_vectors = module(x)[0]
-    finally:
-        native.set_isa("amx")
     assert torch.equal(found, on_vectors) == (rows < 24)
 
 
@@ -150,11 +157,8 @@ def test_infinite_inputs_saturate_gates():
     module, x = fusedrnn.LSTM(8, 16), torch.randn(20, 32, 8)
     x[3, 7, 2], x[5, 9, 1] = float("inf"), -float("inf")
     found = module(x)[0]
-    native.set_isa("avx512")
-    try:
+    with vectors():
         expected = module(x)[0]
-    finally:
-        native.set_isa("amx")
     assert expected.isfinite().all()
     torch.testing.assert_close(found, expected)
 
