@@ -428,13 +428,14 @@ class Beside {
 };
 
 // As product(), of rows of a left factor from the given one on, with a depth of k, and packed
-// weights of all_blocks blocks, added to what it begins with, if anything. Of some blocks weights
-// stay in the L2 cache for all rows. Scratch has place for sums_of_tiles().
+// weights of all_blocks blocks, added to what it begins with, if anything. Others are rows that are
+// only finished, with any sums. Of some blocks weights stay in the L2 cache for all rows. Scratch
+// has place for sums_of_tiles().
 template <int kGates, class S, class Wanted, class Fetch, class Finish>
 void product_of_tiles(const Beginning& beginning, const LeftFactor& a, int64_t first_row,
-                      Range rows, int64_t k, const BFloat16* packed, int64_t all_blocks,
-                      Range blocks, bool backwards, float* scratch, const Wanted& wanted,
-                      const Fetch& fetch, const Finish& finish) {
+                      Range rows, Range others, int64_t k, const BFloat16* packed,
+                      int64_t all_blocks, Range blocks, bool backwards, float* scratch,
+                      const Wanted& wanted, const Fetch& fetch, const Finish& finish) {
   constexpr int kRows = kTilesOfRows * kTileRows, kBlocks = kGates == 1 ? kTilesOfSums : 1;
   constexpr int64_t kSums = kRows * kBlocks * kGates;
   constexpr int64_t kDeep = kTilesAtOnce<S>;
@@ -508,6 +509,11 @@ void product_of_tiles(const Beginning& beginning, const LeftFactor& a, int64_t f
     before = tile_at(rows.begin, i);
     sums_before = reinterpret_cast<Sums*>(scratch) + i * kSums;
     finish_before();
+  }
+  for (int64_t row = others.begin; row < others.end; ++row) {
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      finish(Tile{row, block, 1, 1}, reinterpret_cast<const Sums*>(scratch), beside);
+    }
   }
 }
 

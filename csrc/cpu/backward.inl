@@ -197,8 +197,8 @@ class Backward {
                   const BFloat16* w, int64_t units, Range blocks, bool backwards,
                   const Wanted& wanted, const Fetch& fetch, const Finish& finish) const {
     if constexpr (kTiles) {
-      product_of_tiles<1, S>({}, a, rows.begin, rows, k, w, blocks_of<T>(units), blocks, backwards,
-                             sums_ + slice.index * sums_size_, wanted, fetch, finish);
+      product_of_tiles<1, S>({}, a, rows.begin, rows, {}, k, w, blocks_of<T>(units), blocks,
+                             backwards, sums_ + slice.index * sums_size_, wanted, fetch, finish);
     }
   }
 

@@ -515,17 +515,12 @@ class Forward {
   void on_tiles(const Beginning& beginning, const Slice& slice, const LeftFactor& a, int64_t k,
                 const Number* packed, int64_t units, Range blocks, bool backwards,
                 const Wanted& wanted, const Fetch& fetch, const Finish& finish) const {
-    T* sums = sums_ + slice.index * sums_size_;
     Range rows = slice.rows;
     if (order_) rows.end = rows.begin;
     while (rows.end < slice.rows.end && wanted(rows.end)) ++rows.end;
-    product_of_tiles<kSome, S>(beginning, a, rows.begin, rows, k, packed, blocks_of<T>(units),
-                               blocks, backwards, sums, wanted, fetch, finish);
-    for (int64_t rank = rows.end; rank < slice.rows.end; ++rank) {
-      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-        finish(Tile{rank, block, 1, 1}, reinterpret_cast<const V*>(sums));
-      }
-    }
+    product_of_tiles<kSome, S>(beginning, a, rows.begin, rows, {rows.end, slice.rows.end}, k,
+                               packed, blocks_of<T>(units), blocks, backwards,
+                               sums_ + slice.index * sums_size_, wanted, fetch, finish);
   }
 
   // What the product of step s begins with: W_ih x and biases, unless they are there.
