@@ -33,6 +33,8 @@ def forward(work: Workload) -> Callable[[], object] | None:
         expected = flat(*work.theirs(work.x, hx))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Else its threads keep the cores busy for a while after a call, which is the other side's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(file.getvalue(), options, ["CPUExecutionProvider"])
     inputs = dict(zip(names, (t.numpy() for t in (work.x, *work.states)), strict=True))
     for found, tensor in zip(session.run(None, inputs), expected, strict=True):
