@@ -119,8 +119,22 @@ struct StepGradients {
   S* dgh;  // [B, G*H] out; the same pointer as dgx for additive cells
   S* dh;   // [B, P] out, or null if the cells are not apart: the whole gradient of h
 
-  // From row to row of dgx and dgh.
-  FRNN_FN static int64_t stride(int64_t gates) { return gates; }
+  // Where the gates of a unit begin, of G gates of H units a row, and how far apart they are.
+  FRNN_FN static int64_t first(int64_t row, int64_t unit, int gates, int64_t h) {
+    return row * (gates * h) + unit;
+  }
+  FRNN_FN static int64_t apart(int64_t h) { return h; }
+
+  // Of n units from there on.
+  template <class Cell, class V>
+  FRNN_FN void keep(int64_t row, int64_t unit, int n, int64_t h, const V* of_x,
+                    const V* of_h) const {
+    const int64_t begin = first(row, unit, Cell::kGates, h);
+    for (int g = 0; g < Cell::kGates; ++g) {
+      store(dgx + begin + g * h, of_x[g], n);
+      if (!Cell::kAdditive) store(dgh + begin + g * h, of_h[g], n);
+    }
+  }
 };
 
 namespace cpu {

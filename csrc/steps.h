@@ -524,7 +524,7 @@ class BackwardSteps {
     }
     const V h = load<V>(a_.h_prev + offset, p.n);
     const V of_gate = Cell::backward_of_factor(h, saved, d, &dh);
-    store(to.dgx + p.row * To::stride(kGates * a_.h) + p.unit, of_gate, p.n);
+    store(to.dgx + To::first(p.row, p.unit, kGates, a_.h), of_gate, p.n);
     if (timeline_.entry(s, p.row) == Entry::kReset) {
       add_to_reset(p, 0, dh);
     } else {
@@ -551,9 +551,8 @@ class BackwardSteps {
   // The cell at step s from the gradient of its output.
   template <bool kPlain>
   FRNN_FN void finish_cell(int64_t s, const Place& p, V dh, const OfCell& in, const To& to) const {
-    Outcome result{};
-    if (kPlain || timeline_.computed(s, p.row)) result = compute(dh, in);
-    keep<kPlain>(s, p, result, to);
+    const bool computed = kPlain || timeline_.computed(s, p.row);
+    keep<kPlain>(s, p, computed ? compute(dh, in) : Outcome{}, to);
   }
 
   // Where c is normalised on its way into h: from the gradients of what h takes of o and of c.
@@ -594,7 +593,7 @@ class BackwardSteps {
   }
 
   FRNN_FN Outcome compute(V dh, const OfCell& in) const {
-    Outcome result{};
+    Outcome result;
     V dout[kStates];
     dout[0] = dh;
     for (int j = 1; j < kStates; ++j) dout[j] = in.dout[j] + in.carried[j];
@@ -614,11 +613,7 @@ class BackwardSteps {
     }
   }
   FRNN_FN void keep_gates(const Place& p, const Outcome& result, const To& to) const {
-    const int64_t gates = p.row * To::stride(kGates * a_.h) + p.unit;
-    for (int g = 0; g < kGates; ++g) {
-      store(to.dgx + gates + g * a_.h, result.dgx[g], p.n);
-      if (!Cell::kAdditive) store(to.dgh + gates + g * a_.h, result.dgh[g], p.n);
-    }
+    to.template keep<Cell>(p.row, p.unit, p.n, a_.h, result.dgx, result.dgh);
   }
   template <bool kPlain>
   FRNN_FN void keep_carried(int64_t s, const Place& p, const Outcome& result) const {

@@ -81,13 +81,26 @@ Sums limited(Sums x) {
   return x < -kMost ? frnn::broadcast<Sums>(-kMost) : x;
 }
 
-// The parts of the first n of 16 or 32 numbers, zeros for the rest.
+// The parts of 16 or 32 numbers.
+FRNN_FN void make_parts(Sums x, __m256i (&parts)[1]) { parts[0] = frnn::rounded(x); }
+FRNN_FN void make_parts(Sums x, __m256i (&parts)[3]) {
+  const frnn::Parts all(x);
+  for (int i = 0; i < 3; ++i) parts[i] = all.part[i];
+}
+FRNN_FN void make_parts(Sums low, Sums high, __m512i (&parts)[1]) {
+  parts[0] = frnn::rounded(low, high);
+}
+FRNN_FN void make_parts(Sums low, Sums high, __m512i (&parts)[3]) {
+  const frnn::PartsOfTwo all(low, high);
+  for (int i = 0; i < 3; ++i) parts[i] = all.part[i];
+}
+
+// .. of the first n of them, zeros for the rest.
 inline void load_parts(const BFloat16* p, int64_t n, __m256i (&parts)[1]) {
   parts[0] = load_half(p, n);
 }
 inline void load_parts(const float* p, int64_t n, __m256i (&parts)[3]) {
-  const frnn::Parts all(limited<true>(load_half(p, n)));
-  for (int i = 0; i < 3; ++i) parts[i] = all.part[i];
+  make_parts(limited<true>(load_half(p, n)), parts);
 }
 template <bool kLimited = false>
 void load_some(const BFloat16* p, int64_t n, __m512i (&parts)[1]) {
@@ -96,21 +109,13 @@ void load_some(const BFloat16* p, int64_t n, __m512i (&parts)[1]) {
 }
 template <bool kLimited = false>
 void load_some(const float* p, int64_t n, __m512i (&parts)[3]) {
-  const frnn::Parts first(limited<kLimited>(load_half(p, n)));
-  const frnn::Parts second(limited<kLimited>(load_half(p + 16, n - 16)));
-  for (int i = 0; i < 3; ++i) {
-    const __m512i lower = _mm512_maskz_inserti64x4(0xff, __m512i{}, first.part[i], 0);
-    parts[i] = _mm512_maskz_inserti64x4(0xff, lower, second.part[i], 1);
-  }
+  make_parts(limited<kLimited>(load_half(p, n)), limited<kLimited>(load_half(p + 16, n - 16)),
+             parts);
 }
 
 // The numbers of two in turn: pairs along k.
 inline __m512i in_pairs(__m256i even, __m256i odd) {
-  using Numbers = frnn::Vector<uint16_t, 16>;
-  using Pairs = frnn::Vector<uint32_t, 16>;
-  const Pairs low = __builtin_convertvector(__builtin_bit_cast(Numbers, even), Pairs);
-  const Pairs high = __builtin_convertvector(__builtin_bit_cast(Numbers, odd), Pairs);
-  return __builtin_bit_cast(__m512i, low | high << 16);
+  return frnn::lower_halves(even) | frnn::upper_halves(odd);
 }
 inline void in_pairs(__m256i even, __m256i odd, __m512i (&parts)[1]) {
   parts[0] = in_pairs(even, odd);
@@ -135,14 +140,14 @@ inline void store_transposed(const __m512i (&rows)[kTileRows], BFloat16* to, int
 // ---- Left factors.
 
 // Some rows of a [.., lda], whole tiles of them -> rows from `first` on.
-template <bool kLimited, class S>
+template <class S>
 void lay_rows(const S* a, int64_t lda, const Rows& rows, int64_t k, const LeftFactor& to,
               int64_t first) {
   for (int64_t i = 0; i < rows.count; ++i) {
     const S* from = a + rows[i] * lda;
     for (int64_t k0 = 0; k0 < k; k0 += kTileDepth) {
       __m512i parts[kParts<S>];
-      load_some<kLimited>(from + k0, k - k0, parts);
+      load_some<true>(from + k0, k - k0, parts);
       BFloat16* place = to.at<S>(first + i, k0);
       for (int j = 0; j < kParts<S>; ++j) _mm512_storeu_si512(place + j * to.part, parts[j]);
     }
@@ -170,6 +175,28 @@ void lay_blocks(const S* a, int64_t units, Range blocks, const LeftFactor& to, i
   for (; block < blocks.end; block += 2) {
     const bool alone = block + 1 == blocks.end && (block + 1) * kTileRows < units;
     alone ? lay_half(block * kTileRows) : lay_whole(block * kTileRows);
+  }
+}
+
+// Some vectors of a row of a left factor. If they are its last ones, the rest of their tile is
+// cleared.
+template <class S, int kVectors>
+FRNN_FN void lay_vectors(const Sums* values, const LeftFactor& to, int64_t row, int64_t k,
+                         bool last) {
+  if constexpr (kVectors % 2 == 0) {
+    for (int i = 0; i < kVectors; i += 2, k += kTileDepth) {
+      __m512i parts[kParts<S>];
+      make_parts(values[i], values[i + 1], parts);
+      BFloat16* place = to.at<S>(row, k);
+      for (int j = 0; j < kParts<S>; ++j) _mm512_storeu_si512(place + j * to.part, parts[j]);
+    }
+  } else {
+    for (int i = 0; i < kVectors || (last && k % kTileDepth != 0); ++i, k += kTileRows) {
+      __m256i parts[kParts<S>];
+      make_parts(i < kVectors ? values[i] : Sums{}, parts);
+      BFloat16* place = to.at<S>(row, k);
+      for (int j = 0; j < kParts<S>; ++j) frnn::store_halves(place + j * to.part, parts[j], 16);
+    }
   }
 }
 
@@ -571,10 +598,10 @@ class OuterOfTiles {
   OuterOfTiles(BFloat16* factors, float* sums)
       : sums_{sums, sums + kHeight * kWidth}, b_{factors, factors + kOfB}, a_(factors + 2 * kOfB) {}
 
-  // For some tiles of 32 units of m. Of a left factor these are the rows of_a, of b the others;
+  // For some tiles of 32 of the units. Of a left factor these are the rows of_a, of b the others;
   // there are at most kTileChunk.
-  void add(const LeftFactor& a, const Rows& of_a, int64_t m, Range of_units, const Rows& rows,
-           const Product (&products)[2]) const {
+  void add(const LeftFactor& a, const Rows& of_a, const UnitsOfTiles& units, Range tiles_of_units,
+           const Rows& rows, const Product (&products)[2]) const {
     const int64_t tiles = tiles_along(rows.count);
     TileScope::set_rows(kHeight);
     // Rows beyond the last one are those of b that are zeros.
@@ -586,16 +613,19 @@ class OuterOfTiles {
     for (const Product& p : products) most = p.c && p.n > most ? p.n : most;
     for (int64_t n0 = 0; n0 < most; n0 += kWidth) {
       for (int j = 0; j < 2; ++j) pack_b(products[j], rows, columns(products[j], n0), b_[j]);
-      for (int64_t tile = of_units.begin; tile < of_units.end; ++tile) {
+      for (int64_t tile = tiles_of_units.begin; tile < tiles_of_units.end; ++tile) {
         const int64_t unit = tile * kHeight;
-        BFloat16* of_units_a = a_ + (tile - of_units.begin) * kOfA;
+        BFloat16* of_units_a = a_ + (tile - tiles_of_units.begin) * kOfA;
         for (int i = 0; i < kParts<S> && n0 == 0; ++i) {
-          pack_a(a.at<S>(0, unit) + i * a.part, places, m - unit, tiles, of_units_a + i * kPart);
+          pack_a(a.at<S>(0, unit) + i * a.part, places, units.size() - unit, tiles,
+                 of_units_a + i * kPart);
         }
         for (int j = 0; j < 2; ++j) {
           const Range some = columns(products[j], n0);
           multiply(of_units_a, some.size(), tiles, b_[j], sums_[j]);
-          add_sums(products[j], {unit, min(m, unit + kHeight)}, some, sums_[j]);
+          for (int64_t u = 0; u < kHeight; u += kTileRows) {
+            add_sums(products[j], units.at(unit + u), some, sums_[j] + u * kColumns);
+          }
         }
       }
     }

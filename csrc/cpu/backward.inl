@@ -3,12 +3,52 @@
 // anonymous namespace.
 //
 // The gradients of the gates are only kept for a chunk of steps, in the cache, until the products
-// have taken them up: what is then added to the gradients of the weights, dx is complete.
+// have taken them up: what is then added to the gradients of the weights, dx is complete. On tiles
+// they are kept as left factors, [slices][times][ranks] of what is computed if rows are divided.
 
-// Gradients of gates in bfloat16 are left factors as steps leave them.
+// Where a step leaves them for tiles, and what else becomes of them. Rows of vectors are as
+// UnitsOfTiles.
 template <class S>
-struct LaidGradients : StepGradients<S> {
-  FRNN_FN static int64_t stride(int64_t gates) { return row_size(gates); }
+struct GradientsOfTiles : StepGradients<S> {  // dgx and dgh are rows of vectors, or null
+  LeftFactor laid[2], laid_h;  // of the products W_ih x and W_hh h, and of h before a projection
+  const Ranks* ranks;          // of rows, or null: they are not laid by the cells
+  frnn::Wide<S>* sums[2];      // rows of vectors, or null: those of a row are added up
+  StepGradients<S> kept;       // for the caller, or null
+
+  FRNN_FN static int64_t first(int64_t row, int64_t unit, int gates, int64_t h) {
+    return row * UnitsOfTiles{gates, h}.size() + unit * gates;
+  }
+  FRNN_FN static int64_t apart(int64_t) { return 16; }
+
+  // What the cell makes of units that do not exist is 0.
+  template <class Cell, class V>
+  FRNN_FN void keep(int64_t row, int64_t unit, int n, int64_t h, const V* of_x,
+                    const V* of_h) const {
+#if defined(FRNN_TILES)
+    keep_one<Cell::kGates>(row, unit, h, of_x, this->dgx, sums[0], laid[0]);
+    if (!Cell::kAdditive) {
+      keep_one<Cell::kGates>(row, unit, h, of_h, this->dgh, sums[1], laid[1]);
+    }
+    for (int g = 0; g < Cell::kGates && kept.dgx; ++g) {
+      const int64_t place = (row * Cell::kGates + g) * h + unit;
+      frnn::store(kept.dgx + place, of_x[g], n);
+      frnn::store(kept.dgh + place, Cell::kAdditive ? of_x[g] : of_h[g], n);
+    }
+#endif
+  }
+
+ private:
+#if defined(FRNN_TILES)
+  template <int kGates, class V>
+  FRNN_FN void keep_one(int64_t row, int64_t unit, int64_t h, const V* values, S* to,
+                        frnn::Wide<S>* sum, const LeftFactor& left) const {
+    const int64_t begin = first(row, unit, kGates, h);
+    for (int g = 0; g < kGates && to; ++g) frnn::store(to + begin + 16 * g, values[g], 16);
+    for (int g = 0; g < kGates && sum; ++g) reinterpret_cast<V*>(sum + begin)[g] += values[g];
+    if (ranks == nullptr) return;
+    lay_vectors<S, kGates>(values, left, ranks->rank(row), unit * kGates, unit + 16 >= h);
+  }
+#endif
 };
 
 template <class Cell, class T, class S>
@@ -16,16 +56,17 @@ class Backward {
   using V = Vec<T>;
   using Args = frnn::cpu::BackwardArgs<S>;
   static constexpr bool kRounds = !std::is_same_v<S, T>;   // as in Forward
-  static constexpr bool kLays = kTiles && !kRounds;        // left factors are laid after the steps
   using Number = std::conditional_t<kTiles, BFloat16, S>;  // of factors in products of many steps
-  using Gradients = std::conditional_t<kRounds, LaidGradients<S>, StepGradients<S>>;
+  using Gradients = std::conditional_t<kTiles, GradientsOfTiles<S>, StepGradients<S>>;
   using Steps = frnn::BackwardSteps<Cell, V, S, T, !kRounds, Gradients>;
   using OuterOf = std::conditional_t<kTiles, OuterOfTiles<S>, Outer<T>>;
+  using OfWeights = OuterProduct<S, T>;
   static constexpr int kGates = Cell::kGates, kLate = frnn::kLateGates<Cell>,
                        kEarly = kGates - kLate;
   // Rows of a chunk, about, and those whose dx is made at a time on tiles, where the sums of all
   // columns stay in the cache.
   static constexpr int64_t kDepth = kTiles ? kTileChunk : Outer<T>::kDepth, kRowsOfDx = 128;
+  static constexpr int kNames = kTiles ? 3 : 1;  // of a row, see Places
 
  public:
   static void run(const Args& args, const frnn::cpu::Pool& pool) {
@@ -34,6 +75,10 @@ class Backward {
     Backward(args, plan, measure);
     Carver carver(frnn::cpu::workspace(measure.used()));
     Backward backward(args, plan, carver);
+    for (int i = 0; i < plan.slices; ++i) {
+      backward.ranks_.fill(backward.timeline_, backward.slice(i));
+    }
+    backward.name_units();
     run_slices(backward, plan, pool);
   }
 
@@ -45,8 +90,12 @@ class Backward {
     each([&](int i) { start(slice(i)); });
     meet();
     for (int64_t s = a_.t - 1; a_.t > 0 && s >= -1; --s) {
+      if (s >= 0 && (s + 1 == a_.t || (s + 1) % chunk_ == 0)) {
+        each([&](int i) { clear_sums(slice(i), s); });
+      }
       each([&](int i) { gather(slice(i), s); });
       if (s < 0) break;
+      if (a_.w_hr) each([&](int i) { lay_dh(slice(i), s); });
       // What of a step's norms comes next reads what the same slice wrote.
       if (plan_.by_units && (a_.w_hr || !normalises())) meet();
       if constexpr (kLate > 0) {
@@ -67,14 +116,11 @@ class Backward {
         }
         if (plan_.by_units) meet();
         each([&](int i) { unnormalise_products(slice(i), s); });
+        each([&](int i) { lay_products(slice(i), s); });
         if (plan_.by_units) meet();
       }
       if (s % chunk_ != 0) continue;
       if (!plan_.by_units) meet();
-      if constexpr (kLays) {
-        each([&](int i) { lay(slice(i), s); });
-        meet();
-      }
       each([&](int i) { multiply(slice(i), s); });
     }
     if constexpr (kRounds) {
@@ -89,45 +135,60 @@ class Backward {
         plan_(plan),
         timeline_(args),
         computed_(args, carver),
+        steps_on_tiles_(steps_on_tiles<Cell, S>(a_)),
+        ranks_(args, plan, kTiles, carver),
         steps_(args, &args.noise, args.norm.gain_c != nullptr, args.dreset),
         of_products_{{normalises() ? a_.b : 0, a_.h, plan.slices, carver},
                      {normalises() ? a_.b : 0, a_.h, plan.slices, carver}},
         of_c_(a_.norm.gain_c ? a_.b : 0, a_.h, plan.slices, carver),
         outputs_(a_.norm.gain_c ? a_.b : 0, a_.h, carver),
         chunk_(a_.b < kDepth ? kDepth / (a_.b > 0 ? a_.b : 1) : 1),
-        stride_(Gradients::stride(kGates * a_.h)) {
-    const int64_t gates = kGates * a_.h, rows = min(a_.t, 2 * chunk_) * a_.b;
-    const int64_t size = (rows + (kRounds ? kRowsBeyond : 0)) * stride_;
-    w_hh_ = carver.take<S>(blocks_of<T>(a_.p) * block_size<S>(gates));
-    if (a_.w_hr) w_hr_ = carver.take<S>(blocks_of<T>(a_.h) * block_size<S>(a_.p));
-    if (a_.dx) w_ih_ = carver.take<Number>(blocks_of<T>(a_.i) * block_size<Number>(gates));
-    gradients_.dgx = carver.take<S>(size);
-    gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<S>(size);
+        stride_(Gradients::first(1, 0, kGates, a_.h)) {
+    const int64_t gates = kGates * a_.h, rows = min(a_.t, kTiles ? 2 : 2 * chunk_) * a_.b;
+    const int64_t size = rows * stride_;
+    if (steps_on_tiles_) {
+      tiles_hh_ = carver.take<Number>(blocks_of<T>(a_.p) * block_size<Number>(stride_));
+      if (a_.w_hr) tiles_hr_ = carver.take<Number>(blocks_of<T>(a_.h) * block_size<Number>(a_.p));
+    } else {
+      w_hh_ = carver.take<S>(blocks_of<T>(a_.p) * block_size<S>(stride_));
+      if (kTiles) units_ = carver.take<int>(stride_);
+      if (a_.w_hr) w_hr_ = carver.take<S>(blocks_of<T>(a_.h) * block_size<S>(a_.p));
+    }
+    if (a_.dx) w_ih_ = carver.take<Number>(blocks_of<T>(a_.i) * block_size<Number>(stride_));
+    if (!steps_on_tiles_ || normalises()) {
+      gradients_.dgx = carver.take<S>(size);
+      gradients_.dgh = Cell::kAdditive ? gradients_.dgx : carver.take<S>(size);
+    }
     gradients_.dh = a_.w_hr || a_.norm.gain_c ? carver.take<S>(rows * a_.p) : nullptr;
     products_[0] = normalises() ? carver.take<S>(size) : gradients_.dgx;
     products_[1] = normalises() ? carver.take<S>(size) : gradients_.dgh;
     if (kLate > 0) late_ = carver.take<S>(rows * a_.p);
     if (a_.w_hr && a_.norm.gain_c) dm_ = carver.take<S>(a_.b * a_.h);
     if constexpr (kTiles) {
-      const int64_t most = gates > a_.p ? gates : a_.p, of_units = tiles_along(most);
+      const int64_t most = stride_ > a_.p ? stride_ : a_.p, of_units = tiles_along(most);
       factors_size_ = OuterOf::factors((of_units + plan.slices - 1) / plan.slices);
       factors_ = carver.take<Number>(plan.slices * factors_size_);
       outer_ = carver.take<T>(plan.slices * OuterOf::kSums);
       const int64_t wide = a_.h > a_.p ? a_.h : a_.p;
-      const int64_t of_h = kRounds ? sums_of_tiles<S>(a_.b, most, wide) : 0,
-                    of_x = sums_of_tiles<S>(kRowsOfDx, gates, a_.i);
+      const int64_t of_h = steps_on_tiles_ ? sums_of_tiles<S>(a_.b, most, wide) : 0,
+                    of_x = sums_of_tiles<S>(kRowsOfDx, stride_, a_.i);
       sums_size_ = of_h > of_x ? of_h : of_x;
       sums_ = carver.take<T>(plan.slices * sums_size_);
-      const int64_t some = min(a_.t, chunk_) * a_.b;
-      if (kLays) laid_[0] = carver.take<Number>(laid_size<S>(some, gates));
-      if (kLays) laid_[1] = of_one() ? laid_[0] : carver.take<Number>(laid_size<S>(some, gates));
-      laid_h_size_ = a_.w_hr ? laid_size<S>(kRounds ? a_.b : some, a_.p) : 0;
-      laid_h_ = carver.take<Number>((kRounds ? plan.slices : 1) * laid_h_size_);
+      for (int i = 0; i < 2; ++i) {
+        const int64_t size_of_chunk = laid_size<S>(rows_of_chunk(), stride_);
+        laid_[0][i] = carver.take<Number>(size_of_chunk);
+        laid_[1][i] = of_one() ? laid_[0][i] : carver.take<Number>(size_of_chunk);
+        if (a_.w_hr) laid_h_[i] = carver.take<Number>(laid_size<S>(rows_of_chunk(), a_.p));
+      }
+      if (a_.db_ih || a_.db_hh) {
+        sums_of_rows_[0] = carver.take<T>(2 * a_.b * stride_);
+        if (!Cell::kAdditive) sums_of_rows_[1] = carver.take<T>(2 * a_.b * stride_);
+      }
     } else {
       outer_ = carver.take<T>(plan.slices * OuterOf::kScratch);
     }
-    names_ = carver.take<int>(plan.slices * chunk_ * a_.b);
-    of_chunk_ = carver.take<T>(gates);
+    names_ = carver.take<int>(plan.slices * kNames * rows_of_chunk());
+    of_chunk_ = carver.take<T>(vectors() * kLanes<T>);
     const auto sum_of = [&](S* result, int64_t count) {
       if constexpr (kRounds) {
         return result ? carver.take<T>(count) : nullptr;
@@ -150,26 +211,53 @@ class Backward {
   }
 
   void pack(const Slice& slice) const {
-    pack(a_.w_hh, a_.p, kEarly, a_.h, slice.pack_output, w_hh_);
-    if (kLate > 0) {
-      pack(a_.w_hh + kEarly * a_.h * a_.p, a_.p, kLate, a_.h, slice.pack_output, late_weights());
+    const Range of_x = share(slice, blocks_of<T>(a_.i));
+    if constexpr (kTiles) {
+      if (a_.dx) pack_tiles<kGates>(a_.w_ih, a_.i, a_.h, of_x, w_ih_);
+      if (steps_on_tiles_) {
+        pack_tiles<kGates>(a_.w_hh, a_.p, a_.h, slice.pack_output, tiles_hh_);
+        if (a_.w_hr) pack_tiles<1>(a_.w_hr, a_.h, a_.p, slice.pack_hidden, tiles_hr_);
+        return;
+      }
+    } else if (a_.dx) {
+      pack(a_.w_ih, a_.i, {nullptr, kGates * a_.h}, of_x, w_ih_);
     }
-    if (a_.w_hr) pack(a_.w_hr, a_.h, 1, a_.p, slice.pack_hidden, w_hr_);
-    if (a_.dx) pack(a_.w_ih, a_.i, kGates, a_.h, share(slice, blocks_of<T>(a_.i)), w_ih_);
+    if constexpr (!kRounds) {
+      pack(a_.w_hh, a_.p, {units_, kEarly * stride_ / kGates}, slice.pack_output, w_hh_);
+      if (kLate > 0) {
+        pack(a_.w_hh + kEarly * a_.h * a_.p, a_.p, {nullptr, kLate * a_.h}, slice.pack_output,
+             late_weights());
+      }
+      if (a_.w_hr) pack(a_.w_hr, a_.h, {nullptr, a_.p}, slice.pack_hidden, w_hr_);
+    }
   }
 
-  // Of weights w [gates * k, units], some blocks of units.
-  template <class N>
-  void pack(const S* w, int64_t units, int gates, int64_t k, Range blocks, N* packed) const {
-    const int64_t rows = gates * k;
-    if constexpr (std::is_same_v<N, BFloat16>) {
-      const auto load = [&](int64_t row, int64_t column) {
-        return load_half(w + row * units + column, units - column);
-      };
-      pack_columns_of_tiles<S>(load, rows, {tiles_along(rows), row_tiles(units)}, blocks, packed);
-    } else {
-      pack_columns(w, units, units, Rows{nullptr, rows}, blocks, packed);
+  // For steps on vectors, whose rows are as those of tiles; what is beyond a gate's last unit meets
+  // zeros there.
+  void name_units() const {
+    for (int64_t k = 0; k < stride_ && units_; k += kLanes<T>) {
+      const Range there = UnitsOfTiles{kGates, a_.h}.at(k);
+      for (int i = 0; i < kLanes<T>; ++i) {
+        units_[k + i] = static_cast<int>(min(there.begin + i, there.end - 1));
+      }
     }
+  }
+
+  // Of weights w [.., units], some blocks of units.
+  static void pack(const S* w, int64_t units, const Rows& rows, Range blocks, S* packed) {
+    pack_columns(w, units, units, rows, blocks, packed);
+  }
+  // .. w [kSome * k, units].
+  template <int kSome>
+  static void pack_tiles(const S* w, int64_t units, int64_t k, Range blocks, Number* packed) {
+    const UnitsOfTiles along{kSome, k};
+    const auto load = [&](int64_t row, int64_t column) {
+      const Range there = along.at(row - row % 16);
+      const int64_t from = there.begin + row % 16;
+      return load_half(w + from * units + column, from < there.end ? units - column : 0);
+    };
+    pack_columns_of_tiles<S>(load, along.size(), {tiles_along(along.size()), row_tiles(units)},
+                             blocks, packed);
   }
 
   // Numbers of a block of weights with a depth of k, packed: those of tiles are in bfloat16.
@@ -184,23 +272,26 @@ class Backward {
   // Weights as they are packed without tiles, of some gates.
   Packed<T> packed(const T* w, int gates) const { return {w, gates * a_.h * kLanes<T>}; }
 
-  // The product of rows a [.., k], `stride` apart, or of a left factor, and packed weights.
+  // The product of rows a [.., k], `stride` apart, and packed weights.
   template <class Wanted, class Fetch, class Finish>
-  void product_of(const Slice&, const T* a, int64_t stride, Range rows, int64_t k, const T* w,
-                  int64_t, Range blocks, bool backwards, const Wanted& wanted, const Fetch& fetch,
+  void on_vectors(const T* a, int64_t stride, Range rows, int64_t k, const T* w, Range blocks,
+                  bool backwards, const Wanted& wanted, const Fetch& fetch,
                   const Finish& finish) const {
-    product<1, T>(a, stride, rows, k, Packed<T>{w, block_size<T>(k)}, blocks, backwards, wanted,
-                  fetch, finish);
+    product<1, T>(a, stride, rows, k, Packed<T>{w, k * kLanes<T>}, blocks, backwards, wanted, fetch,
+                  finish);
   }
+
+  // The product of a left factor, whose rows are ranks, and packed weights of some units; others
+  // are only finished.
   template <class Wanted, class Fetch, class Finish>
-  void product_of(const Slice& slice, const LeftFactor& a, int64_t, Range rows, int64_t k,
-                  const BFloat16* w, int64_t units, Range blocks, bool backwards,
-                  const Wanted& wanted, const Fetch& fetch, const Finish& finish) const {
-    if constexpr (kTiles) {
-      product_of_tiles<1, S>({}, a, rows.begin, rows, {}, k, w, blocks_of<T>(units), blocks,
-                             backwards, sums_ + slice.index * sums_size_, wanted, fetch, finish);
-    }
+  void on_tiles(const Slice& slice, const LeftFactor& a, Range rows, Range others, int64_t k,
+                const Number* w, int64_t units, Range blocks, bool backwards, const Wanted& wanted,
+                const Fetch& fetch, const Finish& finish) const {
+    product_of_tiles<1, S>({}, a, rows.begin, rows, others, k, w, blocks_of<T>(units), blocks,
+                           backwards, sums_ + slice.index * sums_size_, wanted, fetch, finish);
   }
+  // .. the rows of a tile's product.
+  int64_t row_at(int64_t i) const { return steps_on_tiles_ ? ranks_.row(i) : i; }
 
   void start(const Slice& slice) const {
     computed_.fill(timeline_, part(a_.t, slice.index, plan_.slices));
@@ -219,94 +310,151 @@ class Backward {
     if (a_.w_hr) clear(slice, a_.p, a_.h, dw_hr_);
     clear(slice, 2 * a_.b, kGates * a_.h, a_.dgains);
     clear(slice, 2 * a_.b, a_.h, a_.dnorm_c);
-    if (kRounds) clear_tails(slice);
-  }
-
-  // What is left of whole tiles beside the gates of a row.
-  void clear_tails(const Slice& slice) const {
-    const int64_t gates = kGates * a_.h, rows = min(a_.t, 2 * chunk_) * a_.b;
-    const int64_t tail = tiles_along(gates) * 32 - gates;
-    const Range mine = share(slice, rows);
-    for (int64_t row = mine.begin; row < mine.end && tail > 0; ++row) {
-      __builtin_memset(gradients_.dgx + row * stride_ + gates, 0, tail * sizeof(S));
-      __builtin_memset(gradients_.dgh + row * stride_ + gates, 0, tail * sizeof(S));
-    }
+    clear_kept(slice);
   }
 
   // A slice's share of w [units, columns].
-  void clear(const Slice& slice, int64_t units, int64_t columns, T* w) const {
+  template <class N>
+  void clear(const Slice& slice, int64_t units, int64_t columns, N* w) const {
     const Range mine = share(slice, units);
-    if (w) __builtin_memset(w + mine.begin * columns, 0, mine.size() * columns * sizeof(T));
+    if (w) __builtin_memset(w + mine.begin * columns, 0, mine.size() * columns * sizeof(N));
   }
 
-  // The chunk of steps that begins at step s: [steps, B, ...] in order of time.
+  // The chunk of steps that begins at step s.
   struct Chunk {
     int64_t time, steps;  // the first time
-    Gradients gradients;
+    int turn;             // which of two places is its own
   };
-
   Chunk chunk(int64_t s) const {
     const int64_t steps = min(chunk_, a_.t - s);
     const int64_t time = min(timeline_.time(s), timeline_.time(s + steps - 1));
-    return {time, steps, row(gradients_, s / chunk_ % 2 * chunk_ * a_.b)};
+    return {time, steps, static_cast<int>(s / chunk_ % 2)};
   }
 
-  Gradients row(const Gradients& g, int64_t row) const {
-    const int64_t gates = row * stride_;
-    return {g.dgx + gates, g.dgh + gates, g.dh ? g.dh + row * a_.p : nullptr};
-  }
+  // Where its rows begin, without tiles.
+  int64_t row_of(const Chunk& c) const { return c.turn * chunk_ * a_.b; }
 
-  Gradients gradients(int64_t s) const {
+  Gradients gradients(const Slice& slice, int64_t s) const {
     const Chunk c = chunk(s - s % chunk_);
-    return row(c.gradients, (timeline_.time(s) - c.time) * a_.b);
+    const int64_t t = timeline_.time(s),
+                  row = kTiles ? s % 2 * a_.b : row_of(c) + (t - c.time) * a_.b;
+    Gradients g{};
+    if (gradients_.dgx) {
+      g.dgx = gradients_.dgx + row * stride_;
+      g.dgh = gradients_.dgh + row * stride_;
+    }
+    g.dh = gradients_.dh ? gradients_.dh + row * a_.p : nullptr;
+    if constexpr (kTiles) {
+      const int64_t before = place_of(slice, c, t, 0);
+      const auto from = [&](LeftFactor laid) {
+        laid.data += before * laid.row;
+        return laid;
+      };
+      for (int i = 0; i < 2; ++i) g.laid[i] = from(left_factor(laid_[i], c));
+      if (a_.w_hr) g.laid_h = from(left_factor(laid_h_, c));
+      g.ranks = normalises() ? nullptr : &ranks_;
+      for (int i = 0; i < 2; ++i) g.sums[i] = sums_of_rows(i, c);
+      if (a_.kept.dgx) {
+        g.kept.dgx = a_.kept.dgx + t * a_.b * kGates * a_.h;
+        g.kept.dgh = a_.kept.dgh + t * a_.b * kGates * a_.h;
+      }
+    }
+    return g;
   }
 
-  // The gradients of the products themselves, W_ih x (0) and W_hh h (1), [B, G*H] of a step or of a
-  // chunk's.
+  T* sums_of_rows(int which, const Chunk& c) const {
+    T* sums = sums_of_rows_[which];
+    return sums ? sums + c.turn * a_.b * stride_ : nullptr;
+  }
+
+  // The gradients of the products themselves, W_ih x (0) and W_hh h (1), at the place of others.
   S* dproduct(int which, const Gradients& g) const {
     return products_[which] + (g.dgx - gradients_.dgx);
   }
 
-  // Rows of gradients, `stride` apart, as a factor: a left one if they are in bfloat16, or on tiles
-  // as they were laid.
-  auto factor(S* rows, int64_t stride) const {
-    if constexpr (kRounds) {
-      return whole_rows(rows, stride);
-    } else {
-      return rows;
+  // ---- Left factors of tiles.
+
+  int64_t rows_of_chunk() const { return min(a_.t, chunk_) * a_.b; }
+  LeftFactor left_factor(Number* const (&turns)[2], const Chunk& c) const {
+    return laid<S>(turns[c.turn], rows_of_chunk());
+  }
+  // Where the row of a rank is at a time of a chunk.
+  int64_t place_of(const Slice& slice, const Chunk& c, int64_t t, int64_t rank) const {
+    const int64_t before = ranks_.before(slice, t) - ranks_.before(slice, c.time);
+    return c.steps * slice.rows.begin + before + rank - slice.rows.begin;
+  }
+  // Slices that have ranks of their own.
+  int owners() const { return plan_.by_units ? 1 : plan_.slices; }
+
+  // Lays the gradients of the products of a step where they come after norms.
+  void lay_products(const Slice& slice, int64_t s) const {
+    if constexpr (kTiles) {
+      const Gradients g = gradients(slice, s);
+      each_place(slice, s, [&](int64_t row, int64_t) {
+        return [&, row]<bool kWhole>(int64_t block) {
+          const int64_t unit = block * kLanes<T>, begin = Gradients::first(row, unit, kGates, a_.h);
+          for (int which = 0; which < 2; ++which) {
+            V values[kGates];
+            for (int i = 0; i < kGates; ++i) {
+              values[i] = frnn::load<V>(dproduct(which, g) + begin + i * kLanes<T>, kLanes<T>);
+            }
+            lay_vectors<S, kGates>(values, g.laid[which], ranks_.rank(row), unit * kGates,
+                                   !kWhole || unit + kLanes<T> >= a_.h);
+          }
+        };
+      });
     }
   }
-  auto factor(S* rows, int64_t stride, Number* laid_rows, const Chunk& c) const {
-    if constexpr (kLays) {
-      return laid<S>(laid_rows, c.steps * a_.b);
-    } else {
-      return factor(rows, stride);
+  // .. of h before a projection.
+  void lay_dh(const Slice& slice, int64_t s) const {
+    if constexpr (kTiles) {
+      const Gradients g = gradients(slice, s);
+      for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+        if (!timeline_.computed(s, row)) continue;
+        const S* dh = g.dh + row * a_.p;
+        lay_blocks(dh, a_.p, slice.output, g.laid_h, ranks_.rank(row));
+        if (a_.kept.dh == nullptr) continue;
+        const int64_t begin = slice.output.begin * kLanes<T>, end = slice.output.end * kLanes<T>;
+        S* to = a_.kept.dh + (timeline_.time(s) * a_.b + row) * a_.p;
+        __builtin_memcpy(to + begin, dh + begin, (min(end, a_.p) - begin) * sizeof(S));
+      }
     }
   }
 
-  // Lays a slice's share of the computed rows of a chunk, one after the other, as left factors.
-  void lay(const Slice& slice, int64_t s) const {
-    if constexpr (kLays) {
-      const Chunk c = chunk(s);
-      const Rows rows = computed_.of(rows_of(c), names(slice));
-      const int64_t gates = kGates * a_.h;
-      const Range mine = share(slice, rows.count);
-      const auto put = [&](const S* from, int64_t k, Number* to) {
-        lay_rows<false>(from, k, rows.from(mine.begin, mine.size()), k, laid<S>(to, c.steps * a_.b),
-                        mine.begin);
-      };
-      put(dproduct(0, c.gradients), gates, laid_[0]);
-      if (!of_one()) put(dproduct(1, c.gradients), gates, laid_[1]);
-      if (a_.w_hr) put(c.gradients.dh, a_.p, laid_h_);
+  // The computed rows of a chunk, in order of time, where they are in left factors, and which of
+  // them is at each place there, or null if all are where they are.
+  struct Places {
+    Rows rows, left;
+    const int* row_at;
+  };
+  Places places(const Slice& slice, const Chunk& c) const {
+    const int64_t most = rows_of_chunk();
+    if (!kTiles) return {computed_.of(rows_of(c), names(slice)), {}, nullptr};
+    if (a_.lengths == nullptr && plan_.by_units) {
+      return {{nullptr, c.steps * a_.b}, {nullptr, c.steps * a_.b}, nullptr};
     }
+    int *rows = names(slice), *left = rows + most, *row_at = left + most;
+    int64_t count = 0;
+    for (int64_t t = c.time; t < c.time + c.steps; ++t) {
+      for (int i = 0; i < owners(); ++i) {
+        const Slice owner = this->slice(i);
+        const int64_t before = place_of(owner, c, t, 0), end = ranks_.computed(owner, t).end;
+        for (int64_t row = owner.rows.begin; row < owner.rows.end; ++row) {
+          const int64_t rank = ranks_.rank(row);
+          if (rank >= end) continue;
+          rows[count] = static_cast<int>((t - c.time) * a_.b + row);
+          left[count] = static_cast<int>(before + rank);
+          row_at[before + rank] = rows[count];
+          ++count;
+        }
+      }
+    }
+    return {{rows, count}, {left, count}, row_at};
   }
-
-  // Where a chunk's computed rows are in factor(): all there is of what was laid.
-  static Rows rows_of_left(const Rows& rows) { return kLays ? Rows{nullptr, rows.count} : rows; }
 
   // Rows of [T*B], and place for a slice's names of some of them.
   Range rows_of(const Chunk& c) const { return {c.time * a_.b, (c.time + c.steps) * a_.b}; }
-  int* names(const Slice& slice) const { return names_ + slice.index * chunk_ * a_.b; }
+  int* names(const Slice& slice) const { return names_ + slice.index * kNames * rows_of_chunk(); }
 
   // Whether both products of a step have the same gradients.
   bool of_one() const { return Cell::kAdditive && !normalises(); }
@@ -332,7 +480,7 @@ class Backward {
   void gather_outputs(const Slice& slice, int64_t s) const {
     if constexpr (frnn::NormalisesState<Cell>) {
       const int64_t plane = a_.b * a_.h, t = timeline_.time(s);
-      const S* dm = a_.w_hr ? dm_ : gradients(s).dh;
+      const S* dm = a_.w_hr ? dm_ : gradients(slice, s).dh;
       const S* o = a_.saved + (Cell::kOutput * a_.t + t) * plane;
       each_place(slice, s, [&](int64_t row, int64_t) {
         return [&, row]<bool kWhole>(int64_t block) {
@@ -357,7 +505,7 @@ class Backward {
 
   void run_gates(const Slice& slice, int64_t s) const {
     if constexpr (frnn::NormalisesState<Cell>) {
-      const Gradients to = gradients(s);
+      const Gradients to = gradients(slice, s);
       of_c_.means(slice, slice.rows, 1);
       each_place(slice, s, [&](int64_t row, int64_t r) {
         const auto means = of_c_.of(slice, row);
@@ -385,7 +533,7 @@ class Backward {
   }
 
   void describe_products(const Slice& slice, int64_t s) const {
-    const Gradients of = gradients(s);
+    const Gradients of = gradients(slice, s);
     each_place(slice, s, [&](int64_t row, int64_t r) {
       return
           [&, row, r]<bool kWhole>(int64_t block) { describe_products<kWhole>(row, r, block, of); };
@@ -400,10 +548,13 @@ class Backward {
   OfProduct of_product(int which, int g, const Place& p, int64_t r, const Gradients& of) const {
     const int64_t offset = g * a_.h + p.unit;
     const T* gains = which == 0 ? a_.norm.gain_ih : a_.norm.gain_hh;
-    const S* d = (which == 0 ? of.dgx : of.dgh) + p.row * stride_;
-    const V value = frnn::load<V>(d + offset, p.n);
+    const V value = frnn::load<V>((which == 0 ? of.dgx : of.dgh) + gate(p, g), p.n);
     return {frnn::load<V>(hats(which, r) + offset, p.n), value,
             value * frnn::load<V>(gains + offset, p.n)};
+  }
+  // Where a gate's gradient is at p.
+  int64_t gate(const Place& p, int g) const {
+    return Gradients::first(p.row, p.unit, kGates, a_.h) + g * Gradients::apart(a_.h);
   }
   const T* hats(int which, int64_t r) const {
     return (which == 0 ? a_.norm.hat_ih : a_.norm.hat_hh) + r * kGates * a_.h;
@@ -428,7 +579,7 @@ class Backward {
 
   // Gate by gate: memory is read in order.
   void unnormalise_products(const Slice& slice, int64_t s) const {
-    const Gradients of = gradients(s);
+    const Gradients of = gradients(slice, s);
     for (int which = 0; which < 2; ++which) {
       of_products_[which].means(slice, slice.rows, kGates);
       for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
@@ -442,67 +593,77 @@ class Backward {
     const int64_t r = timeline_.time(s) * a_.b + row;
     const auto means = of_products_[which].of(slice, row);
     const T scale = this->scale(which, r);
-    S* to = dproduct(which, of) + row * stride_;
+    S* to = dproduct(which, of);
     for (int g = 0; g < kGates; ++g) {
       each_block<T>(slice.hidden, a_.h, [&]<bool kWhole>(int64_t block) {
         const Place p = place<kLanes<T>, kWhole>(row, block, a_.h);
         const auto [hat, _, of_hat] = of_product(which, g, p, r, of);
-        const V d = scale * (of_hat - means.first - hat * means.second);
-        frnn::store(to + g * a_.h + p.unit, d, p.n);
+        V d = scale * (of_hat - means.first - hat * means.second);
+        if (!kWhole) d *= first_lanes<T>(p.n);
+        frnn::store(to + gate(p, g), d, kTiles ? kLanes<T> : p.n);
       });
     }
   }
 
   void gather(const Slice& slice, int64_t s) const {
     if (all_of(slice.rows, [&](int64_t row) { return idle(s, row); })) return;
-    const auto flows_back = [&](int64_t row) { return steps_.flows_back(s, row); };
-    const Gradients to = gradients(s < 0 ? 0 : s);
+    const auto flows_back = [&](int64_t i) { return steps_.flows_back(s, row_at(i)); };
+    const Gradients to = gradients(slice, s < 0 ? 0 : s);
     const auto finish = [&](const Tile& tile, const V* sum, auto&... beside) {
       finish_gather(s, tile, sum, to, beside...);
     };
-    const Gradients from = gradients(min(s + 1, a_.t - 1));
-    const auto fetch = [&](int64_t row, int64_t block) {
-      if (s >= 0 && !a_.w_hr) fetch_step(s, row, block);
+    const Gradients from = gradients(slice, min(s + 1, a_.t - 1));
+    const auto fetch = [&](int64_t i, int64_t block) {
+      if (s >= 0 && !a_.w_hr) fetch_step(s, row_at(i), block);
     };
-    if constexpr (kLate > 0) {
-      product<1, T>(dproduct(1, from), kGates * a_.h, slice.rows, kEarly * a_.h,
-                    packed(w_hh_, kEarly), slice.output, s % 2, flows_back, fetch, finish);
-    } else {
-      product_of(slice, factor(dproduct(1, from), stride_), stride_, slice.rows, kGates * a_.h,
-                 w_hh_, a_.p, slice.output, s % 2, flows_back, fetch, finish);
+    if constexpr (kTiles) {
+      if (steps_on_tiles_) {
+        const Range after =
+            s + 1 < a_.t ? computed_ranks(slice, s + 1) : Range{slice.rows.begin, slice.rows.begin};
+        const int64_t end = s < 0 ? after.end : computed_ranks(slice, s).end;
+        return on_tiles(slice, from.laid[1], after, {after.end, end}, stride_, tiles_hh_, a_.p,
+                        slice.output, s % 2, flows_back, fetch, finish);
+      }
     }
+    if constexpr (!kRounds) {
+      on_vectors(dproduct(1, from), stride_, slice.rows, kEarly * stride_ / kGates, w_hh_,
+                 slice.output, s % 2, flows_back, fetch, finish);
+    }
+  }
+  Range computed_ranks(const Slice& slice, int64_t s) const {
+    return ranks_.computed(slice, timeline_.time(s));
   }
 
   void run_late(const Slice& slice, int64_t s) const {
     if (all_of(slice.rows, [&](int64_t row) { return timeline_.idle(s, row); })) return;
-    const Gradients to = gradients(s);
+    const Gradients to = gradients(slice, s);
     S* to_late = entered(to);
     const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
     const auto fetch = [](int64_t, int64_t) {};
     const auto finish = [&](const Tile& tile, const V* sum) {
       finish_factors(s, tile, sum, to, to_late);
     };
-    product<1, T>(to.dgx + kEarly * a_.h, kGates * a_.h, slice.rows, kLate * a_.h,
-                  packed(late_weights(), kLate), slice.output, s % 2, computed, fetch, finish);
+    on_vectors(to.dgx + kEarly * a_.h, stride_, slice.rows, kLate * a_.h, late_weights(),
+               slice.output, s % 2, computed, fetch, finish);
   }
 
   void run_cells(const Slice& slice, int64_t s) const {
-    const auto computed = [&](int64_t row) { return timeline_.computed(s, row); };
-    const Gradients to = gradients(s);
-    const auto finish = [&](const Tile& tile, const V* sum, auto&...) {
+    const auto computed = [&](int64_t i) { return timeline_.computed(s, row_at(i)); };
+    const Gradients to = gradients(slice, s);
+    const auto finish = [&](const Tile& tile, const V* sum, auto&... beside) {
       if (dm_) return keep_dm(tile, sum);
-      finish_cells(s, tile, sum, to);
+      finish_cells(s, tile, sum, to, beside...);
     };
-    const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row, block); };
-    if constexpr (kRounds) {
-      const LeftFactor dh = laid<S>(laid_h_ + slice.index * laid_h_size_, a_.b);
-      const Rows rows{nullptr, slice.rows.size(), slice.rows.begin};
-      lay_rows<false>(to.dh, a_.p, rows, a_.p, dh, slice.rows.begin);
-      product_of(slice, dh, 0, slice.rows, a_.p, w_hr_, a_.h, slice.hidden, s % 2, computed, fetch,
+    const auto fetch = [&](int64_t i, int64_t block) { fetch_step(s, row_at(i), block); };
+    if constexpr (kTiles) {
+      if (steps_on_tiles_) {
+        return on_tiles(slice, to.laid_h, computed_ranks(slice, s), {}, a_.p, tiles_hr_, a_.h,
+                        slice.hidden, s % 2, computed, fetch, finish);
+      }
+    }
+    if constexpr (!kRounds) {
+      on_vectors(to.dh, a_.p, slice.rows, a_.p, w_hr_, slice.hidden, s % 2, computed, fetch,
                  finish);
-    } else {
-      product_of(slice, to.dh, a_.p, slice.rows, a_.p, w_hr_, a_.h, slice.hidden, s % 2, computed,
-                 fetch, finish);
     }
   }
 
@@ -520,7 +681,7 @@ class Backward {
   void keep_dm(const Tile& tile, const V* sum) const {
     for (int i = 0; i < tile.rows; ++i) {
       for (int j = 0; j < tile.blocks; ++j) {
-        const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.h);
+        const Place p = place<kLanes<T>>(row_at(tile.row + i), tile.block + j, a_.h);
         frnn::store(dm_ + p.offset, *sum++, p.n);
       }
     }
@@ -550,7 +711,8 @@ class Backward {
     if (timeline_.full() && s >= 0 && s + 1 < a_.t && tile.block + tile.blocks <= whole) {
       return finish_gather_tile<true>(s, tile, sum, to, beside...);
     }
-    const auto kind_of = [&](int64_t row) {
+    const auto kind_of = [&](int64_t i) {
+      const int64_t row = row_at(i);
       const bool cut = timeline_.entry(s, row) == frnn::Entry::kReset;
       return timeline_.goes_on(s, row) && !cut ? Kind::kPlain
              : idle(s, row)                    ? Kind::kIdle
@@ -568,8 +730,9 @@ class Backward {
   __attribute__((noinline)) void finish_gather_tile(int64_t s, const Tile& tile, const V* sum,
                                                     const Gradients& to, Beside&... beside) const {
     for (int i = 0; i < tile.rows; ++i) {
+      const int64_t row = row_at(tile.row + i);
       for (int j = 0; j < tile.blocks; ++j) {
-        const Place p = place<kLanes<T>, kPlain>(tile.row + i, tile.block + j, a_.p);
+        const Place p = place<kLanes<T>, kPlain>(row, tile.block + j, a_.p);
         const auto cell = steps_.template gathers_cells<kPlain>(s)
                               ? steps_.template read_cell<kPlain>(s, p)
                               : typename Steps::OfCell{};
@@ -579,15 +742,17 @@ class Backward {
       }
     }
   }
-
+  template <class... Beside>
   __attribute__((noinline)) void finish_cells(int64_t s, const Tile& tile, const V* dm,
-                                              const Gradients& to) const {
+                                              const Gradients& to, Beside&... beside) const {
     for (int i = 0; i < tile.rows; ++i) {
+      const int64_t row = row_at(tile.row + i);
       for (int j = 0; j < tile.blocks; ++j) {
-        const Place p = place<kLanes<T>>(tile.row + i, tile.block + j, a_.h);
+        const Place p = place<kLanes<T>>(row, tile.block + j, a_.h);
         const V dh = *dm++;
-        if (!timeline_.computed(s, p.row)) continue;
+        if (!timeline_.computed(s, row)) continue;
         steps_.template finish_cell<false>(s, p, dh, steps_.template read_cell<false>(s, p), to);
+        (beside(), ...);
       }
     }
   }
@@ -595,52 +760,171 @@ class Backward {
   // The products of the chunk of steps that begins at step s.
   void multiply(const Slice& slice, int64_t s) const {
     const Chunk c = chunk(s);
-    const int64_t first = c.time * a_.b, gates = kGates * a_.h;
-    const Range all = rows_of(c);
-    const Rows rows = computed_.of(all, names(slice));
-    const Range units = share(slice, gates);
-    const Gradients& g = c.gradients;
-    const S* x = a_.x + first * a_.i;
-    const S* h_prev = a_.h_prev + first * a_.p;
+    const Places there = places(slice, c);
+    const int64_t first = c.time * a_.b;
     const bool once = Cell::kAdditive && db_ih_ && db_hh_;
-    add_rows(g.dgx, stride_, units, rows, db_ih_);
-    if (!once) add_rows(g.dgh, stride_, units, rows, db_hh_);
+    add_rows(slice, c, there, 0, db_ih_);
+    if (!once) add_rows(slice, c, there, Cell::kAdditive ? 0 : 1, db_hh_);
     if (once && s == 0) {
-      __builtin_memcpy(db_hh_ + units.begin, db_ih_ + units.begin, units.size() * sizeof(T));
+      each_vector(slice, [&](int64_t, Range units) {
+        __builtin_memcpy(db_hh_ + units.begin, db_ih_ + units.begin, units.size() * sizeof(T));
+      });
     }
-    const auto of_x = factor(dproduct(0, g), stride_, laid_[0], c);
-    const auto of_h = factor(dproduct(1, g), stride_, laid_[1], c);
-    if (a_.dx) multiply_dx(slice, of_x, all, rows);
-    const OuterProduct<S, T> none{}, dw_ih{x, a_.i, dw_ih_};
-    OuterProduct<S, T> dw_hh{h_prev, a_.p, dw_hh_};
+    if (a_.dx) multiply_dx(slice, c, there);
+    const OfWeights none{}, dw_ih{a_.x + first * a_.i, a_.i, dw_ih_};
+    OfWeights dw_hh{a_.h_prev + first * a_.p, a_.p, dw_hh_};
     if constexpr (!kRounds) {
       dw_hh.scale = a_.noise.dropout;
       dw_hh.period = a_.b;
     }
-    if constexpr (kLate > 0) {
-      const int64_t late = kEarly * a_.h;
-      const OuterProduct<T> dw_late{entered(g), a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
-      const OuterOf outer(outer_ + slice.index * OuterOf::kScratch);
-      outer.add(of_x, gates, {units.begin, min(units.end, late)}, rows, {dw_ih, dw_hh});
-      outer.add(of_x, gates, {units.begin > late ? units.begin : late, units.end}, rows,
-                {dw_ih, dw_late});
-    } else if (of_one()) {
-      add_outer(slice, of_x, stride_, gates, rows, {dw_ih, dw_hh});
+    const S* m = a_.m + first * a_.h;
+    if constexpr (kTiles) {
+      const LeftFactor of_x = left_factor(laid_[0], c), of_h = left_factor(laid_[1], c);
+      const UnitsOfTiles gates{kGates, a_.h};
+      add_outer(slice, of_x, gates, there, {dw_ih, of_one() ? dw_hh : none});
+      if (!of_one()) add_outer(slice, of_h, gates, there, {dw_hh, none});
+      if (a_.w_hr) {
+        add_outer(slice, left_factor(laid_h_, c), {1, a_.p}, there, {{m, a_.h, dw_hr_}, none});
+      }
     } else {
-      add_outer(slice, of_x, stride_, gates, rows, {dw_ih, none});
-      add_outer(slice, of_h, stride_, gates, rows, {dw_hh, none});
-    }
-    if (a_.w_hr) {
-      add_outer(slice, factor(g.dh, a_.p, laid_h_, c), a_.p, a_.p, rows,
-                {{a_.m + first * a_.h, a_.h, dw_hr_}, none});
+      const int64_t gates = kGates * a_.h, late = kEarly * a_.h, row = row_of(c);
+      const S *of_x = products_[0] + row * stride_, *of_h = products_[1] + row * stride_;
+      const Range mine = share(slice, gates);
+      const OuterOf outer(outer_ + slice.index * OuterOf::kScratch);
+      if constexpr (kLate > 0) {
+        const OfWeights dw_late{late_ + row * a_.p, a_.p, a_.dw_hh, a_.noise.dropout, a_.b};
+        outer.add(of_x, gates, {mine.begin, min(mine.end, late)}, there.rows, {dw_ih, dw_hh});
+        outer.add(of_x, gates, {mine.begin > late ? mine.begin : late, mine.end}, there.rows,
+                  {dw_ih, dw_late});
+      } else {
+        outer.add(of_x, gates, mine, there.rows, {dw_ih, of_one() ? dw_hh : none});
+        if (!of_one()) outer.add(of_h, gates, mine, there.rows, {dw_hh, none});
+      }
+      if (a_.w_hr) {
+        outer.add(gradients_.dh + row * a_.p, a_.p, share(slice, a_.p), there.rows,
+                  {{m, a_.h, dw_hr_}, none});
+      }
     }
     keep_gradients(slice, c);
   }
 
-  // For who asks for them, the gradients that the products of a chunk took up.
+  // Of a slice's share of the units of a left factor.
+  void add_outer(const Slice& slice, const LeftFactor& a, const UnitsOfTiles& units,
+                 const Places& there, const OfWeights (&products)[2]) const {
+    const OuterOf outer(factors_ + slice.index * factors_size_,
+                        outer_ + slice.index * OuterOf::kSums);
+    for (int64_t i = 0; i < there.rows.count; i += kTileChunk) {
+      const int64_t n = min(there.rows.count - i, kTileChunk);
+      outer.add(a, there.left.from(i, n), units, share(slice, tiles_along(units.size())),
+                there.rows.from(i, n), products);
+    }
+  }
+
+  // For all rows a share of the blocks; or if rows are divided, on tiles, all blocks of the rows
+  // that the slice laid.
+  void multiply_dx(const Slice& slice, const Chunk& c, const Places& there) const {
+    const bool by_rows = kTiles && !plan_.by_units;
+    const Range all{0, a_.b}, blocks_of_x{0, blocks_of<T>(a_.i)};
+    const Range rows = by_rows ? slice.rows : all;
+    const Range blocks = by_rows ? blocks_of_x : share(slice, blocks_of_x.end);
+    S* dx = a_.dx + c.time * a_.b * a_.i;
+    const auto put = [&](int64_t row, int64_t block, V value) {
+      const Place p = place<kLanes<T>>(row, block, a_.i);
+      frnn::store(dx + p.offset, value, p.n);
+    };
+    const auto fetch = [](int64_t, int64_t) {};
+    const auto finish = [&](const Tile& tile, const V* sum, auto&...) {
+      for (int i = 0; i < tile.rows; ++i) {
+        const int64_t row = there.row_at ? there.row_at[tile.row + i] : tile.row + i;
+        for (int j = 0; j < tile.blocks; ++j) put(row, tile.block + j, *sum++);
+      }
+    };
+    if constexpr (kTiles) {
+      const auto wanted = [](int64_t) { return true; };
+      const int64_t begin = place_of(slice, c, c.time, rows.begin);
+      const int64_t end = place_of(slice, c, c.time + c.steps, rows.begin);
+      for (int64_t row = begin; row < end; row += kRowsOfDx) {
+        on_tiles(slice, left_factor(laid_[0], c), {row, min(end, row + kRowsOfDx)}, {}, stride_,
+                 w_ih_, a_.i, blocks, false, wanted, fetch, finish);
+      }
+    } else {
+      const auto wanted = [&](int64_t row) { return computed_[c.time * a_.b + row]; };
+      on_vectors(products_[0] + row_of(c) * stride_, stride_, {0, c.steps * a_.b}, stride_, w_ih_,
+                 blocks, false, wanted, fetch, finish);
+    }
+    for (int64_t i = 0; i < c.steps && a_.lengths; ++i) {  // 0 where nothing was computed
+      for (int64_t row = i * a_.b + rows.begin; row < i * a_.b + rows.end; ++row) {
+        if (computed_[c.time * a_.b + row]) continue;
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) put(row, block, V{});
+      }
+    }
+  }
+
+  // The gradients of gates are vectors, of whose share of a slice f(vector, its units) is called.
+  template <class F>
+  void each_vector(const Slice& slice, const F& f) const {
+    const Range mine = share(slice, vectors());
+    for (int64_t v = mine.begin; v < mine.end; ++v) f(v, units_of(v));
+  }
+  int64_t vectors() const { return (stride_ + kLanes<T> - 1) / kLanes<T>; }
+  Range units_of(int64_t vector) const {
+    const int64_t begin = vector * kLanes<T>;
+    if constexpr (kTiles) {
+      return UnitsOfTiles{kGates, a_.h}.at(begin);
+    } else {
+      return {begin, min(stride_, begin + kLanes<T>)};
+    }
+  }
+  // sum += the sum over all rows of a chunk's gradients of gates, for a slice's share: of a few
+  // rows at a time, in order of memory, then of those, so that long sums stay accurate. On tiles
+  // rows are themselves sums over the chunk.
+  void add_rows(const Slice& slice, const Chunk& c, const Places& there, int which, T* sum) const {
+    constexpr int64_t kFew = 16;
+    using N = std::conditional_t<kTiles, T, S>;
+    const N* from;
+    if constexpr (kTiles) {
+      from = sums_of_rows(which, c);
+    } else {
+      from = (which == 0 ? gradients_.dgx : gradients_.dgh) + row_of(c) * stride_;
+    }
+    const Rows rows = kTiles ? Rows{nullptr, a_.b} : there.rows;
+    if (sum == nullptr || there.rows.count == 0) return;
+    for (int64_t i = 0; i < rows.count; i += kFew) {
+      const int64_t end = min(rows.count, i + kFew);
+      each_vector(slice, [&](int64_t v, Range) {
+        const int n = static_cast<int>(min(kLanes<T>, stride_ - v * kLanes<T>));
+        V some{};
+        for (int64_t k = i; k < end; ++k) {
+          some += frnn::load<V>(from + rows[k] * stride_ + v * kLanes<T>, n);
+        }
+        V* of_chunk = reinterpret_cast<V*>(of_chunk_) + v;
+        *of_chunk = i > 0 ? some + *of_chunk : some;
+      });
+    }
+    each_vector(slice, [&](int64_t v, Range units) {
+      const V* of_chunk = reinterpret_cast<V*>(of_chunk_) + v;
+      add(sum + units.begin, *of_chunk, static_cast<int>(units.size()));
+    });
+  }
+
+  // A slice's sums of rows of the chunk that ends with step s begin with 0.
+  void clear_sums(const Slice& slice, int64_t s) const {
+    const Chunk c = chunk(s - s % chunk_);
+    const int64_t begin = slice.hidden.begin * kGates * kLanes<T>;
+    const int64_t size = slice.hidden.size() * kGates * kLanes<T> * sizeof(T);
+    for (int i = 0; i < 2 && kTiles; ++i) {
+      T* sums = sums_of_rows(i, c);
+      for (int64_t row = slice.rows.begin; row < slice.rows.end && sums; ++row) {
+        __builtin_memset(sums + row * stride_ + begin, 0, size);
+      }
+    }
+  }
+
+  // For who asks for them, the gradients that the products of a chunk took up. On tiles the cells
+  // store them.
   void keep_gradients(const Slice& slice, const Chunk& c) const {
     const int64_t gates = kGates * a_.h, first = c.time * a_.b;
-    const Range mine = share(slice, a_.kept.dgx ? c.steps * a_.b : 0);
+    const Range mine = share(slice, a_.kept.dgx && !kTiles ? c.steps * a_.b : 0);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
       const auto keep = [&](const S* from, int64_t n, S* to) {
         if (to == nullptr) return;
@@ -651,10 +935,16 @@ class Backward {
           __builtin_memset(to, 0, n * sizeof(S));
         }
       };
-      keep(c.gradients.dgx + row * stride_, gates, a_.kept.dgx);
-      keep(c.gradients.dgh + row * stride_, gates, a_.kept.dgh);
-      keep(c.gradients.dh + row * a_.p, a_.p, a_.kept.dh);
+      keep(gradients_.dgx + (row_of(c) + row) * stride_, gates, a_.kept.dgx);
+      keep(gradients_.dgh + (row_of(c) + row) * stride_, gates, a_.kept.dgh);
+      keep(gradients_.dh + (row_of(c) + row) * a_.p, a_.p, a_.kept.dh);
     }
+  }
+  void clear_kept(const Slice& slice) const {
+    if (!kTiles || a_.lengths == nullptr || a_.kept.dgx == nullptr) return;
+    clear(slice, a_.t * a_.b, kGates * a_.h, a_.kept.dgx);
+    clear(slice, a_.t * a_.b, kGates * a_.h, a_.kept.dgh);
+    if (a_.w_hr) clear(slice, a_.t * a_.b, a_.p, a_.kept.dh);
   }
 
   // Rounds a slice's share of the gradients of weights, once they are complete.
@@ -674,103 +964,38 @@ class Backward {
     if (a_.w_hr) round(dw_hr_, a_.p, a_.h, a_.dw_hr);
   }
 
-  // Of the slice's share of m units of rows a [.., stride], or of a left factor.
-  template <class Factor>
-  void add_outer(const Slice& slice, const Factor& a, int64_t stride, int64_t m, const Rows& rows,
-                 const OuterProduct<S, T> (&products)[2]) const {
-    if constexpr (kTiles) {
-      const OuterOf outer(factors_ + slice.index * factors_size_,
-                          outer_ + slice.index * OuterOf::kSums);
-      for (int64_t i = 0; i < rows.count; i += kTileChunk) {
-        const int64_t n = min(rows.count - i, kTileChunk);
-        outer.add(a, rows_of_left(rows).from(i, n), m, share(slice, tiles_along(m)),
-                  rows.from(i, n), products);
-      }
-    } else {
-      const OuterOf outer(outer_ + slice.index * OuterOf::kScratch);
-      outer.add(a, stride, share(slice, m), rows, products);
-    }
-  }
-
-  // For some rows of [T*B], of which those are named that are computed; 0 where nothing was.
-  template <class Factor>
-  void multiply_dx(const Slice& slice, const Factor& dgx, Range all, const Rows& rows) const {
-    S* dx = a_.dx + all.begin * a_.i;
-    const Range blocks = share(slice, blocks_of<T>(a_.i));
-    const auto wanted = [&](int64_t r) { return kLays || computed_[all.begin + r]; };
-    const auto fetch = [](int64_t, int64_t) {};
-    const auto finish = [&](const Tile& tile, const V* sum, auto&...) {
-      for (int i = 0; i < tile.rows; ++i) {
-        const int64_t row = kLays ? rows[tile.row + i] : tile.row + i;
-        for (int j = 0; j < tile.blocks; ++j) {
-          const Place p = place<kLanes<T>>(row, tile.block + j, a_.i);
-          frnn::store(dx + p.offset, wanted(p.row) ? *sum : V{}, p.n);
-          ++sum;
-        }
-      }
-    };
-    const int64_t count = kLays ? rows.count : all.size(), most = kTiles ? kRowsOfDx : count;
-    for (int64_t row = 0; row < count; row += most) {
-      product_of(slice, dgx, stride_, {row, min(count, row + most)}, kGates * a_.h, w_ih_, a_.i,
-                 blocks, false, wanted, fetch, finish);
-    }
-    for (int64_t row = 0; kLays && row < all.size(); ++row) {
-      if (computed_[all.begin + row]) continue;
-      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-        const Place p = place<kLanes<T>>(row, block, a_.i);
-        frnn::store(dx + p.offset, V{}, p.n);
-      }
-    }
-  }
-
-  // sum [columns] += the sum over rows of a [.., stride], for some of the columns: of a few rows at
-  // a time, in order of memory, then of the chunk's, so that long sums stay accurate.
-  void add_rows(const S* a, int64_t stride, Range columns, const Rows& rows, T* sum) const {
-    constexpr int64_t kFew = 16;
-    const auto each_vector = [&](const auto& f) {
-      for (int64_t j = columns.begin; j < columns.end; j += kLanes<T>) {
-        f(j, static_cast<int>(min(kLanes<T>, columns.end - j)));
-      }
-    };
-    if (sum == nullptr || rows.count == 0) return;
-    for (int64_t i = 0; i < rows.count; i += kFew) {
-      const int64_t end = min(rows.count, i + kFew);
-      each_vector([&](int64_t j, int n) {
-        V some{};
-        for (int64_t k = i; k < end; ++k) some += frnn::load<V>(a + rows[k] * stride + j, n);
-        if (i > 0) some += frnn::load<V>(of_chunk_ + j, n);
-        frnn::store(of_chunk_ + j, some, n);
-      });
-    }
-    each_vector([&](int64_t j, int n) { add(sum + j, frnn::load<V>(of_chunk_ + j, n), n); });
-  }
-
   const Args& a_;
   const frnn::cpu::Plan plan_;
   const frnn::Timeline<S> timeline_;
   const Computed computed_;
+  const bool steps_on_tiles_;  // as in Forward
+  const Ranks ranks_;          // of which the rows of left factors are
   const Steps steps_;
   const Statistics<T> of_products_[2], of_c_;  // of a step
-  const Pairs<T> outputs_;    // .. the gradients of the gate that h takes, and of c's hat
-  const int64_t chunk_;       // steps of a chunk
-  const int64_t stride_;      // from row to row of the gates' gradients
-  S* w_hh_ = nullptr;         // packed
-  S* w_hr_ = nullptr;         // packed
+  const Pairs<T> outputs_;      // .. the gradients of the gate that h takes, and of c's hat
+  const int64_t chunk_;         // steps of a chunk
+  const int64_t stride_;        // from row to row of these
+  S* w_hh_ = nullptr;           // packed
+  S* w_hr_ = nullptr;           // packed
+  int* units_ = nullptr;        // along k, of W_hh, if not in order
+  Number* tiles_hh_ = nullptr;  // in place of those, for tiles
+  Number* tiles_hr_ = nullptr;
   Number* w_ih_ = nullptr;    // packed
-  Gradients gradients_ = {};  // of two chunks, which take turns
+  Gradients gradients_ = {};  // of two chunks, or on tiles two steps, which take turns
   S* products_[2] = {};       // likewise of the products: dgx and dgh, if they have no norms
   S* late_ = nullptr;         // likewise what entered the late gates' product
   S* dm_ = nullptr;           // of a step, the cell's h, where c is normalised before a projection
-  // A chunk's gradients as left factors: of the products, and of h before a projection, which if in
-  // bfloat16 are those of a step, of each slice.
-  Number* laid_[2] = {};
-  Number* laid_h_ = nullptr;
-  T* sums_ = nullptr;  // of products of tiles, of each slice
-  int64_t sums_size_ = 0, laid_h_size_ = 0, factors_size_ = 0;
+  // Left factors of two chunks, which take turns: the gradients of both products, and of h before a
+  // projection.
+  Number* laid_[2][2] = {};
+  Number* laid_h_[2] = {};
+  T* sums_of_rows_[2] = {};  // likewise, of gates' gradients, if they are wanted
+  T* sums_ = nullptr;        // of products of tiles, of each slice
+  int64_t sums_size_ = 0, factors_size_ = 0;
   Number* factors_ = nullptr;  // scratch of each slice for outer products
   T* outer_ = nullptr;         // likewise
   T* of_chunk_ = nullptr;      // the sums of a chunk's rows
-  int* names_ = nullptr;       // of a chunk's computed rows, by each slice
+  int* names_ = nullptr;       // of a chunk's computed rows, by each slice, see Places
   // The sums of the weights' gradients: the results themselves, if they are not rounded.
   T *dw_ih_, *dw_hh_, *db_ih_, *db_hh_, *dw_hr_;
 };

@@ -25,7 +25,7 @@ class Forward {
     Forward(args, plan, measure);
     Carver carver(frnn::cpu::workspace(measure.used()));
     Forward forward(args, plan, carver);
-    for (int i = 0; i < plan.slices; ++i) forward.order_rows(forward.slice(i).rows);
+    for (int i = 0; i < plan.slices; ++i) forward.ranks_.fill(forward.timeline_, forward.slice(i));
     run_slices(forward, plan, pool);
   }
 
@@ -78,13 +78,14 @@ class Forward {
         plan_(plan),
         timeline_(args),
         computed_(args, carver),
+        steps_on_tiles_(steps_on_tiles<Cell, S>(a_)),
+        ranks_(args, plan, steps_on_tiles_, carver),
         steps_(args, carver.take<S>(a_.h_prev ? 0 : 2 * a_.b * a_.p),
                carver.take<T>(a_.h_prev ? 0 : (kStates - 1) * a_.b * a_.h),
                carver.take<S>(a_.w_hr && !a_.m ? a_.b * a_.h : 0), &args.noise,
                carver.take<S>(args.noise.dropout ? 2 * a_.b * a_.p : 0), args.reset),
         chunk_(a_.b < kInputRows ? kInputRows / (a_.b > 0 ? a_.b : 1) : 1),
         packed_(kTiles || a_.t * a_.b >= kPackedRows),
-        steps_on_tiles_(kRounds || (kTiles && frnn::cpu::tiles_pay_in_steps(a_.b))),
         fuses_(steps_on_tiles_ && Cell::kAdditive && !normalises() && fusing_pays()),
         once_ih_(!kTiles && plan.by_units && a_.t <= chunk_),
         once_hh_(!steps_on_tiles_ && plan.by_units && a_.t == 1 && kLate == 0),
@@ -114,8 +115,6 @@ class Forward {
       const int64_t most = a_.h > a_.p ? a_.h : a_.p, wide = gates > output ? gates : output;
       sums_size_ = sums_of_tiles<S>(a_.b, most, wide * lanes);
       sums_ = carver.take<T>(plan.slices * sums_size_);
-      if (a_.lengths) order_ = carver.take<int>(a_.b);
-      if (a_.lengths) longer_ = carver.take<int>(a_.t + 1);
       for (Number*& laid_h : laid_h_) laid_h = carver.take<Number>(laid_size<S>(a_.b, a_.p));
       if (a_.w_hr) laid_m_ = carver.take<Number>(laid_size<S>(a_.b, a_.h));
       tiles_hh_ = carver.take<Number>(gates * tiles_along(a_.p) * kTileNumbers<S>);
@@ -191,22 +190,6 @@ class Forward {
     if (a_.t > 0) lay_h(slice, 0);
   }
 
-  // In the products of steps on tiles long rows come first, so that those that are computed lie
-  // together: their rows are ranks.
-  void order_rows(Range rows) const {
-    if (order_ == nullptr) return;
-    __builtin_memset(longer_, 0, (a_.t + 1) * sizeof(int));
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      if (timeline_.length(row) > 0) ++longer_[timeline_.length(row) - 1];
-    }
-    for (int64_t t = a_.t - 1; t >= 0; --t) longer_[t] += longer_[t + 1];
-    // The next row of a length goes after all that are longer.
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      order_[rows.begin + longer_[timeline_.length(row)]++] = static_cast<int>(row);
-    }
-  }
-  int64_t row_at(int64_t rank) const { return order_ ? order_[rank] : rank; }
-
   // The rows of a chunk's input projection that belong to one slice, [blocks][steps][rows][G][V],
   // in the order in which they are written and read; norms take them row by row, with the blocks
   // last but two.
@@ -236,8 +219,8 @@ class Forward {
       const Rows rows = rows_of_x(to, steps);
       const Range mine =
           plan_.by_units ? part(rows.count, slice.index, plan_.slices) : Range{0, rows.count};
-      lay_rows<true>(a_.x, a_.i, rows.from(mine.begin, mine.size()), a_.i, laid_x(slice, steps),
-                     mine.begin);
+      lay_rows(a_.x, a_.i, rows.from(mine.begin, mine.size()), a_.i, laid_x(slice, steps),
+               mine.begin);
     }
   }
 
@@ -252,7 +235,7 @@ class Forward {
     int count = 0;
     for (int64_t begin = 0; begin < steps * a_.b; begin += a_.b) {
       for (int64_t i = some.begin; i < some.end; ++i) {
-        const int64_t row = begin + (fuses_ ? row_at(i) : i);
+        const int64_t row = begin + (fuses_ ? ranks_.row(i) : i);
         if (places) *places++ = count;
         if (fuses_ || computed_[first + row]) names[count++] = static_cast<int>(row);
       }
@@ -381,7 +364,7 @@ class Forward {
   // Not inlined, like finish_tile.
   __attribute__((noinline)) void keep_products(int64_t s, const Tile& tile, const V* gh) const {
     for (int i = 0; i < tile.rows; ++i) {
-      const int64_t row = row_at(tile.row + i);
+      const int64_t row = ranks_.row(tile.row + i);
       for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
         if (!timeline_.computed(s, row)) continue;
         V* to = product_at(row, tile.block + j);
@@ -481,8 +464,10 @@ class Forward {
       return;
     }
     const Input gx = input(slice, s - s % chunk_);
-    const auto computed = [&](int64_t row) { return timeline_.computed(s, row_at(row)); };
-    const auto fetch = [&](int64_t row, int64_t block) { fetch_step(s, row_at(row), block, gx); };
+    const auto computed = [&](int64_t row) { return timeline_.computed(s, ranks_.row(row)); };
+    const auto fetch = [&](int64_t row, int64_t block) {
+      fetch_step(s, ranks_.row(row), block, gx);
+    };
     const auto finish = [&](const Tile& tile, const V* gh, auto&... beside) {
       if constexpr (kLate > 0) {
         keep_early(s, tile, gx, gh);
@@ -494,8 +479,8 @@ class Forward {
     };
     if constexpr (kTiles) {
       if (steps_on_tiles_) {
-        return on_tiles<kGates>(beginning(slice, s), slice, laid<S>(laid_h_[s % 2], a_.b), a_.p,
-                                tiles_hh_, a_.h, slice.hidden, s % 2, computed, fetch, finish);
+        return on_tiles<kGates>(beginning(slice, s), slice, s, laid<S>(laid_h_[s % 2], a_.b), a_.p,
+                                tiles_hh_, a_.h, slice.hidden, computed, fetch, finish);
       }
     }
     if constexpr (!kRounds) {
@@ -509,17 +494,15 @@ class Forward {
     }
   }
 
-  // The product of a left factor with a depth of k and some blocks of packed weights of some units;
-  // of rows in order only those that are wanted, which come first.
+  // The product of a left factor with a depth of k and some blocks of packed weights of some units,
+  // for step s; its rows are ranks, and only those that are computed are multiplied.
   template <int kSome, class Wanted, class Fetch, class Finish>
-  void on_tiles(const Beginning& beginning, const Slice& slice, const LeftFactor& a, int64_t k,
-                const Number* packed, int64_t units, Range blocks, bool backwards,
-                const Wanted& wanted, const Fetch& fetch, const Finish& finish) const {
-    Range rows = slice.rows;
-    if (order_) rows.end = rows.begin;
-    while (rows.end < slice.rows.end && wanted(rows.end)) ++rows.end;
+  void on_tiles(const Beginning& beginning, const Slice& slice, int64_t s, const LeftFactor& a,
+                int64_t k, const Number* packed, int64_t units, Range blocks, const Wanted& wanted,
+                const Fetch& fetch, const Finish& finish) const {
+    const Range rows = ranks_.computed(slice, timeline_.time(s));
     product_of_tiles<kSome, S>(beginning, a, rows.begin, rows, {rows.end, slice.rows.end}, k,
-                               packed, blocks_of<T>(units), blocks, backwards,
+                               packed, blocks_of<T>(units), blocks, s % 2,
                                sums_ + slice.index * sums_size_, wanted, fetch, finish);
   }
 
@@ -549,7 +532,7 @@ class Forward {
     if constexpr (kTiles) {
       const LeftFactor left = laid<S>(to, a_.b);
       for (int64_t rank = slice.rows.begin; rank < slice.rows.end && steps_on_tiles_; ++rank) {
-        const int64_t row = row_at(rank);
+        const int64_t row = ranks_.row(rank);
         if (timeline_.computed(s, row)) lay_blocks(states + row * units, units, blocks, left, rank);
       }
     }
@@ -626,20 +609,20 @@ class Forward {
   }
 
   void project(const Slice& slice, int64_t s) const {
-    const auto computed = [&](int64_t row) { return timeline_.computed(s, row_at(row)); };
+    const auto computed = [&](int64_t row) { return timeline_.computed(s, ranks_.row(row)); };
     const auto fetch = [](int64_t, int64_t) {};
     const auto finish = [&](const Tile& tile, const V* sum, auto&...) {
       for (int i = 0; i < tile.rows; ++i) {
         for (int j = 0; j < tile.blocks; ++j) {
-          const Place p = place<kLanes<T>>(row_at(tile.row + i), tile.block + j, a_.p);
+          const Place p = place<kLanes<T>>(ranks_.row(tile.row + i), tile.block + j, a_.p);
           steps_.template finish_output<false>(s, p, *sum++);
         }
       }
     };
     if constexpr (kTiles) {
       if (steps_on_tiles_) {
-        return on_tiles<1>({}, slice, laid<S>(laid_m_, a_.b), a_.h, tiles_hr_, a_.p, slice.output,
-                           s % 2, computed, fetch, finish);
+        return on_tiles<1>({}, slice, s, laid<S>(laid_m_, a_.b), a_.h, tiles_hr_, a_.p,
+                           slice.output, computed, fetch, finish);
       }
     }
     if constexpr (!kRounds) {
@@ -677,7 +660,7 @@ class Forward {
       return finish_tile<true>(s, tile, input, gh, beside...);
     }
     const auto kind_of = [&](int64_t rank) {
-      const int64_t row = row_at(rank);
+      const int64_t row = ranks_.row(rank);
       return timeline_.goes_on(s, row) ? Kind::kPlain
              : timeline_.idle(s, row)  ? Kind::kIdle
                                        : Kind::kOther;
@@ -690,7 +673,7 @@ class Forward {
         finish_tile<false>(s, some, input, sums, beside...);
       } else {
         for (int i = 0; i < some.rows; ++i) {
-          pad(s, {row_at(some.row + i), some.block, 1, some.blocks});
+          pad(s, {ranks_.row(some.row + i), some.block, 1, some.blocks});
         }
       }
     };
@@ -706,7 +689,7 @@ class Forward {
     const int64_t t = timeline_.time(s);
     const V nothing[kGates] = {};
     for (int i = 0; i < tile.rows; ++i) {
-      const int64_t row = row_at(tile.row + i);
+      const int64_t row = ranks_.row(tile.row + i);
       for (int j = 0; j < tile.blocks; ++j, gh += kGates) {
         const Place p = place<kLanes<T>, kPlain>(row, tile.block + j, a_.h);
         const V* gx = fuses_ ? nothing : input.at(t, row, tile.block + j);
@@ -720,12 +703,13 @@ class Forward {
   const frnn::cpu::Plan plan_;
   const frnn::Timeline<S> timeline_;
   const Computed computed_;
-  const Steps steps_;
-  const int64_t chunk_;        // steps of a chunk of the input projection
-  const bool packed_;          // whether the weights are packed
   const bool steps_on_tiles_;  // whether those of a step are on tiles
-  const bool fuses_;           // .. and have W_ih x in their sums from the beginning
-  const bool once_ih_;         // .. not beforehand, since all of them are needed only once
+  const Ranks ranks_;          // .. of which the rows of their products are then
+  const Steps steps_;
+  const int64_t chunk_;  // steps of a chunk of the input projection
+  const bool packed_;    // whether the weights are packed
+  const bool fuses_;     // .. and steps have W_ih x in their sums from the beginning
+  const bool once_ih_;   // .. not beforehand, since all of them are needed only once
   const bool once_hh_;
   const Statistics<T> of_ih_, of_hh_, of_c_;  // of a chunk's rows, and of a step's
   const Pairs<T> outputs_;                    // of a step, what h takes of the gates, and c
@@ -739,8 +723,6 @@ class Forward {
   S* w_hr_ = nullptr;                         // packed
   Number* tiles_hh_ = nullptr;                // in place of those, for tiles
   Number* tiles_hr_ = nullptr;
-  int* order_ = nullptr;      // of all ranks the row, or null, if that is the same
-  int* longer_ = nullptr;     // how many rows are longer than each length
   int* names_ = nullptr;      // of a chunk's computed rows, by each slice
   Number* laid_x_ = nullptr;  // left factors of tiles: of a chunk
   Number* laid_h_[2] = {};    // .. of the steps, in turn

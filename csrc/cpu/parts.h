@@ -10,13 +10,17 @@
 namespace frnn {
 inline namespace amx {
 
+// Of 16 numbers of 16 bits, each in the lower half of 32. GCC makes four instructions of a
+// conversion of vectors.
+FRNN_FN __m512i lower_halves(__m256i halves) { return _mm512_maskz_cvtepu16_epi32(0xffff, halves); }
+FRNN_FN __m512i upper_halves(__m256i halves) {
+  return _mm512_maskz_slli_epi32(0xffff, lower_halves(halves), 16);
+}
+
 template <class V>
 FRNN_FN V widen(__m256i halves) {
   static_assert(Value<V>::kLanes == 16);
-  using Halves = Vector<uint16_t, 16>;
-  using Bits = typename Value<V>::Bits;
-  const Bits bits = __builtin_convertvector(__builtin_bit_cast(Halves, halves), Bits);
-  return __builtin_bit_cast(V, bits << 16);
+  return (V)upper_halves(halves);
 }
 
 template <class V>
@@ -33,11 +37,21 @@ FRNN_FN void store_halves(BFloat16* p, __m256i halves, int n) {
   }
 }
 
-// Rounded to the nearest, ties to even; subnormal numbers become 0.
+// To the nearest, ties to even; subnormal numbers become 0.
+template <class V>
+FRNN_FN __m256i rounded(V x) {
+  static_assert(Value<V>::kLanes == 16);
+  return (__m256i)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)x);
+}
+// .. two vectors side by side.
+template <class V>
+FRNN_FN __m512i rounded(V low, V high) {
+  return (__m512i)_mm512_maskz_cvtne2ps_pbh(0xffffffff, (__m512)high, (__m512)low);
+}
+
 template <class V>
 FRNN_FN void store(BFloat16* p, V v, int n) {
-  static_assert(Value<V>::kLanes == 16);
-  store_halves(p, (__m256i)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)v), n);
+  store_halves(p, rounded(v), n);
 }
 
 // The three numbers in bfloat16 of which each number is the sum: each takes what the ones before it
@@ -49,8 +63,22 @@ struct Parts {
   template <class V>
   FRNN_FN explicit Parts(V x) {
     for (__m256i& some : part) {
-      some = (__m256i)_mm512_maskz_cvtneps_pbh(0xffff, (__m512)x);
+      some = rounded(x);
       x -= widen<V>(some);
+    }
+  }
+};
+
+// .. of two vectors side by side.
+struct PartsOfTwo {
+  __m512i part[3];
+
+  template <class V>
+  FRNN_FN PartsOfTwo(V low, V high) {
+    for (__m512i& some : part) {
+      some = rounded(low, high);
+      low -= widen<V>(_mm512_maskz_extracti64x4_epi64(0xff, some, 0));
+      high -= widen<V>(_mm512_maskz_extracti64x4_epi64(0xff, some, 1));
     }
   }
 };

@@ -53,19 +53,23 @@ inline constexpr int64_t kRowsWorthParting = 128;
 
 inline bool tiles_pay(int64_t steps, int64_t rows) { return steps * rows >= kRowsWorthParting; }
 
-// From so many rows on tiles make forward's steps too, while vectors compute the cells.
+// From so many rows on tiles make the products of each step too, while vectors compute the cells.
 inline constexpr int64_t kRowsOnTiles = 24;
+// .. or from so many, if the weights, packed, have at most so many bytes: two caches' worth.
+inline constexpr int64_t kRowsOnTilesIfCached = 16;
+inline constexpr int64_t kBytesCached = 3200 << 10;
 
-inline bool tiles_pay_in_steps(int64_t rows) { return rows >= kRowsOnTiles; }
+inline bool tiles_pay_in_steps(int64_t rows, int64_t bytes) {
+  return rows >= (bytes <= kBytesCached ? kRowsOnTilesIfCached : kRowsOnTiles);
+}
 
 // Whether a step takes the input projection into its own product: then that has no array of its
 // own, but W_ih is read at every step, not once for the steps of a chunk. It must not depend on the
 // threads, as the sums do on it.
-inline constexpr int64_t kRowsFused = 64;           // times the parts of a value
-inline constexpr int64_t kBytesFused = 3200 << 10;  // of both weights: two caches' worth
+inline constexpr int64_t kRowsFused = 64;  // times the parts of a value
 
 inline bool fusing_pays(int64_t rows, int parts, int64_t bytes, int64_t steps_of_chunk) {
-  return rows * parts >= kRowsFused && (bytes <= kBytesFused || steps_of_chunk == 1);
+  return rows * parts >= kRowsFused && (bytes <= kBytesCached || steps_of_chunk == 1);
 }
 
 }  // namespace frnn::cpu

@@ -29,7 +29,7 @@ using frnn::StepGradients;
 
 // Whether there are tiles. Those of values stored in bfloat16 take all products; those of float, of
 // which a value has three parts, the ones of many steps at once and, with enough rows, those of
-// forward's steps, and vectors take the rest.
+// each step, and vectors take the rest.
 #if defined(FRNN_TILES)
 constexpr bool kTiles = true;
 #else
@@ -76,11 +76,8 @@ struct LeftFactor {
 };
 // Rows whose place is read, though not used, beyond the last one.
 constexpr int64_t kRowsBeyond = 31;
-// Numbers from row to row where rows are whole: an odd number of KB and a line, so that what is
+// Numbers from row to row of a piece, with all its parts: an odd number of lines, so that what is
 // used together of many rows has room in the L1 cache.
-constexpr int64_t row_size(int64_t k) { return ((tiles_along(k) + 15) / 16 | 1) * 512 + 32; }
-// .. and where they are laid piece by piece, each with all its parts, so that few pages hold what
-// is used together: an odd number of lines.
 template <class S>
 constexpr int64_t kRowOfPiece = (kParts<S> * kTilesOfPiece<S> | 1) * 32;
 template <class S>
@@ -92,9 +89,21 @@ template <class S>
 constexpr LeftFactor laid(BFloat16* data, int64_t rows) {
   return {data, kRowOfPiece<S>, kTilesOfPiece<S> * 32, rows * kRowOfPiece<S>};
 }
-constexpr LeftFactor whole_rows(BFloat16* data, int64_t row) {
-  return {data, row, 0, 32 * kTilesOfPiece<BFloat16>};
-}
+
+// Units of some gates, as they are along k on tiles: vector by vector, and those of all gates side
+// by side, with zeros after the last one of each gate.
+struct UnitsOfTiles {
+  int gates;
+  int64_t units;  // of a gate
+
+  int64_t size() const { return (units + 15) / 16 * 16 * gates; }
+  // Which of all gates' units a vector holds that begins at k.
+  Range at(int64_t k) const {
+    const int64_t gate = k / 16 % gates, unit = k / 16 / gates * 16;
+    const int64_t begin = gate * units + min(unit, units);
+    return {begin, begin + min(16, units - min(unit, units))};
+  }
+};
 
 // What a product on tiles may begin with: another one, of as many rows and columns of packed
 // weights of which all tiles along k are one piece, and biases [columns][16].
@@ -160,6 +169,14 @@ frnn::cpu::Plan plan_of(const Args& a, int threads) {
                                .often = a.norm.gain_hh || frnn::kLateGates<Cell> > 0});
 }
 
+// Whether tiles take the products of each step too; only they have those of bfloat16.
+template <class Cell, class S, class Args>
+bool steps_on_tiles(const Args& a) {
+  if (!kTiles || std::is_same_v<S, BFloat16>) return kTiles;
+  const int64_t numbers = Cell::kGates * a.h * a.p;
+  return frnn::cpu::tiles_pay_in_steps(a.b, numbers * kParts<S> * int64_t{sizeof(BFloat16)});
+}
+
 // Hands out pieces of one workspace; a first pass with no memory measures them.
 class Carver {
  public:
@@ -211,6 +228,61 @@ class Computed {
  private:
   const int64_t b_;
   bool* const flags_;
+};
+
+// The rows of a slice by length, long ones first, for those that are computed at a time to come
+// first. Slices of units have one such list.
+class Ranks {
+ public:
+  template <class S>
+  Ranks(const frnn::SequenceArgs<S>& args, const frnn::cpu::Plan& plan, bool wanted, Carver& carver)
+      : lists_(plan.by_units ? 1 : plan.slices), t_(args.t) {
+    if (!wanted || args.lengths == nullptr) return;
+    rows_ = carver.take<int>(args.b);
+    ranks_ = carver.take<int>(args.b);
+    before_ = carver.take<int64_t>(lists_ * (t_ + 1));
+  }
+
+  template <class S>
+  void fill(const frnn::Timeline<S>& timeline, const Slice& slice) const {
+    if (rows_ == nullptr || slice.index >= lists_) return;
+    // First how many rows there are of each length, then how many are longer.
+    int64_t* count = before(slice.index);
+    __builtin_memset(count, 0, (t_ + 1) * sizeof(*count));
+    for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) ++count[timeline.length(row)];
+    for (int64_t t = t_, longer = 0; t >= 0; --t) {
+      const int64_t same = count[t];
+      count[t] = longer;
+      longer += same;
+    }
+    for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
+      const int64_t rank = slice.rows.begin + count[timeline.length(row)]++;
+      rows_[rank] = static_cast<int>(row);
+      ranks_[row] = static_cast<int>(rank);
+    }
+    // Now those of length t count whose length is t or more, which are computed at time t - 1.
+    count[0] = 0;
+    for (int64_t t = 1; t <= t_; ++t) count[t] += count[t - 1];
+  }
+
+  int64_t row(int64_t rank) const { return rows_ ? rows_[rank] : rank; }
+  int64_t rank(int64_t row) const { return ranks_ ? ranks_[row] : row; }
+  // How many rows are computed at all times before t.
+  int64_t before(const Slice& slice, int64_t t) const {
+    return before_ ? before(lists_ > 1 ? slice.index : 0)[t] : t * slice.rows.size();
+  }
+  // The ranks that are computed at time t.
+  Range computed(const Slice& slice, int64_t t) const {
+    const int64_t begin = slice.rows.begin;
+    return {begin, begin + before(slice, t + 1) - before(slice, t)};
+  }
+
+ private:
+  int64_t* before(int64_t list) const { return before_ + list * (t_ + 1); }
+
+  const int64_t lists_, t_;
+  int *rows_ = nullptr, *ranks_ = nullptr;
+  int64_t* before_ = nullptr;
 };
 
 // Runs worker.pack(slice) and then worker.run(slices, count, meet) in the pool.
