@@ -249,3 +249,30 @@ work(layer)
 print("done")
 """,
     )
+
+
+@pytest.mark.skipif(native.isa() is None, reason="no native library")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_subnormal_numbers(threads):
+    """They are zeros to the engine, in all its threads, and afterwards again what they were to the
+    caller: in each of these threads."""
+    run(
+        """
+import fusedrnn
+layer = fusedrnn.LSTM(4, 128)
+[torch.nn.init.zeros_(p) for p in layer.parameters()]
+x, h = torch.zeros(2, 512, 4), torch.zeros(1, 512, 128)
+c, gates = torch.full((1, 512, 128), 1e-38), torch.zeros(512, 4 * 128)
+large = torch.full((1 << 20,), 1e-39)
+for flushes in (False, True, False):
+    torch.set_flush_denormal(flushes)
+    before = (large * 0.5).count_nonzero().item()
+    assert flushes or before == large.numel()
+    # Every step halves c.
+    assert not layer(x, (h, c))[1][1].any()
+    assert not fusedrnn.functional.lstm_cell_update(gates, c[0])[1].any()
+    assert (large * 0.5).count_nonzero().item() == before
+print("done")
+""",
+        threads=threads,
+    )

@@ -10,25 +10,14 @@ class Mask {
 
  public:
   static void run(const frnn::cpu::MaskArgs<T>& args, const frnn::cpu::Pool& pool) {
-    struct Context {
-      const frnn::cpu::MaskArgs<T>& a;
-      int64_t groups;
-      int slices;
-    } context{args, (args.count + 4 * kCounters - 1) / (4 * kCounters), 1};
-    const int64_t most = 1 + context.groups / kGroupsPerSlice;
-    context.slices = static_cast<int>(min(most, pool.threads));
-    const auto body = [](int64_t begin, int64_t end, void* pointer) {
-      const Context& c = *static_cast<const Context*>(pointer);
-      const int64_t last = part(c.groups, static_cast<int>(end - 1), c.slices).end;
-      for (int64_t i = part(c.groups, static_cast<int>(begin), c.slices).begin; i < last; ++i) {
-        fill(c.a, i * kCounters);
+    const int64_t groups = (args.count + 4 * kCounters - 1) / (4 * kCounters);
+    const int slices = static_cast<int>(min(1 + groups / kGroupsPerSlice, pool.threads));
+    in_pool(pool, slices, [&](int64_t begin, int64_t end) {
+      const int64_t last = part(groups, static_cast<int>(end - 1), slices).end;
+      for (int64_t i = part(groups, static_cast<int>(begin), slices).begin; i < last; ++i) {
+        fill(args, i * kCounters);
       }
-    };
-    if (context.slices == 1) {
-      body(0, 1, &context);
-    } else {
-      pool.run(context.slices, body, &context);
-    }
+    });
   }
 
  private:

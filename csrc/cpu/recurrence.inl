@@ -285,30 +285,34 @@ class Ranks {
   int64_t* before_ = nullptr;
 };
 
-// Runs worker.pack(slice) and then worker.run(slices, count, meet) in the pool.
+// Calls work(begin, end) in the pool, for ranges that cover [0, n).
+template <class Work>
+void in_pool(const frnn::cpu::Pool& pool, int n, Work work) {
+  const auto body = [](int64_t begin, int64_t end, void* pointer) {
+    const frnn::cpu::FlushToZero scope;
+    (*static_cast<Work*>(pointer))(begin, end);
+  };
+  if (n == 1) {
+    body(0, 1, &work);
+  } else {
+    pool.run(n, body, &work);
+  }
+}
+
+// Runs all slices of a worker in the pool.
 template <class Worker>
 void run_slices(Worker& worker, const frnn::cpu::Plan& plan, const frnn::cpu::Pool& pool) {
-  struct Context {
-    Worker& worker;
-    const frnn::cpu::Plan& plan;
-    frnn::cpu::Barrier barrier;
-  } context{worker, plan, frnn::cpu::Barrier(plan.slices)};
-  const auto body = [](int64_t begin, int64_t end, void* pointer) {
-    Context& c = *static_cast<Context*>(pointer);
+  frnn::cpu::Barrier barrier(plan.slices);
+  in_pool(pool, plan.slices, [&](int64_t begin, int64_t end) {
     const int count = static_cast<int>(end - begin);
     const auto each = [&](auto&& work) {
       for (int64_t i = begin; i < end; ++i) work(static_cast<int>(i));
     };
     const auto meet = [&] {
-      if (count < c.plan.slices) c.barrier.arrive_and_wait(count);
+      if (count < plan.slices) barrier.arrive_and_wait(count);
     };
-    c.worker.work(each, meet);
-  };
-  if (plan.slices == 1) {
-    body(0, 1, &context);
-  } else {
-    pool.run(plan.slices, body, &context);
-  }
+    worker.work(each, meet);
+  });
 }
 
 #include "cpu/norm.inl"

@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 namespace frnn::cpu {
 namespace {
@@ -21,6 +24,26 @@ void relax() {
   __asm__ __volatile__("yield");
 #endif
 }
+
+// How this thread calculates, and the bits of that by which it neither makes nor reads subnormal
+// numbers.
+#if defined(__x86_64__)
+constexpr uint64_t kFlush = 0x8040;
+uint64_t mode() { return _mm_getcsr(); }
+void set_mode(uint64_t mode) { _mm_setcsr(static_cast<unsigned>(mode)); }
+#elif defined(__aarch64__)
+constexpr uint64_t kFlush = 1 << 24;
+uint64_t mode() {
+  uint64_t mode;
+  __asm__ __volatile__("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+void set_mode(uint64_t mode) { __asm__ __volatile__("msr fpcr, %0" : : "r"(mode)); }
+#else
+constexpr uint64_t kFlush = 0;
+uint64_t mode() { return 0; }
+void set_mode(uint64_t) {}
+#endif
 
 // About 3 us: longer than slices differ when each has its core, far shorter than a time slice.
 constexpr int kSpins = 150;
@@ -51,6 +74,9 @@ void Barrier::arrive_and_wait(int slices) {
     }
   }
 }
+
+FlushToZero::FlushToZero() : mode_(mode()) { set_mode(mode_ | kFlush); }
+FlushToZero::~FlushToZero() { set_mode(mode_); }
 
 void* workspace(size_t bytes) {
   constexpr size_t kAlignment = 128;

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 
 namespace frnn::cpu {
 
@@ -21,6 +22,19 @@ class Barrier {
   // thread that arrives, the other is polled by every thread that waits.
   alignas(128) std::atomic<int> missing_;
   alignas(128) std::atomic<unsigned> generation_{0};
+};
+
+// While it lives, this thread takes subnormal numbers for zeros, where the processor can: what
+// fades away in a recurrence would otherwise cost it more than all else.
+class FlushToZero {
+ public:
+  FlushToZero();
+  ~FlushToZero();
+  FlushToZero(const FlushToZero&) = delete;
+  FlushToZero& operator=(const FlushToZero&) = delete;
+
+ private:
+  const uint64_t mode_;  // of before
 };
 
 // Scratch memory of this thread, aligned to a cache line, contents unspecified; valid until the

@@ -60,24 +60,13 @@ class Update {
   // Calls f for all places of [B, H], in slices.
   template <class F>
   static void each(const frnn::cpu::UpdateArgs<T>& a, const frnn::cpu::Pool& pool, const F& f) {
-    const int64_t vectors = a.b * blocks_of<T>(a.h);
-    struct Context {
-      const F& f;
-      int64_t hidden, vectors;
-      int slices;
-    } context{f, a.h, vectors, static_cast<int>(min(pool.threads, 1 + vectors / kVectorsPerSlice))};
-    const auto body = [](int64_t begin, int64_t end, void* pointer) {
-      const Context& c = *static_cast<const Context*>(pointer);
-      const int64_t blocks = blocks_of<T>(c.hidden);
-      const int64_t last = part(c.vectors, static_cast<int>(end - 1), c.slices).end;
-      for (int64_t i = part(c.vectors, static_cast<int>(begin), c.slices).begin; i < last; ++i) {
-        c.f(place<kLanes<T>>(i / blocks, i % blocks, c.hidden));
+    const int64_t blocks = blocks_of<T>(a.h), vectors = a.b * blocks;
+    const int slices = static_cast<int>(min(pool.threads, 1 + vectors / kVectorsPerSlice));
+    in_pool(pool, slices, [&](int64_t begin, int64_t end) {
+      const int64_t last = part(vectors, static_cast<int>(end - 1), slices).end;
+      for (int64_t i = part(vectors, static_cast<int>(begin), slices).begin; i < last; ++i) {
+        f(place<kLanes<T>>(i / blocks, i % blocks, a.h));
       }
-    };
-    if (context.slices == 1) {
-      body(0, 1, &context);
-    } else {
-      pool.run(context.slices, body, &context);
-    }
+    });
   }
 };
