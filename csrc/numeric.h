@@ -219,20 +219,14 @@ struct Constants<double> {
   static constexpr double kLargest = 709.8, kSmallest = -708.0;
 };
 
-// x limited to [low, high]; NaN stays NaN because no comparison with it holds.
-template <class V>
-FRNN_FN V clamp(V x, Scalar<V> low, Scalar<V> high) {
-  x = x < low ? broadcast<V>(low) : x;
-  return x > high ? broadcast<V>(high) : x;
-}
-
 // e^x with x limited to [kSmallest, kLargest], where it is about the smallest normal number and
-// infinite.
-template <class V>
+// infinite; kNegative: it may be negative. NaN stays NaN because no comparison with it holds.
+template <bool kNegative = true, class V>
 FRNN_FN V exp(V x) {
   using C = Constants<Scalar<V>>;
   using Bits = typename Value<V>::Bits;
-  x = clamp(x, C::kSmallest, C::kLargest);
+  if (kNegative) x = x < C::kSmallest ? broadcast<V>(C::kSmallest) : x;
+  x = x > C::kLargest ? broadcast<V>(C::kLargest) : x;
   const V shifted = x * C::kLog2e + C::kRound;
   const V n = shifted - C::kRound;
   const V r = (x - n * C::kLn2High) - n * C::kLn2Low;
@@ -252,11 +246,15 @@ FRNN_FN V sigmoid(V x) {
 // an error in it.
 template <class V>
 FRNN_FN V tanh(V x) {
-  const V magnitude = x < 0.0f ? -x : x;
-  const V tail = 1.0f - 2.0f * sigmoid(V(-2.0f * magnitude));
+  using Bits = typename Value<V>::Bits;
+  constexpr auto kSign = typename Value<Scalar<V>>::Bits{1} << (8 * sizeof(Scalar<V>) - 1);
+  const Bits sign = __builtin_bit_cast(Bits, x) & kSign;
+  const V magnitude = __builtin_bit_cast(V, Bits(__builtin_bit_cast(Bits, x) ^ sign));
+  const V tail = 1.0f - 2.0f * (1.0f / (exp<false>(V(2.0f * magnitude)) + 1.0f));
   const V square = x * x;
   const V near_zero = x + x * square * Constants<Scalar<V>>::tanh_tail(square);
-  return magnitude < Scalar<V>(0.625) ? near_zero : (x < 0.0f ? -tail : tail);
+  const V with_sign = __builtin_bit_cast(V, Bits(__builtin_bit_cast(Bits, tail) | sign));
+  return magnitude < Scalar<V>(0.625) ? near_zero : with_sign;
 }
 
 }  // namespace frnn
