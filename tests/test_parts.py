@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 TILED = [cell for cell in CELLS.values() if not cell.late]
-# Tiles begin with 128 rows of all steps, in those of forward with 24 of each; 512 are a chunk of
+# Tiles begin with 128 rows of all steps, in steps with 16 or 24 of each; 512 are a chunk of
 # backward. With many columns a step does not take up the input projection.
 SHAPES = {
     "odd": {"T": 27, "B": 5, "I": 37, "H": 21},
@@ -28,7 +28,9 @@ SHAPES = {
     "one row": {"T": 130, "B": 1, "I": 33, "H": 16},
     "steps": {"T": 5, "B": 70, "I": 40, "H": 180},
     "columns": {"T": 4, "B": 34, "I": 310, "H": 256},
+    "few rows": {"T": 40, "B": 20, "I": 37, "H": 40},
     "chunks of a step": {"T": 2, "B": 200, "I": 310, "H": 260},
+    "steps in chunks": {"T": 3, "B": 530, "I": 9, "H": 21},
 }
 FEATURES = {
     "lengths-reverse": {"lengths": True, "reverse": True},
@@ -84,14 +86,16 @@ def test_where_tiles_begin(cell, steps):
     assert alike == (steps < 128 or bool(cell.late))
 
 
-@pytest.mark.parametrize("rows", [23, 24])
-def test_where_steps_on_tiles_begin(rows):
+@pytest.mark.parametrize(
+    ("rows", "hidden", "tiled"), [(15, 40, False), (16, 40, True), (23, 400, False), (24, 400, True)]
+)
+def test_where_steps_on_tiles_begin(rows, hidden, tiled):
     """Without inputs there are no other products."""
-    module, x = fusedrnn.LSTM(8, 40), torch.zeros(20, rows, 8)
+    module, x = fusedrnn.LSTM(8, hidden), torch.zeros(20, rows, 8)
     found = module(x)[0]
     with vectors():
         on_vectors = module(x)[0]
-    assert torch.equal(found, on_vectors) == (rows < 24)
+    assert torch.equal(found, on_vectors) != tiled
 
 
 @pytest.mark.parametrize("rows", [6, 37])
@@ -116,9 +120,10 @@ def run(module, x, threads=1, lengths=None):
 def test_threads(rows, proj, varied):
     module, x = fusedrnn.LSTM(40, 70, proj_size=proj, num_layers=2), torch.randn(130, rows, 40)
     lengths = torch.randint(0, 131, (rows,)) if varied else None
-    one, *others = (run(module, x, threads, lengths) for threads in (1, 2, 3))
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for layer in (module, fusedrnn.LSTM(40, 70, proj_size=proj, bidirectional=True)):
+        one, *others = (run(layer, x, threads, lengths) for threads in (1, 2, 3))
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
@@ -136,11 +141,9 @@ def test_as_exact_as_torch(name):
 
 
 @pytest.mark.parametrize("reset_after", [True, False])
-@pytest.mark.parametrize("rows", [23, 24])
-def test_explain(rows, reset_after):
-    text = fusedrnn.explain(fusedrnn.GRU(8, 16, reset_after=reset_after), torch.zeros(20, rows, 8))
-    which = "but those of backward's steps" if rows == 24 else "outside the steps"
-    assert (f"products {which} in bfloat16 parts if T*B >= 128" in str(text)) == reset_after
+def test_explain(reset_after):
+    text = fusedrnn.explain(fusedrnn.GRU(8, 16, reset_after=reset_after), torch.zeros(20, 24, 8))
+    assert ("products in bfloat16 parts if T*B >= 128" in str(text)) == reset_after
 
 
 def test_what_is_not_finite_stays_in_its_row():
@@ -163,14 +166,28 @@ def test_infinite_inputs_saturate_gates():
     torch.testing.assert_close(found, expected)
 
 
-def test_infinite_gradients_are_seen():
-    module, x = fusedrnn.LSTM(8, 16), torch.randn(20, 32, 8)
+@pytest.mark.parametrize("rows", [8, 32])
+@pytest.mark.parametrize("proj", [0, 6])
+def test_infinite_gradients_are_seen(proj, rows):
+    module, x = fusedrnn.LSTM(8, 16, proj_size=proj), torch.randn(20, rows, 8)
     y = module(x)[0]
     dy = torch.zeros_like(y)
     dy[5, 3, 1] = float("inf")
     y.backward(dy)
-    assert not module.weight_ih_l0.grad.isfinite().all()
-    assert not module.weight_hh_l0.grad.isfinite().all()
+    for name, parameter in module.named_parameters():
+        assert not parameter.grad.isfinite().all(), name
+
+
+def test_infinite_gradients_beside_missing_units():
+    """All of one sign, so that they stay infinite: no zeros of units beyond the last meet them."""
+    module = fusedrnn.RNN(8, 20).bfloat16()
+    [torch.nn.init.constant_(p, 0.01) for p in module.parameters()]
+    x = torch.zeros(9, 32, 8, dtype=torch.bfloat16, requires_grad=True)
+    y = module(x)[0]
+    dy = torch.zeros_like(y)
+    dy[5, 3, 1] = float("inf")
+    y.backward(dy)
+    assert (x.grad[:6, 3] == float("inf")).all()
 
 
 def test_small_numbers():

@@ -96,11 +96,13 @@ FRNN_FN void make_parts(Sums low, Sums high, __m512i (&parts)[3]) {
 }
 
 // .. of the first n of them, zeros for the rest.
-inline void load_parts(const BFloat16* p, int64_t n, __m256i (&parts)[1]) {
+template <bool kLimited = false>
+void load_parts(const BFloat16* p, int64_t n, __m256i (&parts)[1]) {
   parts[0] = load_half(p, n);
 }
-inline void load_parts(const float* p, int64_t n, __m256i (&parts)[3]) {
-  make_parts(limited<true>(load_half(p, n)), parts);
+template <bool kLimited = false>
+void load_parts(const float* p, int64_t n, __m256i (&parts)[3]) {
+  make_parts(limited<kLimited>(load_half(p, n)), parts);
 }
 template <bool kLimited = false>
 void load_some(const BFloat16* p, int64_t n, __m512i (&parts)[1]) {
@@ -139,7 +141,7 @@ inline void store_transposed(const __m512i (&rows)[kTileRows], BFloat16* to, int
 
 // ---- Left factors.
 
-// Some rows of a [.., lda], whole tiles of them -> rows from `first` on.
+// Some rows of a [.., lda], limited -> rows from `first` on.
 template <class S>
 void lay_rows(const S* a, int64_t lda, const Rows& rows, int64_t k, const LeftFactor& to,
               int64_t first) {
@@ -156,17 +158,17 @@ void lay_rows(const S* a, int64_t lda, const Rows& rows, int64_t k, const LeftFa
 
 // Some blocks of a row of units -> a row of a left factor. What is beyond the last block in its
 // tile is cleared.
-template <class S>
+template <bool kLimited, class S>
 void lay_blocks(const S* a, int64_t units, Range blocks, const LeftFactor& to, int64_t row) {
   const auto lay_half = [&](int64_t unit) {
     __m256i parts[kParts<S>];
-    load_parts(a + unit, units - unit, parts);
+    load_parts<kLimited>(a + unit, units - unit, parts);
     BFloat16* place = to.at<S>(row, unit);
     for (int i = 0; i < kParts<S>; ++i) frnn::store_halves(place + i * to.part, parts[i], 16);
   };
   const auto lay_whole = [&](int64_t unit) {
     __m512i parts[kParts<S>];
-    load_some<true>(a + unit, units - unit, parts);
+    load_some<kLimited>(a + unit, units - unit, parts);
     BFloat16* place = to.at<S>(row, unit);
     for (int i = 0; i < kParts<S>; ++i) _mm512_storeu_si512(place + i * to.part, parts[i]);
   };

@@ -20,14 +20,13 @@ struct GradientsOfTiles : StepGradients<S> {  // dgx and dgh are rows of vectors
   }
   FRNN_FN static int64_t apart(int64_t) { return 16; }
 
-  // What the cell makes of units that do not exist is 0.
   template <class Cell, class V>
   FRNN_FN void keep(int64_t row, int64_t unit, int n, int64_t h, const V* of_x,
                     const V* of_h) const {
 #if defined(FRNN_TILES)
-    keep_one<Cell::kGates>(row, unit, h, of_x, this->dgx, sums[0], laid[0]);
+    keep_one<Cell::kGates>(row, unit, n, h, of_x, this->dgx, sums[0], laid[0]);
     if (!Cell::kAdditive) {
-      keep_one<Cell::kGates>(row, unit, h, of_h, this->dgh, sums[1], laid[1]);
+      keep_one<Cell::kGates>(row, unit, n, h, of_h, this->dgh, sums[1], laid[1]);
     }
     for (int g = 0; g < Cell::kGates && kept.dgx; ++g) {
       const int64_t place = (row * Cell::kGates + g) * h + unit;
@@ -40,8 +39,13 @@ struct GradientsOfTiles : StepGradients<S> {  // dgx and dgh are rows of vectors
  private:
 #if defined(FRNN_TILES)
   template <int kGates, class V>
-  FRNN_FN void keep_one(int64_t row, int64_t unit, int64_t h, const V* values, S* to,
+  FRNN_FN void keep_one(int64_t row, int64_t unit, int n, int64_t h, const V* gradients, S* to,
                         frnn::Wide<S>* sum, const LeftFactor& left) const {
+    V values[kGates];  // 0 for units that do not exist
+    for (int g = 0; g < kGates; ++g) {
+      values[g] =
+          n == 16 ? gradients[g] : (V)_mm512_maskz_mov_ps(first_of(n), (__m512)gradients[g]);
+    }
     const int64_t begin = first(row, unit, kGates, h);
     for (int g = 0; g < kGates && to; ++g) frnn::store(to + begin + 16 * g, values[g], 16);
     for (int g = 0; g < kGates && sum; ++g) reinterpret_cast<V*>(sum + begin)[g] += values[g];
@@ -269,9 +273,6 @@ class Backward {
   // Packed, those of the late gates.
   S* late_weights() const { return w_hh_ + blocks_of<T>(a_.p) * kLanes<T> * kEarly * a_.h; }
 
-  // Weights as they are packed without tiles, of some gates.
-  Packed<T> packed(const T* w, int gates) const { return {w, gates * a_.h * kLanes<T>}; }
-
   // The product of rows a [.., k], `stride` apart, and packed weights.
   template <class Wanted, class Fetch, class Finish>
   void on_vectors(const T* a, int64_t stride, Range rows, int64_t k, const T* w, Range blocks,
@@ -378,7 +379,8 @@ class Backward {
   LeftFactor left_factor(Number* const (&turns)[2], const Chunk& c) const {
     return laid<S>(turns[c.turn], rows_of_chunk());
   }
-  // Where the row of a rank is at a time of a chunk.
+  // Where the row of a rank is at a time of a chunk. Ranks that are not computed then are where a
+  // later time's are.
   int64_t place_of(const Slice& slice, const Chunk& c, int64_t t, int64_t rank) const {
     const int64_t before = ranks_.before(slice, t) - ranks_.before(slice, c.time);
     return c.steps * slice.rows.begin + before + rank - slice.rows.begin;
@@ -412,7 +414,7 @@ class Backward {
       for (int64_t row = slice.rows.begin; row < slice.rows.end; ++row) {
         if (!timeline_.computed(s, row)) continue;
         const S* dh = g.dh + row * a_.p;
-        lay_blocks(dh, a_.p, slice.output, g.laid_h, ranks_.rank(row));
+        lay_blocks<false>(dh, a_.p, slice.output, g.laid_h, ranks_.rank(row));
         if (a_.kept.dh == nullptr) continue;
         const int64_t begin = slice.output.begin * kLanes<T>, end = slice.output.end * kLanes<T>;
         S* to = a_.kept.dh + (timeline_.time(s) * a_.b + row) * a_.p;

@@ -533,7 +533,8 @@ class Forward {
       const LeftFactor left = laid<S>(to, a_.b);
       for (int64_t rank = slice.rows.begin; rank < slice.rows.end && steps_on_tiles_; ++rank) {
         const int64_t row = ranks_.row(rank);
-        if (timeline_.computed(s, row)) lay_blocks(states + row * units, units, blocks, left, rank);
+        if (timeline_.computed(s, row))
+          lay_blocks<true>(states + row * units, units, blocks, left, rank);
       }
     }
   }

@@ -12,12 +12,7 @@ class Mask {
   static void run(const frnn::cpu::MaskArgs<T>& args, const frnn::cpu::Pool& pool) {
     const int64_t groups = (args.count + 4 * kCounters - 1) / (4 * kCounters);
     const int slices = static_cast<int>(min(1 + groups / kGroupsPerSlice, pool.threads));
-    in_pool(pool, slices, [&](int64_t begin, int64_t end) {
-      const int64_t last = part(groups, static_cast<int>(end - 1), slices).end;
-      for (int64_t i = part(groups, static_cast<int>(begin), slices).begin; i < last; ++i) {
-        fill(args, i * kCounters);
-      }
-    });
+    each_in_pool(pool, slices, groups, [&](int64_t i) { fill(args, i * kCounters); });
   }
 
  private:

@@ -13,7 +13,7 @@ struct OuterProduct {
   int64_t n;
   T* c;                      // null: not wanted
   const T* scale = nullptr;  // [period, N], or null: what row r of b is multiplied by, at r %
-                             // period; not on tiles
+                             // period
   int64_t period = 1;
 };
 

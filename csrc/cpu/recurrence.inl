@@ -99,9 +99,9 @@ struct UnitsOfTiles {
   int64_t size() const { return (units + 15) / 16 * 16 * gates; }
   // Which of all gates' units a vector holds that begins at k.
   Range at(int64_t k) const {
-    const int64_t gate = k / 16 % gates, unit = k / 16 / gates * 16;
-    const int64_t begin = gate * units + min(unit, units);
-    return {begin, begin + min(16, units - min(unit, units))};
+    const int64_t gate = k / 16 % gates, unit = min(k / 16 / gates * 16, units);
+    const int64_t begin = gate * units + unit;
+    return {begin, begin + min(16, units - unit)};
   }
 };
 
@@ -297,6 +297,15 @@ void in_pool(const frnn::cpu::Pool& pool, int n, Work work) {
   } else {
     pool.run(n, body, &work);
   }
+}
+
+// Calls f(i) in the pool for i in [0, total), in so many slices.
+template <class F>
+void each_in_pool(const frnn::cpu::Pool& pool, int slices, int64_t total, const F& f) {
+  in_pool(pool, slices, [&](int64_t begin, int64_t end) {
+    const int64_t last = part(total, static_cast<int>(end - 1), slices).end;
+    for (int64_t i = part(total, static_cast<int>(begin), slices).begin; i < last; ++i) f(i);
+  });
 }
 
 // Runs all slices of a worker in the pool.

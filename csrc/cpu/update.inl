@@ -62,11 +62,7 @@ class Update {
   static void each(const frnn::cpu::UpdateArgs<T>& a, const frnn::cpu::Pool& pool, const F& f) {
     const int64_t blocks = blocks_of<T>(a.h), vectors = a.b * blocks;
     const int slices = static_cast<int>(min(pool.threads, 1 + vectors / kVectorsPerSlice));
-    in_pool(pool, slices, [&](int64_t begin, int64_t end) {
-      const int64_t last = part(vectors, static_cast<int>(end - 1), slices).end;
-      for (int64_t i = part(vectors, static_cast<int>(begin), slices).begin; i < last; ++i) {
-        f(place<kLanes<T>>(i / blocks, i % blocks, a.h));
-      }
-    });
+    each_in_pool(pool, slices, vectors,
+                 [&](int64_t i) { f(place<kLanes<T>>(i / blocks, i % blocks, a.h)); });
   }
 };

@@ -264,8 +264,8 @@ class Native(Ops):
         dtype = request.dtype if narrow else compute_dtype(request.dtype)
         stored = str(dtype).removeprefix("torch.")
         in_parts = isa() == "amx" and dtype == torch.float32 and not request.cell.late
-        which = "but those of backward's steps" if rows >= 24 else "outside the steps"
-        parts = f"products {which} in bfloat16 parts if T*B >= 128, " if in_parts else ""
+        steps = "in steps B >= 24, or 16 if W_hh is small"
+        parts = f"products in bfloat16 parts if T*B >= 128 ({steps}), " if in_parts else ""
         return f"standard on {isa()}, values in {stored}, {parts}one parallel region a sequence"
 
     def _stores(self, cell: Cell, dtype: torch.dtype, more: bool) -> bool:
