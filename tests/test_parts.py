@@ -87,7 +87,8 @@ def test_where_tiles_begin(cell, steps):
 
 
 @pytest.mark.parametrize(
-    ("rows", "hidden", "tiled"), [(15, 40, False), (16, 40, True), (23, 400, False), (24, 400, True)]
+    ("rows", "hidden", "tiled"),
+    [(15, 40, False), (16, 40, True), (23, 400, False), (24, 400, True)],
 )
 def test_where_steps_on_tiles_begin(rows, hidden, tiled):
     """Without inputs there are no other products."""
