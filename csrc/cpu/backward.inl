@@ -6,6 +6,7 @@
 // have taken them up: what is then added to the gradients of the weights, dx is complete. On tiles
 // they are kept as left factors, [slices][times][ranks] of what is computed if rows are divided.
 
+#if defined(FRNN_TILES)
 // Where a step leaves them for tiles, and what else becomes of them. Rows of vectors are as
 // UnitsOfTiles.
 template <class S>
@@ -23,7 +24,6 @@ struct GradientsOfTiles : StepGradients<S> {  // dgx and dgh are rows of vectors
   template <class Cell, class V>
   FRNN_FN void keep(int64_t row, int64_t unit, int n, int64_t h, const V* of_x,
                     const V* of_h) const {
-#if defined(FRNN_TILES)
     keep_one<Cell::kGates>(row, unit, n, h, of_x, this->dgx, sums[0], laid[0]);
     if (!Cell::kAdditive) {
       keep_one<Cell::kGates>(row, unit, n, h, of_h, this->dgh, sums[1], laid[1]);
@@ -33,11 +33,9 @@ struct GradientsOfTiles : StepGradients<S> {  // dgx and dgh are rows of vectors
       frnn::store(kept.dgx + place, of_x[g], n);
       frnn::store(kept.dgh + place, Cell::kAdditive ? of_x[g] : of_h[g], n);
     }
-#endif
   }
 
  private:
-#if defined(FRNN_TILES)
   template <int kGates, class V>
   FRNN_FN void keep_one(int64_t row, int64_t unit, int n, int64_t h, const V* gradients, S* to,
                         frnn::Wide<S>* sum, const LeftFactor& left) const {
@@ -52,8 +50,11 @@ struct GradientsOfTiles : StepGradients<S> {  // dgx and dgh are rows of vectors
     if (ranks == nullptr) return;
     lay_vectors<S, kGates>(values, left, ranks->rank(row), unit * kGates, unit + 16 >= h);
   }
-#endif
 };
+#else
+template <class S>
+struct GradientsOfTiles;
+#endif
 
 template <class Cell, class T, class S>
 class Backward {
@@ -926,7 +927,8 @@ class Backward {
   // store them.
   void keep_gradients(const Slice& slice, const Chunk& c) const {
     const int64_t gates = kGates * a_.h, first = c.time * a_.b;
-    const Range mine = share(slice, a_.kept.dgx && !kTiles ? c.steps * a_.b : 0);
+    if (kTiles || a_.kept.dgx == nullptr) return;
+    const Range mine = share(slice, c.steps * a_.b);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
       const auto keep = [&](const S* from, int64_t n, S* to) {
         if (to == nullptr) return;
