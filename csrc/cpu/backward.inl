@@ -46,7 +46,10 @@ struct GradientsOfTiles : StepGradients<S> {  // dgx and dgh are rows of vectors
     }
     const int64_t begin = first(row, unit, kGates, h);
     for (int g = 0; g < kGates && to; ++g) frnn::store(to + begin + 16 * g, values[g], 16);
-    for (int g = 0; g < kGates && sum; ++g) reinterpret_cast<V*>(sum + begin)[g] += values[g];
+    for (int g = 0; g < kGates && sum; ++g) {  // as products take them
+      V& of_row = reinterpret_cast<V*>(sum + begin)[g];
+      of_row += kParts<S> == 1 ? frnn::widen<V>(frnn::rounded(values[g])) : values[g];
+    }
     if (ranks == nullptr) return;
     lay_vectors<S, kGates>(values, left, ranks->rank(row), unit * kGates, unit + 16 >= h);
   }
