@@ -783,7 +783,7 @@ class Backward {
       dw_hh.scale = a_.noise.dropout;
       dw_hh.period = a_.b;
     }
-    const S* m = a_.m + first * a_.h;
+    const S* m = a_.w_hr ? a_.m + first * a_.h : nullptr;
     if constexpr (kTiles) {
       const LeftFactor of_x = left_factor(laid_[0], c), of_h = left_factor(laid_[1], c);
       const UnitsOfTiles gates{kGates, a_.h};
