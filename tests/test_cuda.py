@@ -75,6 +75,11 @@ def test_explain_tells_the_plan(present):
         "forward grid (one launch for both directions, 2 teams of 64 blocks of 16 units x 8 rows), "
         "backward grid (one launch, 1 team of 64 blocks of 16 units x 8 rows)"
     )
+    assert plan(fusedrnn.LSTM(1024, 1024, backend="cuda"), 512, 128, 1024, dtype=torch.float16) == (
+        "cuda: float16, "
+        "forward grid (one launch, 2 teams of 64 blocks of 16 units x 64 rows), "
+        "backward grid (one launch, 1 team of 64 blocks of 16 units x 128 rows)"
+    )
     assert "one launch, 1 cluster of 1 blocks of 64 units x 8 rows" in plan(
         fusedrnn.LSTM(8, 64, backend="cuda"), 512, 3, 8, dtype=torch.bfloat16
     )

@@ -16,6 +16,12 @@
 // with the weights to the 128 units of its cluster, whose blocks each add up their share as those
 // of the cluster algorithm do. So a block reads an eighth of what all gates become.
 //
+// Where a team has several tiles they take turns, so that what one sends is under way while others
+// are multiplied; in forward that is one trip a step. In backward it is two, from a step's gates to
+// its product and from there to the step before, and tiles are gathered half a round of them after
+// their gates were sent. With d = tiles / 2, at index i of its rounds a block finishes the tile of
+// round i and multiplies that of round i - d; what it waits for others have sent at lower indices.
+//
 // Nobody waits for ever: a block that waits too long says so in the error words and leaves, and
 // what it should have returned is NaN.
 #pragma once
@@ -28,23 +34,51 @@ namespace frnn::cuda {
 constexpr int kGridThreads = kGridWarps * kWarpSize;
 constexpr uint32_t kEmpty = 0xffffffffu;  // never a value: rounding leaves other NaNs
 
-// The lane's result, if its warp has one: kGridGroups * kTiles * 2 warps have one for each lane.
-template <int kTiles>
+// Half of a block's warps have a result of each even tile for each lane, the others of each odd
+// one; so one half may go on while the other finishes a tile.
 struct GridSeat {
-  static_assert(kGridGroups * kTiles * 2 <= kGridWarps);
-  int lane, warp, group, tile, column;
-  bool mine;
+  static_assert(kGridGroups * 2 * 2 == kGridWarps);
+  int lane, warp, half, unit, column;  // unit of the block
 
   __device__ __forceinline__ GridSeat()
       : lane(threadIdx.x % kWarpSize),
         warp(threadIdx.x / kWarpSize),
-        group(warp / 2 / kTiles),
-        tile(warp / 2 % kTiles),
-        column(lane % 4 * 2 + warp % 2),
-        mine(warp < kGridGroups * kTiles * 2) {}
+        half(warp / (kGridWarps / 2)),
+        unit(warp / 2 % kGridGroups * kSlotRows + lane / 4),
+        column(lane % 4 * 2 + warp % 2) {}
 
-  __device__ __forceinline__ int own_unit() const { return group * kSlotRows + lane / 4; }
+  __device__ __forceinline__ bool owns(int tile) const { return tile % 2 == half; }
 };
+
+// What a thread carries of its tiles from step to step, in shared memory: [tiles / 2, kN] of each.
+template <class V, class A, int kN>
+class GridStates {
+ public:
+  __device__ __forceinline__ explicit GridStates(unsigned char* shared)
+      : own_(reinterpret_cast<A*>(shared) + threadIdx.x) {}
+
+  __device__ __forceinline__ V load(int tile, int j) const {
+    return frnn::load<V>(own_ + (tile / 2 * kN + j) * kGridThreads, 1);
+  }
+  __device__ __forceinline__ void store(int tile, int j, V x) const {
+    frnn::store(own_ + (tile / 2 * kN + j) * kGridThreads, x, 1);
+  }
+
+ private:
+  A* const own_;
+};
+
+template <class Cell, bool kBackward>
+struct GridSizes {
+  static constexpr int kSlots = kBackward ? kGridGroups : grid_slots(Cell::kGates);
+  static constexpr int kHeld = grid_held(Cell::kGates, kBackward);
+};
+
+// How many tiles of a team have rows.
+__device__ __forceinline__ int tiles_of(int64_t rows, int most) {
+  const int64_t tiles = (rows + kTileColumns - 1) / kTileColumns;
+  return tiles < most ? static_cast<int>(tiles) : most;
+}
 
 // A word of an exchange holds one value, or two of neighbouring units, of which the first one's
 // lane stores it.
@@ -63,19 +97,21 @@ __device__ __forceinline__ uint32_t word_of(S value) {
   }
 }
 
-template <class Cell, int kTiles>
-struct GridSizes {
-  static constexpr int kSlots = grid_slots(Cell::kGates);
-  static constexpr int kHeld = grid_held(Cell::kGates, kTiles, false);
-  static constexpr int kHeldBackward = grid_held(Cell::kGates, kTiles, true);
-};
-
 // Whether all words of a piece have come.
 __device__ __forceinline__ bool has_come(const uint4& v) {
   return v.x != kEmpty && v.y != kEmpty && v.z != kEmpty && v.w != kEmpty;
 }
 
-// Polls kN pieces until all that are `needed` (by bit) have come; false if that takes too long.
+// The pieces that are `needed` (by bit), as they are now.
+template <int kN>
+__device__ __forceinline__ void ask(const uint4* const (&from)[kN], uint32_t needed,
+                                    uint4 (&v)[kN]) {
+  FRNN_UNROLL for (int i = 0; i < kN; ++i) {
+    if (needed >> i & 1) v[i] = load_relaxed(from[i]);
+  }
+}
+
+// Asks for pieces again until all that are needed have come; false if that takes too long.
 template <int kN>
 __device__ __forceinline__ bool receive(const uint4* const (&from)[kN], uint32_t needed,
                                         uint4 (&v)[kN], int64_t patience) {
@@ -83,13 +119,11 @@ __device__ __forceinline__ bool receive(const uint4* const (&from)[kN], uint32_t
   for (;;) {
     bool all = true;
     FRNN_UNROLL for (int i = 0; i < kN; ++i) {
-      if (needed >> i & 1) v[i] = load_relaxed(from[i]);
-    }
-    FRNN_UNROLL for (int i = 0; i < kN; ++i) {
       if (needed >> i & 1) all = all && has_come(v[i]);
     }
     if (all) return true;
     if (static_cast<int64_t>(cycles() - start) > patience) return false;
+    ask(from, needed, v);
   }
 }
 
@@ -109,7 +143,7 @@ __device__ __forceinline__ void give_up(uint32_t* error, int64_t b, int64_t h, u
 
 // ---- Forward.
 
-template <class Cell, class M, int kTiles>
+template <class Cell, class M>
 __global__ void __launch_bounds__(kGridThreads, 1)
     forward_grid(const __grid_constant__ Sides<Forward<typename M::S, typename M::V>> sides,
                  const __grid_constant__ GridShape shape, uint32_t* error) {
@@ -117,41 +151,38 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   using V = typename M::Real;
   using Steps = ForwardSteps<Cell, V, S, typename M::V>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kValues = Piece<S>::kValues;
-  constexpr int kSlots = GridSizes<Cell, kTiles>::kSlots, kHeld = GridSizes<Cell, kTiles>::kHeld;
+  using Sizes = GridSizes<Cell, false>;
+  constexpr int kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
+  using Product = ResidentProduct<M, kSlots, kHeld>;
+  constexpr int kBatch = Product::kBatch;
   FRNN_DYN_SMEM(shared);
-  const GridSeat<kTiles> seat;
+  const GridSeat seat;
   const int lane = seat.lane, warp = seat.warp;
   const int rank = blockIdx.x % shape.blocks, team = blockIdx.x / shape.blocks;
   const int side = team >= shape.teams;
   const auto& f = sides.of[side];
-  const int64_t first_row = int64_t{team - side * shape.teams} * kTiles * kTileColumns;
+  const int first_row = (team - side * shape.teams) * shape.tiles * kTileColumns;
+  const int tiles = tiles_of(f.b - first_row, shape.tiles);
   const int each = shape.each, chunks = shape.chunks;  // of k: of a warp, of all
   const Steps steps(f, nullptr, nullptr, nullptr);
   const Timeline<S>& timeline = steps.timeline();
   const Span span =
-      span_of(timeline, f, kTiles * kTileColumns, [&](int i) { return first_row + i; });
+      span_of(timeline, f, tiles * kTileColumns, [&](int i) { return int64_t{first_row + i}; });
 
-  // h of the team: [4, kTiles, chunks, 32].
-  const auto h_of = [&](int64_t n, int tile) {
-    const int64_t operand = (int64_t{team} * kExchangeSlots + n % kExchangeSlots) * kTiles + tile;
-    return static_cast<Piece<S>*>(sides.exchange) + operand * chunks * kWarpSize;
+  // h of the team: [4, tiles, chunks, 32].
+  const auto h_of = [&](int n, int tile) {
+    const int operand = (team * kExchangeSlots + (n & (kExchangeSlots - 1))) * shape.tiles + tile;
+    return static_cast<Piece<S>*>(sides.exchange) + int64_t{operand} * (chunks * kWarpSize);
   };
-  // The warps' sums: [2, kGridWarps, kTiles, kSlots, 2, 32].
-  const auto sums_of = [&](int64_t n, int w, int tile, int slot, int j) -> float& {
+  // The warps' sums of a round: [2, kGridWarps, kSlots, 2, 32].
+  const auto sums_of = [&](int round, int w, int slot, int j) -> float& {
     float* const sums = reinterpret_cast<float*>(shared + shape.sums);
-    return sums[((((n % 2 * kGridWarps + w) * kTiles + tile) * kSlots + slot) * 2 + j) * kWarpSize +
-                lane];
+    return sums[(((round % 2 * kGridWarps + w) * kSlots + slot) * 2 + j) * kWarpSize + lane];
   };
-
-  // Whether a thread has waited in vain at step n: [2].
-  const auto failed = [&](int64_t n) -> uint32_t& {
-    return reinterpret_cast<uint32_t*>(shared + shape.failed)[n % 2];
+  // Whether a thread has waited in vain in a round: [2].
+  const auto failed = [&](int round) -> uint32_t& {
+    return reinterpret_cast<uint32_t*>(shared + shape.failed)[round % 2];
   };
-
-  const int team_unit = rank * kGridUnits + seat.own_unit();
-  Place p{first_row + seat.tile * kTileColumns + seat.column, team_unit, 0, 1};
-  p.offset = p.row * f.h + p.unit;
-  const bool row_there = seat.mine && p.row < f.b, there = row_there && p.unit < f.h;
 
   ResidentWeights<S, kSlots, kHeld> weights;
   {
@@ -167,129 +198,182 @@ __global__ void __launch_bounds__(kGridThreads, 1)
         });
   }
 
-  const auto own_word = [&](int64_t n) {
-    return reinterpret_cast<uint32_t*>(&operand_at(h_of(n, seat.tile), team_unit, seat.column));
+  const int team_unit = rank * kGridUnits + seat.unit;
+  const auto own_word = [&](int n, int tile) {
+    return reinterpret_cast<uint32_t*>(&operand_at(h_of(n, tile), team_unit, seat.column));
   };
-  const auto publish = [&](int64_t n, V h) {
+  const auto publish = [&](int n, int tile, bool row_there, V h) {
     // A NaN of a unit that is not there would come back, times 0.
-    const uint32_t word = word_of(M::operand(static_cast<S>(p.unit < f.h ? h : V(0))));
-    if (row_there && stores_word<S>(lane)) store_relaxed(own_word(n), word);
+    const uint32_t word = word_of(M::operand(static_cast<S>(team_unit < f.h ? h : V(0))));
+    if (row_there && stores_word<S>(lane)) store_relaxed(own_word(n, tile), word);
   };
 
+  const auto place_of = [&](int tile) {
+    const int64_t row = first_row + tile * kTileColumns + seat.column;
+    return Place{row, team_unit, row * f.h + team_unit, 1};
+  };
+  const auto is_there = [&](const Place& p) { return p.row < f.b && p.unit < f.h; };
+  const auto each_own = [&](const auto& body) {
+    FRNN_ROLLED for (int tile = seat.half; tile < tiles; tile += 2) body(tile, place_of(tile));
+  };
+  const GridStates<V, typename M::V, kStates> states(shared + shape.states);
+
+  // What the thread's next result is made of beside the product.
   typename Steps::Inputs in = {};
   S gx[kGates] = {};
-  Entry now = Entry::kNone, next = Entry::kNone;  // of step s, and of the one after it
-  const auto read_ahead = [&](int64_t s) {
-    if (!there) return;
-    now = next;
+  Entry now = Entry::kNone, next = Entry::kNone;  // of its step, and of the one after it
+  const auto read_ahead = [&](int64_t s, int tile) {
+    const Place p = place_of(tile);
+    if (!is_there(p) || s >= span.end) return;
+    now = timeline.entry(s, p.row);
     next = timeline.entry(s + 1, p.row);
     const S* row = f.gx + (timeline.time(s) * f.b + p.row) * kGates * f.h + p.unit;
     FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gx[gate] = row[gate * f.h];
   };
-  if (there) {
-    steps.start_h(p);
-    steps.start_others(p);
-    next = timeline.entry(span.begin, p.row);
-    for (int j = 0; j < kStates; ++j) in.state[j] = steps.entering(next, p, j, V(0));
-    steps.read_of_units(p, in);
-    for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
-  }
-  if (span.begin < span.end) {
-    if (seat.mine) publish(0, in.state[0]);
-    read_ahead(span.begin);
-  }
+  if (team_unit < f.h) steps.read_of_units(place_of(0), in);
+  each_own([&](int tile, const Place& p) {
+    V state[kStates] = {};
+    if (is_there(p)) {
+      steps.start_h(p);
+      steps.start_others(p);
+      const Entry entry = timeline.entry(span.begin, p.row);
+      for (int j = 0; j < kStates; ++j) state[j] = steps.entering(entry, p, j, V(0));
+      for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
+    }
+    FRNN_UNROLL for (int j = 0; j < kStates; ++j) states.store(tile, j, state[j]);
+    if (span.begin < span.end) publish(0, tile, p.row < f.b, state[0]);
+  });
+  if (seat.half < tiles) read_ahead(span.begin, seat.half);
   if (threadIdx.x < 2) failed(threadIdx.x) = 0;
   __syncthreads();
 
-  // Which pieces of an operand come at all: of rows and units that are there.
-  const auto needed = [&](int first, int tile) {
-    uint32_t bits = 0;
-    const bool row = first_row + tile * kTileColumns + lane / 4 < f.b;
-    FRNN_UNROLL for (int c = 0; c < kHeld; ++c) {
-      const int piece = (warp * each + first + c) * 4 + lane % 4;
-      if (row && first + c < each && piece * kValues < shape.blocks * kGridUnits) bits |= 1u << c;
+  // The warp's pieces of an operand, of which those of rows and units that are there come at all.
+  const int first_piece = warp * each * 4, all_pieces = shape.blocks * kGridUnits / kValues;
+  const int end_piece = first_piece + each * 4 < all_pieces ? first_piece + each * 4 : all_pieces;
+  const auto pieces_of = [&](int n, int tile, int first, const uint4*(&from)[kBatch]) {
+    const Piece<S>* const h = h_of(n, tile) + (warp * each + first) * kWarpSize + lane_in_chunk();
+    const int end = first_row + tile * kTileColumns + lane / 4 < f.b ? end_piece : 0;
+    uint32_t needed = 0;
+    FRNN_UNROLL for (int c = 0; c < kBatch; ++c) {
+      from[c] = reinterpret_cast<const uint4*>(h + c * kWarpSize);
+      if (first_piece + (first + c) * 4 + lane % 4 < end) needed |= 1u << c;
     }
-    return bits;
+    return needed;
   };
+  uint4 early[kBatch] = {};  // the first pieces of the next round, if they have come
+  const auto ask_early = [&](int n, int tile) {
+    const uint4* from[kBatch];
+    const uint32_t needed = pieces_of(n, tile, 0, from);
+    FRNN_UNROLL for (int c = 0; c < kBatch; ++c) early[c] = {};
+    ask(from, needed, early);
+  };
+  if (span.begin < span.end) ask_early(0, 0);
 
+  // Of many tiles the next one's h has been on its way for a while when a tile is finished.
+  const bool many = tiles > 2;
+  int round = 0;
   bool lost = false;
-  for (int64_t s = span.begin; s < span.end && !lost; ++s) {
-    const int64_t n = s - span.begin;
-    const bool plain = timeline.full() && s + 1 < f.t, more = s + 1 < span.end;
-    bool came = true;
-    FRNN_UNROLL for (int tile = 0; tile < kTiles; ++tile) {
-      const Piece<S>* const h = h_of(n, tile) + warp * each * kWarpSize + lane_in_chunk();
-      ResidentProduct<M, kSlots, kHeld> product;
+  const int computed = static_cast<int>(span.end - span.begin);
+  FRNN_ROLLED for (int n = 0; n < computed && !lost; ++n) {
+    const int64_t s = span.begin + n;
+    const bool plain = timeline.full() && s + 1 < f.t, more = n + 1 < computed;
+    FRNN_ROLLED for (int tile = 0; tile < tiles; ++tile, ++round) {
+      const bool last = tile + 1 == tiles;
+      bool came = true;
+      Product product;
       product.run(weights, each, [&](int first, auto& b) {
-        constexpr int kBatch = decltype(product)::kBatch;
         const uint4* from[kBatch];
         uint4 v[kBatch] = {};
-        FRNN_UNROLL for (int c = 0; c < kBatch; ++c) {
-          from[c] = reinterpret_cast<const uint4*>(h + (first + c) * kWarpSize);
+        const uint32_t needed = pieces_of(n, tile, first, from);
+        if (first == 0) {
+          FRNN_UNROLL for (int c = 0; c < kBatch; ++c) v[c] = early[c];
+        } else {
+          ask(from, needed, v);
         }
-        if (came && !receive(from, needed(first, tile), v, patience_at(shape, n))) {
+        if (came && !receive(from, needed, v, patience_at(shape, n))) {
           came = false;
-          failed(n) = 1;
+          failed(round) = 1;
         }
         FRNN_UNROLL for (int c = 0; c < kBatch; ++c) b[c][0] = __builtin_bit_cast(Piece<S>, v[c]);
       });
       FRNN_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
-        FRNN_UNROLL for (int j = 0; j < 2; ++j) sums_of(n, warp, tile, slot, j) =
+        FRNN_UNROLL for (int j = 0; j < 2; ++j) sums_of(round, warp, slot, j) =
             product.get(slot, j);
       }
-    }
-    __syncthreads();
-    lost = failed(n) != 0;
-    if (lost) break;
-
-    typename Steps::Outcome result = {};
-    if (seat.mine) {
-      V of_x[kGates], of_h[kGates];
-      FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-        of_x[gate] = load<V>(&gx[gate], 1);
-        float sum = 0;
-        FRNN_UNROLL for (int w = 0; w < kGridWarps; ++w) {
-          sum += sums_of(n, w, seat.tile, seat.group * kGates + gate, warp % 2);
-        }
-        of_h[gate] = sum;
+      __syncthreads();
+      lost = failed(round) != 0;
+      if (lost) break;
+      const int next_n = n + last;
+      const int next_tile = last ? 0 : tile + 1;
+      if (many) {
+        if (tile == 0) fence_gpu();
+        ask_early(next_n, next_tile);
       }
-      // Rows and units that are not there take part, up to what they would pass on.
-      result = steps.compute(of_x, of_h, in);
-      FRNN_UNROLL for (int j = 0; j < kStates; ++j) in.state[j] = result.out[j];
-      if (!plain && there) {
-        if (now == Entry::kNone) result = {};
+
+      const bool finishes = seat.owns(tile);
+      const Place p = place_of(tile);
+      const bool there = is_there(p);
+      typename Steps::Outcome result = {};
+      if (finishes) {
+        V of_x[kGates], of_h[kGates];
         FRNN_UNROLL for (int j = 0; j < kStates; ++j) {
-          in.state[j] = steps.entering(next, p, j, result.out[j]);
+          if (j > 0 || Cell::kReadsH) in.state[j] = states.load(tile, j);
+        }
+        FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+          of_x[gate] = load<V>(&gx[gate], 1);
+          float sum = 0;
+          FRNN_UNROLL for (int w = 0; w < kGridWarps; ++w) {
+            sum += sums_of(round, w, warp / 2 % kGridGroups * kGates + gate, warp % 2);
+          }
+          of_h[gate] = sum;
+        }
+        // Rows and units that are not there take part, up to what they would pass on.
+        result = steps.compute(of_x, of_h, in);
+        V state[kStates];
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) state[j] = result.out[j];
+        if (!plain && there) {
+          if (now == Entry::kNone) result = {};
+          FRNN_UNROLL for (int j = 0; j < kStates; ++j) {
+            state[j] = steps.entering(next, p, j, result.out[j]);
+          }
+        }
+        state[0] = static_cast<V>(static_cast<S>(state[0]));
+        if (more) publish(n + 1, tile, p.row < f.b, state[0]);
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) states.store(tile, j, state[j]);
+        if (n > 0 && p.row < f.b && stores_word<S>(lane)) {
+          store_relaxed(own_word(n - 1, tile), kEmpty);
         }
       }
-      in.state[0] = static_cast<V>(static_cast<S>(in.state[0]));
-      if (more) publish(n + 1, in.state[0]);
-      if (n > 0 && row_there && stores_word<S>(lane)) store_relaxed(own_word(n - 1), kEmpty);
-    }
-    fence_gpu();
-    if (there) {
-      if (more) read_ahead(s + 1);
-      if (plain) {
-        steps.template keep<true>(s, p, result);
-      } else {
-        steps.template keep<false>(s, p, result);
+      if (!many) {
+        if (last) fence_gpu();
+        ask_early(next_n, next_tile);
+      }
+      if (finishes) {
+        const int own = tile + 2 < tiles ? tile + 2 : seat.half;
+        if (there && plain) {
+          steps.template keep<true>(s, p, result);
+        } else if (there) {
+          steps.template keep<false>(s, p, result);
+        }
+        read_ahead(s + (own < tile + 2), own);
       }
     }
   }
 
-  if (lost) {
-    give_up(error, f.b, f.h, 1);
-    if (there) steps.spoil(p);
-    return;
-  }
-  if (there) {
-    for (int64_t s = span.end; s < f.t; ++s) steps.template keep<false>(s, p, {});
-  }
+  if (lost) give_up(error, f.b, f.h, 1);
+  each_own([&](int, const Place& p) {
+    if (!is_there(p)) return;
+    if (lost) {
+      steps.spoil(p);
+    } else {
+      for (int64_t s = span.end; s < f.t; ++s) steps.template keep<false>(s, p, {});
+    }
+  });
 }
 
 // ---- Backward.
 
-template <class Cell, class M, int kTiles>
+template <class Cell, class M>
 __global__ void __launch_bounds__(kGridThreads, 1)
     backward_grid(const __grid_constant__ Sides<Backward<typename M::S, typename M::V>> sides,
                   const __grid_constant__ GridShape shape, uint32_t* error) {
@@ -298,51 +382,45 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   using V = typename M::Real;
   using Steps = BackwardSteps<Cell, V, S, typename M::V>;
   constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kValues = Piece<S>::kValues;
-  constexpr int kSlots = kGridGroups, kHeld = GridSizes<Cell, kTiles>::kHeldBackward;
+  using Sizes = GridSizes<Cell, true>;
+  constexpr int kSlots = Sizes::kSlots, kHeld = Sizes::kHeld;
   constexpr int kBlocks = kClusterBlocks;
   static_assert(kBlocks == kGridWarps, "each warp multiplies for a block of the cluster");
   FRNN_DYN_SMEM(shared);
-  const GridSeat<kTiles> seat;
+  const GridSeat seat;
   const int lane = seat.lane, warp = seat.warp, chunks = shape.chunks;
   const int clusters = shape.blocks / kBlocks;  // of a team
   const int rank = blockIdx.x % kBlocks, cluster = blockIdx.x / kBlocks % clusters;
   const int team = blockIdx.x / shape.blocks, side = team >= shape.teams;
   const auto& f = sides.of[side];
-  const int64_t first_row = int64_t{team - side * shape.teams} * kTiles * kTileColumns;
+  const int first_row = (team - side * shape.teams) * shape.tiles * kTileColumns;
+  const int tiles = tiles_of(f.b - first_row, shape.tiles);
   const Steps steps(f);
   const Timeline<S>& timeline = steps.timeline();
   const Span span =
-      span_of(timeline, f, kTiles * kTileColumns, [&](int i) { return first_row + i; });
+      span_of(timeline, f, tiles * kTileColumns, [&](int i) { return int64_t{first_row + i}; });
 
-  // The gates' gradients that blocks of this rank exchange: [4, kTiles, 8, chunks, 32] of the team.
-  const auto exchanged = [&](int64_t n, int tile) {
-    const int64_t slot = int64_t{team} * kExchangeSlots + n % kExchangeSlots;
-    const int64_t operand = (slot * kTiles + tile) * kBlocks + rank;
-    return static_cast<Piece<S>*>(sides.exchange) + operand * chunks * kWarpSize;
+  // The gates' gradients that blocks of this rank exchange: [4, tiles, 8, chunks, 32] of the team.
+  const auto exchanged = [&](int n, int tile) {
+    const int all = (team * kExchangeSlots + (n & (kExchangeSlots - 1))) * shape.tiles + tile;
+    return static_cast<Piece<S>*>(sides.exchange) +
+           int64_t{all * kBlocks + rank} * (chunks * kWarpSize);
   };
-  const auto operand_of = [&](int64_t n, int tile) {
-    const int64_t operand = tile * 2 + n % 2;
-    return reinterpret_cast<Piece<S>*>(shared + shape.operands) + operand * chunks * kWarpSize;
+  const auto operand_of = [&](int round) {
+    return reinterpret_cast<Piece<S>*>(shared + shape.operands) + round % 2 * chunks * kWarpSize;
   };
   // [blocks, units, 8]: the cluster's shares of the product of step n.
-  const auto sums_of = [&](int64_t n, int tile) {
+  const auto sums_of = [&](int n, int tile) {
     return reinterpret_cast<float*>(shared + shape.sums) +
-           (tile * 2 + n % 2) * kBlocks * kGridUnits * kTileColumns;
+           (tile * 2 + (n & 1)) * kBlocks * kGridUnits * kTileColumns;
   };
-  const auto barrier_of = [&](int64_t n, int tile) {
-    return reinterpret_cast<uint64_t*>(shared + shape.barriers) + tile * 2 + n % 2;
+  const auto barrier_of = [&](int n, int tile) {
+    return reinterpret_cast<uint64_t*>(shared + shape.barriers) + tile * 2 + (n & 1);
   };
-  // Whether a thread has waited in vain before a barrier of the block: [2].
-  const auto failed = [&](int64_t round) -> uint32_t& {
+  // Whether a thread has waited in vain in a round: [2].
+  const auto failed = [&](int round) -> uint32_t& {
     return reinterpret_cast<uint32_t*>(shared + shape.failed)[round % 2];
   };
-
-  Place p{first_row + seat.tile * kTileColumns + seat.column,
-          (int64_t{cluster} * kBlocks + rank) * kGridUnits + seat.own_unit(), 0, 1};
-  p.offset = p.row * f.h + p.unit;
-  const bool row_there = seat.mine && p.row < f.b, there = row_there && p.unit < f.h;
-  const int rows = f.b - first_row < kTiles * kTileColumns ? static_cast<int>(f.b - first_row)
-                                                           : kTiles * kTileColumns;
 
   // Slot: a group of the units of the warp's block of this cluster. k: cluster, gate and unit of
   // the blocks of this rank.
@@ -351,7 +429,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     const auto first =
         reinterpret_cast<Piece<S>*>(shared) + warp * (chunks - kHeld) * kSlots * kWarpSize;
     weights.template load<M>(
-        first, chunks, f.copied == 16, operand_of(0, 0), [&](int chunk, int slot) {
+        first, chunks, f.copied == 16, operand_of(0), [&](int chunk, int slot) {
           const int k = (chunk * 4 + lane % 4) * kValues, gate = k / kGridUnits % kGates;
           const int from = k / kGridUnits / kGates;
           const int64_t unit =
@@ -362,123 +440,177 @@ __global__ void __launch_bounds__(kGridThreads, 1)
         });
   }
   __syncthreads();
-  clear(operand_of(0, 0), int64_t{kTiles} * 2 * chunks * kWarpSize);
+  clear(operand_of(0), int64_t{2} * chunks * kWarpSize);
   if (threadIdx.x < 2) failed(threadIdx.x) = 0;
 
+  const int64_t team_unit = (int64_t{cluster} * kBlocks + rank) * kGridUnits + seat.unit;
+  const auto place_of = [&](int tile) {
+    const int64_t row = first_row + tile * kTileColumns + seat.column;
+    return Place{row, team_unit, row * f.h + team_unit, 1};
+  };
+  const auto is_there = [&](const Place& p) { return p.row < f.b && p.unit < f.h; };
+  const auto each_own = [&](const auto& body) {
+    FRNN_ROLLED for (int tile = seat.half; tile < tiles; tile += 2) body(tile, place_of(tile));
+  };
+  const GridStates<V, typename M::V, kStates> states(shared + shape.states);
+
+  // What the thread's next result is made of beside the product.
   typename Steps::Ahead ahead = {};
-  V carried[kStates] = {};
-  Entry now = Entry::kNone, after = Entry::kNone;  // of step s, and of the one computed after it
-  const auto read_ahead = [&](int64_t s) {
-    after = now;
-    now = row_there ? timeline.entry(s, p.row) : Entry::kNone;
-    if (there) ahead = steps.read_ahead(s, p, carried);
+  Entry now = Entry::kNone, after = Entry::kNone;  // of its step, and of the one computed before it
+  const auto read_ahead = [&](int64_t s, int tile) {
+    const Place p = place_of(tile);
+    now = p.row < f.b ? timeline.entry(s, p.row) : Entry::kNone;
+    after = is_there(p) ? timeline.entry(s + 1, p.row) : Entry::kNone;
+    if (!is_there(p)) return;
+    V carried[kStates];
+    FRNN_UNROLL for (int j = 0; j < kStates; ++j) carried[j] = states.load(tile, j);
+    ahead = steps.read_ahead(s, p, carried);
+    FRNN_UNROLL for (int j = 0; j < kStates; ++j) states.store(tile, j, carried[j]);
   };
   const auto gates_at = [&](int64_t s) {
     const int64_t gates = timeline.time(s) * f.b * kGates * f.h;
     return StepGradients<S>{f.dgx + gates, f.dgh + gates, nullptr};
   };
-  if (there) {
+  each_own([&](int tile, const Place& p) {
+    FRNN_UNROLL for (int j = 0; j < kStates; ++j) states.store(tile, j, V(0));
+    if (!is_there(p)) return;
     steps.start_h(p);
     steps.start_others(p);
     for (int64_t s = span.end; s < f.t; ++s) steps.keep_gates(p, {}, gates_at(s));
     for (int64_t s = 0; s < span.begin; ++s) steps.keep_gates(p, {}, gates_at(s));
-  }
-  if (span.begin < span.end) read_ahead(span.end - 1);
-  begin_exchange<kBlocks>(barrier_of(0, 0), kTiles * 2);
+  });
+  if (span.begin < span.end && seat.half < tiles) read_ahead(span.end - 1, seat.half);
+  begin_exchange<kBlocks>(barrier_of(0, 0), shape.tiles * 2);
 
-  const auto own_word = [&](int64_t n, int gate) {
-    const int k = (cluster * kGates + gate) * kGridUnits + seat.own_unit();
-    return reinterpret_cast<uint32_t*>(&operand_at(exchanged(n, seat.tile), k, seat.column));
+  const auto own_word = [&](int n, int tile, int gate) {
+    const int k = (cluster * kGates + gate) * kGridUnits + seat.unit;
+    return reinterpret_cast<uint32_t*>(&operand_at(exchanged(n, tile), k, seat.column));
   };
-  const int pieces = clusters * kGates * kGridUnits / kValues;  // of a row
-  int64_t round = 0;                                            // of the block's barriers
+  const auto rows_of = [&](int tile) {
+    const int64_t rest = f.b - first_row - tile * kTileColumns;
+    return rest < kTileColumns ? static_cast<int>(rest) : kTileColumns;
+  };
+  // The pieces of a tile's operand that a thread copies, of which those of rows that are there
+  // come.
+  constexpr int kAtOnce = 2;
+  const int all_pieces = clusters * kGates * kGridUnits / kValues * kTileColumns;
+  const auto pieces_of = [&](int n, int tile, int first, const uint4*(&from)[kAtOnce]) {
+    uint32_t needed = 0;
+    FRNN_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+      const int place = first + i * kGridThreads, column = place % 8 ^ place / 8 % 4 * 2;
+      from[i] = reinterpret_cast<const uint4*>(exchanged(n, tile) + place);
+      if (place < all_pieces && column < rows_of(tile)) needed |= 1u << i;
+    }
+    return needed;
+  };
+  uint4 early[kAtOnce] = {};  // the first pieces of the next operand, if they have come
+  const auto ask_early = [&](int n, int tile) {
+    const uint4* from[kAtOnce];
+    const uint32_t needed = pieces_of(n, tile, threadIdx.x, from);
+    ask(from, needed, early);
+  };
+
+  // Gathers the gates' gradients of a tile at step n, and sends the cluster its shares of their
+  // product. False: somebody waited in vain.
+  const auto multiply = [&](int round, int n, int tile, bool came) {
+    Piece<S>* const operand = operand_of(round);
+    for (int first = threadIdx.x; first < all_pieces; first += kAtOnce * kGridThreads) {
+      const uint4* from[kAtOnce];
+      const uint32_t needed = pieces_of(n, tile, first, from);
+      if (first >= kAtOnce * kGridThreads) ask(from, needed, early);
+      if (came && !receive(from, needed, early, patience_at(shape, n))) {
+        came = false;
+        failed(round) = 1;
+      }
+      FRNN_UNROLL for (int i = 0; i < kAtOnce; ++i) {
+        if (needed >> i & 1) {
+          *reinterpret_cast<uint4*>(operand + first + i * kGridThreads) = early[i];
+        }
+      }
+    }
+    __syncthreads();
+    if (failed(round) != 0) return false;
+    ResidentProduct<M, kSlots, kHeld> product;
+    product.run(weights, chunks, from_shared<kHeld>(operand, chunks));
+    float* const to = sums_of(n + 1, tile) + (rank * kGridUnits + lane / 4) * kTileColumns;
+    send_sums(product, 0, to, to + kSlotRows * kTileColumns, warp, rows_of(tile),
+              barrier_of(n + 1, tile));
+    if (n > 0 && seat.owns(tile) && seat.column < rows_of(tile) && stores_word<S>(lane)) {
+      FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
+        store_relaxed(own_word(n - 1, tile, gate), kEmpty);
+      }
+    }
+    return true;
+  };
+
   bool lost = false;
-  for (int64_t s = span.end - 1; span.begin < span.end && s >= span.begin - 1 && !lost; --s) {
-    const int64_t n = span.end - 1 - s;
-    const bool more = s >= span.begin;
-    FRNN_ROLLED for (int tile = 0; tile < kTiles; ++tile) {
-      const int rest = rows - tile * kTileColumns;
-      if (rest <= 0 || lost) break;
+  int round = 0, behind = 0;  // behind: the tile that is multiplied, at step m
+  int m = 0;
+  const int computed = static_cast<int>(span.end - span.begin);
+  FRNN_ROLLED for (int n = 0; computed > 0 && n <= computed && !lost; ++n) {
+    const int64_t s = span.end - 1 - n;
+    const bool more = n < computed;
+    FRNN_ROLLED for (int tile = 0; tile < tiles; ++tile, ++round) {
+      const int there_are = rows_of(tile);
       // Rows are sent by fours.
       if (more && threadIdx.x == 0) {
         mbarrier_arrive_expect_tx(barrier_of(n + 1, tile),
-                                  kBlocks * kGridUnits * (rest > 4 ? 8 : 4) * sizeof(float));
+                                  kBlocks * kGridUnits * (there_are > 4 ? 8 : 4) * sizeof(float));
       }
       typename Steps::Outcome result = {};
       bool came = true;
-      const bool finishes = seat.mine && seat.tile == tile;
+      const bool finishes = seat.owns(tile);
+      const Place p = place_of(tile);
       if (finishes) {
-        V product = 0;
+        V product = 0, carried[kStates];
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) carried[j] = states.load(tile, j);
         if (n > 0) {
           came = mbarrier_wait(barrier_of(n, tile), (n - 1) / 2 % 2, patience_at(shape, n));
           came = __ballot_sync(~0u, came) == ~0u;  // a word is of two lanes
           if (!came) failed(round) = 1;
-          const float* sums = sums_of(n, tile) + seat.own_unit() * kTileColumns + seat.column;
+          const float* sums = sums_of(n, tile) + seat.unit * kTileColumns + seat.column;
           FRNN_UNROLL for (int r = 0; r < kBlocks; ++r) {
             product += sums[r * kGridUnits * kTileColumns];
           }
         }
         const typename Steps::OfH of_h = steps.of_h(ahead, carried);
-        const V dh = steps.gradient_of_h(there ? after : Entry::kNone, p, product, of_h);
+        const V dh = steps.gradient_of_h(after, p, product, of_h);
         result = steps.compute(dh, steps.of_cell(ahead, carried));
         steps.cut(now, result);
-        FRNN_UNROLL for (int j = 0; j < kStates; ++j) carried[j] = result.carried[j];
         FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
           // A NaN of a unit that is not there would come back, times 0.
           const V dgate = p.unit < f.h ? result.dgh[gate] : V(0);
           const uint32_t word = word_of(M::operand(static_cast<S>(dgate)));
-          if (more && came && row_there && stores_word<S>(lane)) {
-            store_relaxed(own_word(n, gate), word);
+          if (more && came && p.row < f.b && stores_word<S>(lane)) {
+            store_relaxed(own_word(n, tile, gate), word);
           }
         }
       }
-      if (!more) continue;
-
-      // Orders what was emptied before this step, and what was polled, too.
-      fence_gpu();
-      if (finishes && there) {
-        steps.keep_gates(p, result, gates_at(s));
-        if (now == Entry::kInitial) steps.template keep_carried<false>(s, p, result);
+      if (tiles == 1) {
+        fence_gpu();
+        ask_early(n, 0);
       }
-      // Of the rows that are there.
-      Piece<S>* const operand = operand_of(n, tile);
-      constexpr int kAtOnce = 2;
-      for (int first = threadIdx.x; first < pieces * kTileColumns;
-           first += kAtOnce * kGridThreads) {
-        const uint4* from[kAtOnce];
-        uint4 v[kAtOnce];
-        uint32_t needed = 0;
-        FRNN_UNROLL for (int i = 0; i < kAtOnce; ++i) {
-          const int place = first + i * kGridThreads;
-          const int column = place % 8 ^ place / 8 % 4 * 2;
-          if (place < pieces * kTileColumns && column < rest) needed |= 1u << i;
-          from[i] = reinterpret_cast<const uint4*>(exchanged(n, tile) + place);
-        }
-        if (came && !receive(from, needed, v, patience_at(shape, n))) {
-          came = false;
-          failed(round) = 1;
-        }
-        FRNN_UNROLL for (int i = 0; i < kAtOnce; ++i) {
-          if (needed >> i & 1) {
-            *reinterpret_cast<uint4*>(operand + first + i * kGridThreads) = v[i];
-          }
+      if (finishes && more) {
+        FRNN_UNROLL for (int j = 0; j < kStates; ++j) states.store(tile, j, result.carried[j]);
+        if (is_there(p)) {
+          steps.keep_gates(p, result, gates_at(s));
+          if (now == Entry::kInitial) steps.template keep_carried<false>(s, p, result);
         }
       }
-      __syncthreads();
-      lost = failed(round++) != 0;
-      if (lost) break;
-      ResidentProduct<M, kSlots, kHeld> product;
-      product.run(weights, chunks, from_shared<kHeld>(operand, chunks));
-      float* const to = sums_of(n + 1, tile) + (rank * kGridUnits + lane / 4) * kTileColumns;
-      send_sums(product, 0, to, to + kSlotRows * kTileColumns, warp, rest, barrier_of(n + 1, tile));
-
+      if (round >= tiles / 2 && m < computed) {
+        lost = !multiply(round, m, behind, came);
+        if (lost) break;
+        const bool last = ++behind == tiles;
+        if (last) behind = 0;
+        m += last;
+      }
+      if (tiles > 1) {
+        if (tile == 0) fence_gpu();
+        ask_early(m, behind);
+      }
       if (finishes) {
-        if (n > 0 && row_there && stores_word<S>(lane)) {
-          FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) {
-            store_relaxed(own_word(n - 1, gate), kEmpty);
-          }
-        }
-        read_ahead(s - 1);
+        const int own = tile + 2 < tiles ? tile + 2 : seat.half;
+        read_ahead(s - (own < tile + 2), own);
       }
     }
   }
@@ -486,7 +618,9 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   __syncthreads();
   if (failed(0) != 0 || failed(1) != 0) {
     give_up(error, f.b, f.h, 2);
-    if (there) steps.spoil(p, f.dgx, f.dgh);
+    each_own([&](int, const Place& p) {
+      if (is_there(p)) steps.spoil(p, f.dgx, f.dgh);
+    });
   }
   // Nobody leaves while others may still send here.
   cluster_arrive();

@@ -32,8 +32,7 @@ bool forward_in(int cell, const ForwardSides& sides, const GridShape& shape, uin
   with_types<M>(cell, sides, [&]<class Cell>(auto typed) {
     for (auto& f : typed.of)
       f.copied = common_unit({f.h * int64_t{sizeof(typename M::S)}}, {f.w_hh});
-    const auto kernel = shape.tiles == 1 ? forward_grid<Cell, M, 1> : forward_grid<Cell, M, 2>;
-    ran = run_grid("forward_grid", kernel, 1, typed, shape, error, stream);
+    ran = run_grid("forward_grid", forward_grid<Cell, M>, 1, typed, shape, error, stream);
   });
   return ran;
 }
@@ -45,8 +44,8 @@ bool backward_in(int cell, const BackwardSides& sides, const GridShape& shape, u
   with_types<M>(cell, sides, [&]<class Cell>(auto typed) {
     for (auto& f : typed.of)
       f.copied = common_unit({f.h * int64_t{sizeof(typename M::S)}}, {f.w_hh_t});
-    const auto kernel = shape.tiles == 1 ? backward_grid<Cell, M, 1> : backward_grid<Cell, M, 2>;
-    ran = run_grid("backward_grid", kernel, kClusterBlocks, typed, shape, error, stream);
+    ran = run_grid("backward_grid", backward_grid<Cell, M>, kClusterBlocks, typed, shape, error,
+                   stream);
   });
   return ran;
 }

@@ -118,10 +118,13 @@ constexpr BothCase kBothCases[] = {
     {56, 256, Algorithm::kCluster, 2, 7, 1, 2},    // 14 clusters of 15
     {64, 256, Algorithm::kCluster, 2, 4, 2, 2},    // 16: two tiles each
     {240, 256, Algorithm::kCluster, 2, 15, 2, 2},  // two rounds
-    {241, 256, Algorithm::kCluster, 1, 16, 2, 1}, {481, 256, Algorithm::kStandard, 1, 0, 0, 1},
+    {241, 256, Algorithm::kGrid, 2, 4, 8, 2},      // three rounds of clusters
+    {1025, 256, Algorithm::kStandard, 1, 0, 0, 1},
     {8, 1024, Algorithm::kGrid, 2, 1, 1, 1},  // 15 clusters are no two teams of 8
-    {8, 768, Algorithm::kGrid, 2, 1, 1, 2},       {16, 768, Algorithm::kGrid, 2, 1, 2, 2},
-    {17, 768, Algorithm::kGrid, 1, 2, 2, 1},
+    {8, 768, Algorithm::kGrid, 2, 1, 1, 2},
+    {16, 768, Algorithm::kGrid, 2, 1, 2, 2},
+    {128, 768, Algorithm::kGrid, 2, 1, 16, 2},
+    {129, 768, Algorithm::kGrid, 1, 2, 9, 1},
 };
 
 void expect_both(const BothCase& c) {
@@ -155,8 +158,13 @@ constexpr Device kLost{132, 90, k227KB, false};
 constexpr GridCase kGridCases[] = {
     {16, 768, 4, kBf16, kH200, 2, 48, 1, 2, 48, 1},
     {16, 1024, 4, kBf16, kH200, 2, 64, 1, 1, 64, 2},  // 15 clusters are no two teams of 8
-    {33, 1024, 4, kBf16, kH200, 0, 0, 0, 0, 0, 0},
-    {8, 777, 3, kBf16, kH200, 1, 49, 1, 1, 56, 1},  // blocks of backward come in eights
+    {33, 1024, 4, kBf16, kH200, 2, 64, 3, 1, 64, 5},
+    {128, 1024, 4, kBf16, kH200, 2, 64, 8, 1, 64, 16},
+    {129, 1024, 4, kBf16, kH200, 2, 64, 9, 0, 0, 0},
+    {64, 2048, 4, kBf16, kH200, 1, 128, 8, 0, 0, 0},  // and 15 clusters not one of 16
+    {48, 1024, 4, kTf32, kH200, 2, 64, 3, 1, 64, 6},
+    {57, 1024, 4, kTf32, kH200, 2, 64, 4, 0, 0, 0},  // sums of eight tiles have no room
+    {8, 777, 3, kBf16, kH200, 1, 49, 1, 1, 56, 1},   // blocks of backward come in eights
     {16, 2112, 4, kBf16, kH200, 1, 132, 2, 0, 0, 0},
     {8, 1920, 4, kBf16, kH200, 1, 120, 1, 1, 120, 1},
     {8, 1024, 4, kTf32, kH200, 1, 64, 1, 1, 64, 1},

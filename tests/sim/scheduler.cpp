@@ -265,8 +265,12 @@ void run_one() {
     return;
   }
   const uint64_t patience = 16 * grid->ready.size() + 256;
-  if (++grid->quiet > 64 * patience + 20000 || grid->tick > 100'000'000) {
+  if (++grid->quiet > 64 * patience + 20000) {
     grid->error = "livelock, nothing changes any more: " + who_waits();
+    return;
+  }
+  if (grid->tick > 100'000'000) {
+    grid->error = "more steps than the simulator takes: " + who_waits();
     return;
   }
   // Many at a time where many threads poll, or a large grid would take for ever.

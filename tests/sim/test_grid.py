@@ -54,13 +54,23 @@ def test_target_sizes(machine, simulated, cell, hidden, arithmetic):
     assert machine.ran() == KERNELS
 
 
-@pytest.mark.parametrize("cell, arithmetic", [("lstm", "bfloat16"), ("gru", "tf32")])
-def test_two_tiles(machine, simulated, cell, arithmetic):
-    """Of a team, in forward too: the device has room for one of 13 blocks, or two clusters."""
-    machine.module.set_device(24, 90, True, True)
-    case = Case(PLAIN[cell], 3, 12, 4, 200, dtype=simulated.choose(arithmetic), lengths=True)
+# Rows, of which the device has room for one team. Tiles: as many as a team can have, the last of
+# three rows; two and one of each half of a block; one of each.
+ROWS = [59, 17, 12]
+# On a device with room for two blocks, or for one cluster.
+ONE_TEAM = {"forward": (2, 80), "backward": (16, 90)}
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("feature", ["plain", "lengths-resets-reverse"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("of", ONE_TEAM)
+def test_several_tiles(machine, simulated, of, rows, cell, feature, arithmetic):
+    machine.module.set_device(*ONE_TEAM[of], True, True)
+    case = Case(PLAIN[cell], 5, rows, 2, 24, dtype=simulated.choose(arithmetic), **FEATURES[feature])
     check_case(case, simulated, tf32=simulated.tf32)
-    assert machine.ran() == KERNELS
+    assert f"{of}_grid" in machine.ran()
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -85,11 +95,8 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
-@pytest.mark.parametrize("hidden, seeds", [(40, 4), (136, 2)])
-def test_scripted_schedules(machine, simulated, script, hidden, seeds):
-    """One cluster of backward, two of them."""
-    case = Case(PLAIN["lstm"], 6, 3, 1, hidden, dtype=simulated.choose("bfloat16"))
+def same_bits(machine, simulated, shape, script, seeds):
+    case = Case(PLAIN["lstm"], *shape, dtype=simulated.choose("bfloat16"))
     inputs = make_inputs(case)
     expected = run_case(case, inputs, simulated)
     machine.module.set_script(**script)
@@ -97,6 +104,23 @@ def test_scripted_schedules(machine, simulated, script, hidden, seeds):
         machine.module.set_seed(seed)
         for name, t in run_case(case, inputs, simulated).items():
             assert torch.equal(t, expected[name]), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
+@pytest.mark.parametrize("hidden, seeds", [(40, 4), (136, 2)])
+def test_scripted_schedules(machine, simulated, script, hidden, seeds):
+    """One cluster of backward, two of them."""
+    same_bits(machine, simulated, (6, 3, 1, hidden), script, seeds)
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
+@pytest.mark.parametrize("rows", ROWS[1:])
+@pytest.mark.parametrize("of", ONE_TEAM)
+def test_scripted_schedules_of_several_tiles(machine, simulated, of, rows, script):
+    """Slots are used again twice."""
+    machine.module.set_device(*ONE_TEAM[of], True, True)
+    same_bits(machine, simulated, (9, rows, 1, 24), script, seeds=2)
+    assert f"{of}_grid" in machine.ran()
 
 
 def test_both_directions_one_after_the_other(machine):
