@@ -172,11 +172,15 @@ def test_blocks_of_every_size(cell, batch, hidden, arithmetic):
 
 @pytest.mark.parametrize("arithmetic", ["float16", "bfloat16", "tf32"])
 @pytest.mark.parametrize("feature", FEATURES.values(), ids=list(FEATURES))
-@pytest.mark.parametrize("batch, hidden", [(9, 100), (3, 136), (130, 200), (8, 512), (20, 776)])
+@pytest.mark.parametrize(
+    "batch, hidden",
+    [(9, 100), (3, 136), (130, 200), (8, 512), (20, 776), (70, 776), (128, 1024)],
+)
 @pytest.mark.parametrize("cell", [LSTM, GRU], ids=lambda c: c.name)
 def test_one_launch_for_all_steps(cell, batch, hidden, feature, arithmetic):
     """By one block, by clusters of one and of two tiles, with weights in shared memory too; by a
-    grid. On an H200; in tf32 also 512 units are a grid's."""
+    grid whose teams have two tiles, five, and eight or sixteen. On an H200; in tf32 also 512 units
+    are a grid's."""
     check(cell, 6, batch, 8, hidden, arithmetic=arithmetic, **feature)
 
 

@@ -68,7 +68,9 @@ ONE_TEAM = {"forward": (2, 80), "backward": (16, 90)}
 @pytest.mark.parametrize("of", ONE_TEAM)
 def test_several_tiles(machine, simulated, of, rows, cell, feature, arithmetic):
     machine.module.set_device(*ONE_TEAM[of], True, True)
-    case = Case(PLAIN[cell], 5, rows, 2, 24, dtype=simulated.choose(arithmetic), **FEATURES[feature])
+    case = Case(
+        PLAIN[cell], 5, rows, 2, 24, dtype=simulated.choose(arithmetic), **FEATURES[feature]
+    )
     check_case(case, simulated, tf32=simulated.tf32)
     assert f"{of}_grid" in machine.ran()
 

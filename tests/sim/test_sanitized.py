@@ -41,8 +41,12 @@ def test_clean_and_the_same_for_every_seed(build, flavour, cell, shape, cluster,
     assert output == "{} blocks and {} tiles of a cluster\n".format(*cluster)
 
 
-@pytest.mark.parametrize("cell, time", [("lstm", "reversed"), ("gru", "plain")])
-def test_grids_are_clean(build, cell, time):
-    """Nine blocks of forward, two clusters of backward: a process has room for one seed."""
-    output = run(build / "grids_tsan", cell, (3, 131), time, 1)
-    assert output == "16 blocks and 1 tiles of a team\n"
+@pytest.mark.parametrize(
+    "cell, rows, time, tiles",
+    [("lstm", 3, "reversed", 1), ("gru", 3, "plain", 1), ("lstm", 57, "masked", 8)],
+)
+def test_grids_are_clean(build, cell, rows, time, tiles):
+    """Teams of nine blocks in forward, of which three share the rows, and in backward one of two
+    clusters: a process has room for one seed."""
+    output = run(build / "grids_tsan", cell, (rows, 131), time, 1)
+    assert output == f"16 blocks and {tiles} tiles of a team\n"
