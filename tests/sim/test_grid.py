@@ -75,6 +75,15 @@ def test_several_tiles(machine, simulated, of, rows, cell, feature, arithmetic):
     assert f"{of}_grid" in machine.ran()
 
 
+@pytest.mark.parametrize("cell, arithmetic", [("lstm", "bfloat16"), ("gru", "tf32")])
+def test_several_tiles_of_two_clusters(machine, simulated, cell, arithmetic):
+    """In forward of a team of 13 blocks."""
+    machine.module.set_device(24, 90, True, True)
+    case = Case(PLAIN[cell], 3, 20, 4, 200, dtype=simulated.choose(arithmetic), lengths=True)
+    check_case(case, simulated, tf32=simulated.tf32)
+    assert machine.ran() == KERNELS
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_many_schedules(machine, simulated, cell):
     """Warps and blocks that starve, words that come late: a slot emptied too early shows."""
@@ -117,12 +126,18 @@ def test_scripted_schedules(machine, simulated, script, hidden, seeds):
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
 @pytest.mark.parametrize("rows", ROWS[1:])
-@pytest.mark.parametrize("of", ONE_TEAM)
-def test_scripted_schedules_of_several_tiles(machine, simulated, of, rows, script):
-    """Slots are used again twice."""
-    machine.module.set_device(*ONE_TEAM[of], True, True)
+def test_scripted_schedules_of_several_tiles(machine, simulated, rows, script):
+    """Two blocks of forward. Slots are used again twice."""
+    machine.module.set_device(*ONE_TEAM["forward"], True, True)
     same_bits(machine, simulated, (9, rows, 1, 24), script, seeds=2)
-    assert f"{of}_grid" in machine.ran()
+    assert "forward_grid" in machine.ran()
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
+def test_scripted_schedules_of_several_tiles_of_two_clusters(machine, simulated, script):
+    machine.module.set_device(24, 90, True, True)
+    same_bits(machine, simulated, (5, 9, 1, 136), script, seeds=1)
+    assert machine.ran() == KERNELS
 
 
 def test_both_directions_one_after_the_other(machine):
