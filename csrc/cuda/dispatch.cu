@@ -66,7 +66,9 @@ Choice choice_for(int cell, Arithmetic arithmetic, bool backward, const Sides<Ar
                   sides.count};
   Device device = current_device();
   device.waits = device.waits && words != nullptr;
-  return args.b == 0 || args.t == 0 ? Choice{} : choose(call, device);
+  // Grids count their rounds in an int.
+  const bool counts = args.t < INT32_MAX / kMostGridTiles;
+  return args.b == 0 || args.t == 0 || !counts ? Choice{} : choose(call, device);
 }
 
 // By the algorithm that suits the call, or the standard one if the device has no room for the

@@ -4,12 +4,15 @@
 //
 // A block owns sixteen units with all their gates, and gives each of its warps a share of k. What
 // its units become goes through global memory to every block of the team, in the layout in which it
-// is multiplied, and the data is its own flag: a word is kEmpty until it has come. h has four slots
-// that take turns. At step n, once a block has all of h_n:
+// is multiplied, and the data is its own flag: a word is kEmpty until it has come. h of a tile has
+// four slots that take turns. At step n, once a block has all of a tile's h_n:
 //
-//   every block has published h_n, hence left step n - 1, hence read all of h_{n-1}: its owner
+//   every block has published it, hence left step n - 1, hence read all of h_{n-1}: its owner
 //   empties that slot. A fence orders it before h_{n+2}, which its readers will have seen, and
 //   passed a fence, before they look there for h_{n+3}.
+//
+// So a thread passes a fence between what it empties at step n and what it publishes at n + 1, and
+// between what it receives of a tile at a step and its first look for what comes at the next one.
 //
 // In backward the blocks of a team are clusters of eight. Of what a step's gates become, a block
 // gathers that of one block of each cluster, the one with its own rank in it, and multiplies it
@@ -17,10 +20,11 @@
 // of the cluster algorithm do. So a block reads an eighth of what all gates become.
 //
 // Where a team has several tiles they take turns, so that what one sends is under way while others
-// are multiplied; in forward that is one trip a step. In backward it is two, from a step's gates to
-// its product and from there to the step before, and tiles are gathered half a round of them after
-// their gates were sent. With d = tiles / 2, at index i of its rounds a block finishes the tile of
-// round i and multiplies that of round i - d; what it waits for others have sent at lower indices.
+// are multiplied; a turn of one tile is a round. In forward that is one trip a step. In backward it
+// is two, from a step's gates to its product and from there to the step before, so that in round i
+// a block finishes one tile and multiplies what it finished in round i - tiles / 2, or in this one
+// if there are no others. What it waits for others have sent in rounds before, or in this one
+// before they wait themselves.
 //
 // Nobody waits for ever: a block that waits too long says so in the error words and leaves, and
 // what it should have returned is NaN.
@@ -50,9 +54,11 @@ struct GridSeat {
   __device__ __forceinline__ bool owns(int tile) const { return tile % 2 == half; }
 };
 
-// What a thread carries of its tiles from step to step, in shared memory: [tiles / 2, kN] of each.
+// What a thread carries of its tiles from step to step, in shared memory: [(tiles + 1) / 2, kN].
 template <class V, class A, int kN>
 class GridStates {
+  static_assert(kN <= kMostStates && sizeof(A) == 4, "more than GridShape has room for");
+
  public:
   __device__ __forceinline__ explicit GridStates(unsigned char* shared)
       : own_(reinterpret_cast<A*>(shared) + threadIdx.x) {}
@@ -74,11 +80,42 @@ struct GridSizes {
   static constexpr int kHeld = grid_held(Cell::kGates, kBackward);
 };
 
-// How many tiles of a team have rows.
-__device__ __forceinline__ int tiles_of(int64_t rows, int most) {
-  const int64_t tiles = (rows + kTileColumns - 1) / kTileColumns;
-  return tiles < most ? static_cast<int>(tiles) : most;
-}
+// A block's team, of all those of both sides, and its rows: tiles of eight from `first_row` on.
+struct GridTeam {
+  int number, side, first_row;
+
+  __device__ __forceinline__ explicit GridTeam(const GridShape& shape)
+      : number(blockIdx.x / shape.blocks),
+        side(number >= shape.teams),
+        first_row((number - side * shape.teams) * shape.tiles * kTileColumns) {}
+
+  // How many tiles have rows.
+  __device__ __forceinline__ int tiles(const GridShape& shape, int64_t rows) const {
+    const int64_t rest = (rows - first_row + kTileColumns - 1) / kTileColumns;
+    return rest < shape.tiles ? static_cast<int>(rest) : shape.tiles;
+  }
+};
+
+// Where the results of a thread belong: of each tile that it owns one, of the same unit.
+template <class S>
+struct GridPlaces {
+  const SequenceArgs<S>& args;
+  GridSeat seat;
+  int first_row, unit;
+
+  __device__ __forceinline__ Place at(int tile) const {
+    const int64_t row = first_row + tile * kTileColumns + seat.column;
+    return {row, unit, row * args.h + unit, 1};
+  }
+  __device__ __forceinline__ bool has_row(const Place& p) const { return p.row < args.b; }
+  __device__ __forceinline__ bool has(const Place& p) const {
+    return p.row < args.b && p.unit < args.h;
+  }
+  template <class Body>
+  __device__ __forceinline__ void each(int tiles, const Body& body) const {
+    FRNN_ROLLED for (int tile = seat.half; tile < tiles; tile += 2) body(tile, at(tile));
+  }
+};
 
 // A word of an exchange holds one value, or two of neighbouring units, of which the first one's
 // lane stores it.
@@ -158,11 +195,10 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   FRNN_DYN_SMEM(shared);
   const GridSeat seat;
   const int lane = seat.lane, warp = seat.warp;
-  const int rank = blockIdx.x % shape.blocks, team = blockIdx.x / shape.blocks;
-  const int side = team >= shape.teams;
-  const auto& f = sides.of[side];
-  const int first_row = (team - side * shape.teams) * shape.tiles * kTileColumns;
-  const int tiles = tiles_of(f.b - first_row, shape.tiles);
+  const GridTeam team(shape);
+  const int rank = blockIdx.x % shape.blocks, first_row = team.first_row;
+  const auto& f = sides.of[team.side];
+  const int tiles = team.tiles(shape, f.b);
   const int each = shape.each, chunks = shape.chunks;  // of k: of a warp, of all
   const Steps steps(f, nullptr, nullptr, nullptr);
   const Timeline<S>& timeline = steps.timeline();
@@ -171,7 +207,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
 
   // h of the team: [4, tiles, chunks, 32].
   const auto h_of = [&](int n, int tile) {
-    const int operand = (team * kExchangeSlots + (n & (kExchangeSlots - 1))) * shape.tiles + tile;
+    const int operand =
+        (team.number * kExchangeSlots + (n & (kExchangeSlots - 1))) * shape.tiles + tile;
     return static_cast<Piece<S>*>(sides.exchange) + int64_t{operand} * (chunks * kWarpSize);
   };
   // The warps' sums of a round: [2, kGridWarps, kSlots, 2, 32].
@@ -183,6 +220,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const auto failed = [&](int round) -> uint32_t& {
     return reinterpret_cast<uint32_t*>(shared + shape.failed)[round % 2];
   };
+
+  const int begin = static_cast<int>(span.begin), end = static_cast<int>(span.end);
 
   ResidentWeights<S, kSlots, kHeld> weights;
   {
@@ -208,42 +247,36 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     if (row_there && stores_word<S>(lane)) store_relaxed(own_word(n, tile), word);
   };
 
-  const auto place_of = [&](int tile) {
-    const int64_t row = first_row + tile * kTileColumns + seat.column;
-    return Place{row, team_unit, row * f.h + team_unit, 1};
-  };
-  const auto is_there = [&](const Place& p) { return p.row < f.b && p.unit < f.h; };
-  const auto each_own = [&](const auto& body) {
-    FRNN_ROLLED for (int tile = seat.half; tile < tiles; tile += 2) body(tile, place_of(tile));
-  };
+  const GridPlaces<S> places{f, seat, first_row, team_unit};
   const GridStates<V, typename M::V, kStates> states(shared + shape.states);
 
   // What the thread's next result is made of beside the product.
   typename Steps::Inputs in = {};
   S gx[kGates] = {};
   Entry now = Entry::kNone, next = Entry::kNone;  // of its step, and of the one after it
-  const auto read_ahead = [&](int64_t s, int tile) {
-    const Place p = place_of(tile);
-    if (!is_there(p) || s >= span.end) return;
+  const auto read_ahead = [&](int n, int tile) {
+    const int64_t s = begin + n;
+    const Place p = places.at(tile);
+    if (!places.has(p) || s >= end) return;
     now = timeline.entry(s, p.row);
     next = timeline.entry(s + 1, p.row);
     const S* row = f.gx + (timeline.time(s) * f.b + p.row) * kGates * f.h + p.unit;
     FRNN_UNROLL for (int gate = 0; gate < kGates; ++gate) gx[gate] = row[gate * f.h];
   };
-  if (team_unit < f.h) steps.read_of_units(place_of(0), in);
-  each_own([&](int tile, const Place& p) {
+  if (team_unit < f.h) steps.read_of_units(places.at(0), in);
+  places.each(tiles, [&](int tile, const Place& p) {
     V state[kStates] = {};
-    if (is_there(p)) {
+    if (places.has(p)) {
       steps.start_h(p);
       steps.start_others(p);
-      const Entry entry = timeline.entry(span.begin, p.row);
+      const Entry entry = timeline.entry(begin, p.row);
       for (int j = 0; j < kStates; ++j) state[j] = steps.entering(entry, p, j, V(0));
-      for (int64_t s = 0; s < span.begin; ++s) steps.template keep<false>(s, p, {});
+      for (int64_t s = 0; s < begin; ++s) steps.template keep<false>(s, p, {});
     }
     FRNN_UNROLL for (int j = 0; j < kStates; ++j) states.store(tile, j, state[j]);
-    if (span.begin < span.end) publish(0, tile, p.row < f.b, state[0]);
+    if (begin < end) publish(0, tile, places.has_row(p), state[0]);
   });
-  if (seat.half < tiles) read_ahead(span.begin, seat.half);
+  if (seat.half < tiles) read_ahead(0, seat.half);
   if (threadIdx.x < 2) failed(threadIdx.x) = 0;
   __syncthreads();
 
@@ -267,16 +300,15 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     FRNN_UNROLL for (int c = 0; c < kBatch; ++c) early[c] = {};
     ask(from, needed, early);
   };
-  if (span.begin < span.end) ask_early(0, 0);
+  if (begin < end) ask_early(0, 0);
 
   // Of many tiles the next one's h has been on its way for a while when a tile is finished.
   const bool many = tiles > 2;
   int round = 0;
   bool lost = false;
-  const int computed = static_cast<int>(span.end - span.begin);
-  FRNN_ROLLED for (int n = 0; n < computed && !lost; ++n) {
-    const int64_t s = span.begin + n;
-    const bool plain = timeline.full() && s + 1 < f.t, more = n + 1 < computed;
+  FRNN_ROLLED for (int n = 0; begin + n < end && !lost; ++n) {
+    const int s = begin + n;
+    const bool plain = timeline.full() && s + 1 < f.t, more = s + 1 < end;
     FRNN_ROLLED for (int tile = 0; tile < tiles; ++tile, ++round) {
       const bool last = tile + 1 == tiles;
       bool came = true;
@@ -311,8 +343,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
       }
 
       const bool finishes = seat.owns(tile);
-      const Place p = place_of(tile);
-      const bool there = is_there(p);
+      const Place p = places.at(tile);
+      const bool there = places.has(p);
       typename Steps::Outcome result = {};
       if (finishes) {
         V of_x[kGates], of_h[kGates];
@@ -338,9 +370,9 @@ __global__ void __launch_bounds__(kGridThreads, 1)
           }
         }
         state[0] = static_cast<V>(static_cast<S>(state[0]));
-        if (more) publish(n + 1, tile, p.row < f.b, state[0]);
+        if (more) publish(n + 1, tile, places.has_row(p), state[0]);
         FRNN_UNROLL for (int j = 0; j < kStates; ++j) states.store(tile, j, state[j]);
-        if (n > 0 && p.row < f.b && stores_word<S>(lane)) {
+        if (n > 0 && places.has_row(p) && stores_word<S>(lane)) {
           store_relaxed(own_word(n - 1, tile), kEmpty);
         }
       }
@@ -355,18 +387,18 @@ __global__ void __launch_bounds__(kGridThreads, 1)
         } else if (there) {
           steps.template keep<false>(s, p, result);
         }
-        read_ahead(s + (own < tile + 2), own);
+        read_ahead(n + (own < tile + 2), own);
       }
     }
   }
 
   if (lost) give_up(error, f.b, f.h, 1);
-  each_own([&](int, const Place& p) {
-    if (!is_there(p)) return;
+  places.each(tiles, [&](int, const Place& p) {
+    if (!places.has(p)) return;
     if (lost) {
       steps.spoil(p);
     } else {
-      for (int64_t s = span.end; s < f.t; ++s) steps.template keep<false>(s, p, {});
+      for (int64_t s = end; s < f.t; ++s) steps.template keep<false>(s, p, {});
     }
   });
 }
@@ -391,10 +423,10 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const int lane = seat.lane, warp = seat.warp, chunks = shape.chunks;
   const int clusters = shape.blocks / kBlocks;  // of a team
   const int rank = blockIdx.x % kBlocks, cluster = blockIdx.x / kBlocks % clusters;
-  const int team = blockIdx.x / shape.blocks, side = team >= shape.teams;
-  const auto& f = sides.of[side];
-  const int first_row = (team - side * shape.teams) * shape.tiles * kTileColumns;
-  const int tiles = tiles_of(f.b - first_row, shape.tiles);
+  const GridTeam team(shape);
+  const int first_row = team.first_row;
+  const auto& f = sides.of[team.side];
+  const int tiles = team.tiles(shape, f.b);
   const Steps steps(f);
   const Timeline<S>& timeline = steps.timeline();
   const Span span =
@@ -402,7 +434,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
 
   // The gates' gradients that blocks of this rank exchange: [4, tiles, 8, chunks, 32] of the team.
   const auto exchanged = [&](int n, int tile) {
-    const int all = (team * kExchangeSlots + (n & (kExchangeSlots - 1))) * shape.tiles + tile;
+    const int all =
+        (team.number * kExchangeSlots + (n & (kExchangeSlots - 1))) * shape.tiles + tile;
     return static_cast<Piece<S>*>(sides.exchange) +
            int64_t{all * kBlocks + rank} * (chunks * kWarpSize);
   };
@@ -421,6 +454,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   const auto failed = [&](int round) -> uint32_t& {
     return reinterpret_cast<uint32_t*>(shared + shape.failed)[round % 2];
   };
+
+  const int computed = static_cast<int>(span.end - span.begin);
 
   // Slot: a group of the units of the warp's block of this cluster. k: cluster, gate and unit of
   // the blocks of this rank.
@@ -443,25 +478,18 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   clear(operand_of(0), int64_t{2} * chunks * kWarpSize);
   if (threadIdx.x < 2) failed(threadIdx.x) = 0;
 
-  const int64_t team_unit = (int64_t{cluster} * kBlocks + rank) * kGridUnits + seat.unit;
-  const auto place_of = [&](int tile) {
-    const int64_t row = first_row + tile * kTileColumns + seat.column;
-    return Place{row, team_unit, row * f.h + team_unit, 1};
-  };
-  const auto is_there = [&](const Place& p) { return p.row < f.b && p.unit < f.h; };
-  const auto each_own = [&](const auto& body) {
-    FRNN_ROLLED for (int tile = seat.half; tile < tiles; tile += 2) body(tile, place_of(tile));
-  };
+  const GridPlaces<S> places{f, seat, first_row,
+                             (cluster * kBlocks + rank) * kGridUnits + seat.unit};
   const GridStates<V, typename M::V, kStates> states(shared + shape.states);
 
   // What the thread's next result is made of beside the product.
   typename Steps::Ahead ahead = {};
   Entry now = Entry::kNone, after = Entry::kNone;  // of its step, and of the one computed before it
   const auto read_ahead = [&](int64_t s, int tile) {
-    const Place p = place_of(tile);
-    now = p.row < f.b ? timeline.entry(s, p.row) : Entry::kNone;
-    after = is_there(p) ? timeline.entry(s + 1, p.row) : Entry::kNone;
-    if (!is_there(p)) return;
+    const Place p = places.at(tile);
+    now = places.has_row(p) ? timeline.entry(s, p.row) : Entry::kNone;
+    after = places.has(p) ? timeline.entry(s + 1, p.row) : Entry::kNone;
+    if (!places.has(p)) return;
     V carried[kStates];
     FRNN_UNROLL for (int j = 0; j < kStates; ++j) carried[j] = states.load(tile, j);
     ahead = steps.read_ahead(s, p, carried);
@@ -471,15 +499,15 @@ __global__ void __launch_bounds__(kGridThreads, 1)
     const int64_t gates = timeline.time(s) * f.b * kGates * f.h;
     return StepGradients<S>{f.dgx + gates, f.dgh + gates, nullptr};
   };
-  each_own([&](int tile, const Place& p) {
+  places.each(tiles, [&](int tile, const Place& p) {
     FRNN_UNROLL for (int j = 0; j < kStates; ++j) states.store(tile, j, V(0));
-    if (!is_there(p)) return;
+    if (!places.has(p)) return;
     steps.start_h(p);
     steps.start_others(p);
     for (int64_t s = span.end; s < f.t; ++s) steps.keep_gates(p, {}, gates_at(s));
     for (int64_t s = 0; s < span.begin; ++s) steps.keep_gates(p, {}, gates_at(s));
   });
-  if (span.begin < span.end && seat.half < tiles) read_ahead(span.end - 1, seat.half);
+  if (computed > 0 && seat.half < tiles) read_ahead(span.end - 1, seat.half);
   begin_exchange<kBlocks>(barrier_of(0, 0), shape.tiles * 2);
 
   const auto own_word = [&](int n, int tile, int gate) {
@@ -546,7 +574,6 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   bool lost = false;
   int round = 0, behind = 0;  // behind: the tile that is multiplied, at step m
   int m = 0;
-  const int computed = static_cast<int>(span.end - span.begin);
   FRNN_ROLLED for (int n = 0; computed > 0 && n <= computed && !lost; ++n) {
     const int64_t s = span.end - 1 - n;
     const bool more = n < computed;
@@ -560,7 +587,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
       typename Steps::Outcome result = {};
       bool came = true;
       const bool finishes = seat.owns(tile);
-      const Place p = place_of(tile);
+      const Place p = places.at(tile);
       if (finishes) {
         V product = 0, carried[kStates];
         FRNN_UNROLL for (int j = 0; j < kStates; ++j) carried[j] = states.load(tile, j);
@@ -581,7 +608,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
           // A NaN of a unit that is not there would come back, times 0.
           const V dgate = p.unit < f.h ? result.dgh[gate] : V(0);
           const uint32_t word = word_of(M::operand(static_cast<S>(dgate)));
-          if (more && came && p.row < f.b && stores_word<S>(lane)) {
+          if (more && came && places.has_row(p) && stores_word<S>(lane)) {
             store_relaxed(own_word(n, tile, gate), word);
           }
         }
@@ -592,7 +619,7 @@ __global__ void __launch_bounds__(kGridThreads, 1)
       }
       if (finishes && more) {
         FRNN_UNROLL for (int j = 0; j < kStates; ++j) states.store(tile, j, result.carried[j]);
-        if (is_there(p)) {
+        if (places.has(p)) {
           steps.keep_gates(p, result, gates_at(s));
           if (now == Entry::kInitial) steps.template keep_carried<false>(s, p, result);
         }
@@ -618,8 +645,8 @@ __global__ void __launch_bounds__(kGridThreads, 1)
   __syncthreads();
   if (failed(0) != 0 || failed(1) != 0) {
     give_up(error, f.b, f.h, 2);
-    each_own([&](int, const Place& p) {
-      if (is_there(p)) steps.spoil(p, f.dgx, f.dgh);
+    places.each(tiles, [&](int, const Place& p) {
+      if (places.has(p)) steps.spoil(p, f.dgx, f.dgh);
     });
   }
   // Nobody leaves while others may still send here.

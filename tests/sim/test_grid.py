@@ -54,8 +54,8 @@ def test_target_sizes(machine, simulated, cell, hidden, arithmetic):
     assert machine.ran() == KERNELS
 
 
-# Rows, of which the device has room for one team. Tiles: as many as a team can have, the last of
-# three rows; two and one of each half of a block; one of each.
+# Rows, of which the device has room for one team. Tiles: eight, the last of three rows; two and one
+# of each half of a block; one of each.
 ROWS = [59, 17, 12]
 # On a device with room for two blocks, or for one cluster.
 ONE_TEAM = {"forward": (2, 80), "backward": (16, 90)}
@@ -72,6 +72,15 @@ def test_several_tiles(machine, simulated, of, rows, cell, feature, arithmetic):
         PLAIN[cell], 5, rows, 2, 24, dtype=simulated.choose(arithmetic), **FEATURES[feature]
     )
     check_case(case, simulated, tf32=simulated.tf32)
+    assert f"{of}_grid" in machine.ran()
+
+
+@pytest.mark.parametrize("of", ONE_TEAM)
+def test_as_many_tiles_as_a_team_can_have(machine, simulated, of):
+    machine.module.set_device(*ONE_TEAM[of], True, True)
+    features = FEATURES["lengths-resets-reverse"]
+    case = Case(PLAIN["lstm"], 3, 123, 2, 24, dtype=simulated.choose("bfloat16"), **features)
+    check_case(case, simulated, tf32=False)
     assert f"{of}_grid" in machine.ran()
 
 
@@ -101,7 +110,7 @@ SCRIPTS = {
     "slow sums": {"pause": "__syncthreads", "warp": 0},
     # Words are empty as late as fences let them be.
     "late": {"late": EMPTY},
-    # And a block has sent its own, but neither emptied the others for all to see nor read any.
+    # And a block waits where it empties them for all to see, what it sent before being under way.
     "late and slow": {"pause": "fence_gpu", "late": EMPTY},
 }
 
@@ -133,10 +142,14 @@ def test_scripted_schedules_of_several_tiles(machine, simulated, rows, script):
     assert "forward_grid" in machine.ran()
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=list(SCRIPTS))
-def test_scripted_schedules_of_several_tiles_of_two_clusters(machine, simulated, script):
+@pytest.mark.parametrize(
+    "rows, script",
+    [*((9, name) for name in SCRIPTS), (25, "slow product"), (25, "late and slow")],
+)
+def test_scripted_schedules_of_several_tiles_of_two_clusters(machine, simulated, rows, script):
+    """What is multiplied is one tile behind what is finished, or two."""
     machine.module.set_device(24, 90, True, True)
-    same_bits(machine, simulated, (5, 9, 1, 136), script, seeds=1)
+    same_bits(machine, simulated, (5, rows, 1, 136), SCRIPTS[script], seeds=1)
     assert machine.ran() == KERNELS
 
 
