@@ -11,8 +11,8 @@
 //   empties that slot. A fence orders it before h_{n+2}, which its readers will have seen, and
 //   passed a fence, before they look there for h_{n+3}.
 //
-// So a thread passes a fence between what it empties at step n and what it publishes at n + 1, and
-// between what it receives of a tile at a step and its first look for what comes at the next one.
+// So a thread passes a fence after it has emptied a tile's h_{n-1} and before it publishes h_{n+2},
+// and after it has received h_n and before its first look for h_{n+1}.
 //
 // In backward the blocks of a team are clusters of eight. Of what a step's gates become, a block
 // gathers that of one block of each cluster, the one with its own rank in it, and multiplies it
