@@ -49,9 +49,9 @@ def test_explain_tells_the_plan(present):
             return str(fusedrnn.explain(layer, torch.empty(shape, dtype=dtype, device=CUDA)))
 
     layer = fusedrnn.LSTM(1024, 1024, backend="cuda")
-    assert plan(layer, 512, 128, 1024, dtype=torch.bfloat16) == (
-        "cuda: bfloat16, forward standard (a launch a step, 64 x 2 blocks of 16 units x 64 rows), "
-        "backward standard (a launch a step, 32 x 4 blocks of 32 units x 32 rows)"
+    assert plan(layer, 512, 512, 1024, dtype=torch.bfloat16) == (
+        "cuda: bfloat16, forward standard (a launch a step, 64 x 8 blocks of 16 units x 64 rows), "
+        "backward standard (a launch a step, 32 x 16 blocks of 32 units x 32 rows)"
     )
     layer = fusedrnn.LSTM(8, 100, proj_size=20, batch_first=True, backend="cuda")
     text = plan(layer, 3, 50, 8, dtype=torch.float64)
