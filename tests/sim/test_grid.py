@@ -101,6 +101,16 @@ def test_many_schedules(machine, simulated, cell):
         check_case(case, simulated, tf32=False)
 
 
+def test_many_schedules_of_three_tiles(machine, simulated):
+    """Of forward, whose two blocks have one half of their warps a tile ahead of the other."""
+    machine.module.set_device(*ONE_TEAM["forward"], True, True)
+    case = Case(PLAIN["lstm"], 7, 17, 1, 24, dtype=simulated.choose("bfloat16"), resets=True)
+    for seed in range(50):
+        machine.module.set_seed(seed)
+        check_case(case, simulated, tf32=False)
+    assert "forward_grid" in machine.ran()
+
+
 EMPTY = 0xFFFFFFFF
 # What a schedule must do for a mistake to show, see the head of grid.cuh.
 SCRIPTS = {
