@@ -156,8 +156,9 @@ def test_scripted_schedules_of_several_tiles(machine, simulated, rows, script):
     [(17, "slow product"), (17, "slow sums"), (9, "late"), (9, "late and slow"), (25, "late")],
 )
 def test_scripted_schedules_of_several_tiles_of_two_clusters(machine, simulated, rows, script):
-    """What is multiplied is one tile behind what is finished, or two. Of three tiles a block may have
-    sent sums of the next step before another has read those of this one, of two or four not."""
+    """What is multiplied is one tile behind what is finished, or two. Of three tiles a block may
+    have sent sums of the next step before another has read those of this one; of two or four not.
+    """
     machine.module.set_device(24, 90, True, True)
     same_bits(machine, simulated, (5, rows, 1, 136), SCRIPTS[script], seeds=1)
     assert machine.ran() == KERNELS
